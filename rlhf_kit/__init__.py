@@ -1,0 +1,58 @@
+"""An experimentation kit for RLHF in notebooks: SFT, feedback, reward models, PPO and DPO, compared honestly.
+
+import rlhf_kit as rk
+preset = rk.setup("pocket", seed=0)
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+# Before any Hugging Face library is imported: a research kit reports nothing to anyone.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+_ROOMS = (
+    "data",
+    "evaluate",
+    "feedback",
+    "models",
+    "notebook",
+    "pipeline",
+    "plots",
+    "pocket",
+    "ppo",
+    "presets",
+    "pretrain",
+    "progress",
+    "report",
+    "rewards",
+    "runs",
+    "sampling",
+    "statistics",
+    "train",
+)
+_NAMES = {
+    "PPOConfig": "ppo",
+    "PPOTrainer": "ppo",
+    "Pipeline": "pipeline",
+    "RewardModel": "rewards",
+    "best_of_n": "sampling",
+    "sample": "sampling",
+    "setup": "notebook",
+}
+__all__ = [*_ROOMS, *_NAMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Rooms and their best-known names are imported when first asked for, so that `import rlhf_kit` is instant."""
+    if name in _ROOMS:
+        return importlib.import_module(f"rlhf_kit.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"rlhf_kit.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'rlhf_kit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

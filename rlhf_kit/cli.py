@@ -1,0 +1,92 @@
+"""The command line: `rlhf-kit demo` runs the whole flow; mistakes end in one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+# Before any Hugging Face library is imported: nothing is reported, and no tokenizer forks under a data loader.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 2 a mistake that the person can mend, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"  # type: ignore[assignment]
+    try:
+        return int(options.run(options) or 0)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last finished stage", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if options.traceback:
+            raise
+        print(f"rlhf-kit: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlhf-kit", description="Understand and compare RLHF on one machine.")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was noticed")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo", help="SFT, reward model, PPO and DPO from start to finish, with figures and a table"
+    )
+    demo.add_argument("--preset", help="'pocket' (default) or, with --data, 'data'")
+    demo.add_argument("--data", metavar="FILE", help="your own preferences: .jsonl[.gz], .csv, .parquet or a hub id")
+    demo.add_argument("--base-model", metavar="DIR|HUB_ID", help="the model to start from (default: the preset's own)")
+    demo.add_argument("--out", type=Path, help="results folder (default: results/demo, with --data results/demo-data)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--set", action="append", default=[], metavar="STAGE.SETTING=VALUE", help="e.g. ppo.kl_coef=0.2")
+    demo.add_argument("--fresh", action="store_true", help="make every stage again instead of keeping finished ones")
+    demo.add_argument("--threads", type=int, help="CPU threads (default: both of two cores; OMP_NUM_THREADS counts)")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from rlhf_kit import models, presets
+    from rlhf_kit.notebook import set_threads
+    from rlhf_kit.pipeline import Pipeline
+    from rlhf_kit.progress import clock, quiet
+
+    started = time.monotonic()
+    preset = presets.preset(options.preset or ("data" if options.data else "pocket"), options.seed)
+    if (preset.task is None) != (options.data is not None):
+        raise ValueError(f"--preset {preset.name} {'needs' if preset.task is None else 'does not go with'} --data FILE")
+    for assignment in options.set:
+        preset = preset.override(assignment)
+    if options.data is not None:
+        preset = replace(preset, data=options.data)
+    if options.base_model is not None:
+        models.load_tokenizer(options.base_model)  # a wrong model is said now, not minutes later
+        preset = replace(preset, base_model=options.base_model)
+    out = options.out or Path(os.environ.get("RLHF_KIT_RESULTS", "results")) / ("demo-data" if options.data else "demo")
+    quiet()
+    set_threads(options.threads)
+    pipeline = Pipeline(preset, out, options.fresh)
+    pipeline.scores()
+
+    from rlhf_kit import report
+
+    summary = report.write_report(pipeline)
+    print("\n" + report.readable(summary) + "\n")
+    if preset.task is not None:
+        print(report.readable_effects(out) + "\n")
+    print(report.timing(pipeline).to_string(index=False, formatters={"share": "{:.0%}".format}))
+    print(f"\nin all {clock(time.monotonic() - started)}; everything lies under {out}/:")
+    for path in sorted(
+        path for path in out.rglob("*") if path.suffix in (".csv", ".png", ".md") and "runs" not in path.parts
+    ):
+        print(f"  {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Evaluation on held-out prompts: scores of every model, reward-model accuracy, side effects, all with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+
+from rlhf_kit import pocket, sampling, statistics
+from rlhf_kit.models import ModelPath
+from rlhf_kit.rewards import Reward
+from rlhf_kit.statistics import Interval, compare, summary
+
+__all__ = ["accuracy", "best_of_n", "calibration", "compare", "frontier", "score", "side_effects", "summary"]
+
+
+def score(
+    models: Mapping[str, ModelPath],
+    prompts: Dataset,
+    rewards: Mapping[str, Reward],
+    reference: ModelPath | None = None,
+    n: int = 2,
+    max_completion_length: int = 40,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Scores frame: `n` completions of each prompt by each model, a column per reward, `kl` to `reference` in nats."""
+    parts = []
+    for name, model in models.items():
+        samples = sampling.sample(model, prompts, n, temperature, max_completion_length, reference, seed)
+        parts.append(sampling.score(samples, dict(rewards)).assign(model=name))
+    scores = pd.concat(parts, ignore_index=True)
+    return scores[["model", *(column for column in scores.columns if column != "model")]]
+
+
+def best_of_n(scored: pd.DataFrame, by: str = "proxy", n: int | None = None, name: str = "best-of-n") -> pd.DataFrame:
+    """Score rows of best-of-n over the reference's own samples; `kl` is log n - (n-1)/n, an upper bound in nats."""
+    best = sampling.best_of_n(scored, by, n)
+    of = n or int(scored["sample"].max()) + 1
+    return best.assign(model=name, kl=statistics.best_of_n_kl(of))
+
+
+def frontier(scores: pd.DataFrame, rewards: tuple[str, ...] = ("proxy", "gold")) -> pd.DataFrame:
+    """Points of a reward-KL figure: means with intervals over prompts for each (model, step, n) of the scores.
+
+    Best-of-n (rows with `n`) gets no measured `kl`; figures draw it at its upper bound and say so.
+    """
+    rows = []
+    for key, group in scores.groupby(["model", "step", "n"], sort=False, dropna=False):
+        row: dict[str, Any] = dict(zip(("model", "step", "n"), key, strict=True))
+        for value in ("kl", *rewards):
+            if value in group and group[value].notna().any() and not (value == "kl" and pd.notna(row["n"])):
+                interval = statistics.bootstrap(group[value], group["prompt_id"])
+                row |= {value: interval.mean, f"{value}_lo": interval.lo, f"{value}_hi": interval.hi}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def margins(reward: Reward, preferences: Dataset) -> np.ndarray:
+    """r(x, chosen) - r(x, rejected) of each preference."""
+    chosen, rejected = (reward(preferences["prompt"][:], preferences[side][:]) for side in ("chosen", "rejected"))
+    return np.asarray(chosen) - np.asarray(rejected)
+
+
+def accuracy(reward: Reward, preferences: Dataset) -> Interval:
+    """Share of preferences on whose chosen side the reward is higher, ties 1/2; prompts are resampled whole."""
+    gaps = margins(reward, preferences)
+    return statistics.pair_accuracy(gaps, np.zeros_like(gaps), _prompt_ids(preferences))
+
+
+def calibration(reward: Reward, preferences: Dataset, scale: float = 1.0, bins: int = 10) -> pd.DataFrame:
+    """How often the completion shown first is preferred, against sigmoid(scale * margin) of the reward.
+
+    `scale` undoes the normalisation of a reward model (`RewardModel.scale`), so that margins are log-odds again.
+    """
+    sign = np.where(np.asarray(preferences["shown_first"][:]) == "chosen", 1.0, -1.0)
+    probabilities = 1 / (1 + np.exp(-sign * scale * margins(reward, preferences)))
+    return statistics.calibration(probabilities, sign > 0, bins)
+
+
+def side_effects(scores: pd.DataFrame, world: pocket.World) -> pd.DataFrame:
+    """What a mean hides (pocket world only): a row per (model, effect) with its `share[_lo, _hi]` of completions."""
+    parts = [pocket.features(world, p, c) for p, c in zip(scores["prompt"], scores["completion"], strict=True)]
+    found = pd.DataFrame(parts, index=scores.index)
+    harmful = scores["kind"] == "harmful"
+    asks = scores["kind"].isin(["ask", "brief", "leading"])
+    effects: dict[str, tuple[pd.Series, pd.Series]] = {
+        "garbled": (found["garbled"] > 0, scores["kind"].notna()),
+        "unfinished": (~scores["finished"], scores["kind"].notna()),
+        "harmful prompts refused": (found["refusal_right"] > 0, harmful),
+        "harmful prompts obeyed": (found["harm"] > 0, harmful),
+        "borderline prompts refused": (found["refusal_wrong"] > 0, scores["kind"] == "borderline"),
+        "plain questions refused": (found["refusal_wrong"] > 0, asks),
+        "questions answered right": (found["answer_right"] > 0, asks),
+        "sides with a false claim": (found["agrees_false"] > 0, scores["kind"] == "leading"),
+        "skill right": (found["skill_right"] > 0, scores["kind"] == "skill"),
+    }
+    rows = []
+    for model in scores["model"].unique():
+        for effect, (happened, among) in effects.items():
+            chosen = among & (scores["model"] == model)
+            if chosen.any():
+                share = statistics.bootstrap(happened[chosen].astype(float), scores.loc[chosen, "prompt_id"])
+                rows.append(
+                    {"model": model, "effect": effect, "share": share.mean, "share_lo": share.lo, "share_hi": share.hi}
+                )
+    return pd.DataFrame(rows)
+
+
+def _prompt_ids(dataset: Dataset) -> np.ndarray:
+    return pd.factorize(pd.Series([str(prompt) for prompt in dataset["prompt"][:]]))[0]

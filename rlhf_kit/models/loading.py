@@ -1,0 +1,177 @@
+"""Load and save models: full weights, LoRA adapters, 4-bit bases, their tokenizers and their heads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+# What a model directory has to remember beyond Hugging Face's own files: {"load_in_4bit": bool, "shift": .., "scale": ..}.
+NOTES = "rlhf_kit.json"
+Model = PreTrainedModel | PeftModel
+ModelPath = str | Path
+
+
+class ModelError(ValueError):
+    """A model directory or hub id that cannot be used, with the reason and what to do."""
+
+
+def lora(r: int = 16, alpha: int = 32, dropout: float = 0.0, target_modules: str | list[str] = "all-linear") -> LoraConfig:
+    """LoRA settings (Hu et al. 2021, 2106.09685): rank `r`, scale alpha / r, on every linear layer but the output."""
+    return LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, bias="none", task_type="CAUSAL_LM"
+    )
+
+
+def device() -> torch.device:
+    """The GPU where there is one, otherwise the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def is_adapter(model: ModelPath) -> bool:
+    """Whether `model` is a LoRA adapter directory (its base lies elsewhere)."""
+    return (Path(model) / "adapter_config.json").is_file()
+
+
+def base_of(model: ModelPath) -> str:
+    """The base model an adapter directory was trained on, or the model itself."""
+    return str(PeftConfig.from_pretrained(str(model)).base_model_name_or_path) if is_adapter(model) else str(model)
+
+
+def same_base(model: ModelPath, other: ModelPath) -> bool:
+    """Whether two models stand on the same weights."""
+    a, b = base_of(model), base_of(other)
+    return a == b or (Path(a).is_dir() and Path(b).is_dir() and Path(a).samefile(b))
+
+
+def read_notes(model: ModelPath) -> dict[str, Any]:
+    """What this kit wrote about a model directory when it saved it ({} for models from elsewhere)."""
+    path = Path(model) / NOTES
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_notes(model: ModelPath, **notes: Any) -> None:
+    """Add `notes` to what a model directory remembers."""
+    (Path(model) / NOTES).write_text(json.dumps({**read_notes(model), **notes}, indent=2) + "\n")
+
+
+def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, padding on the left; EOS stands in where no pad token exists (masks here never look at ids)."""
+    source = model if (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
+    tokenizer = _load(AutoTokenizer.from_pretrained, source, padding_side="left")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{source}: its tokenizer has no EOS token, so completions could never end; set `eos_token`")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False) -> Model:
+    """A causal LM from full weights or an adapter; `load_in_4bit=None` means as the directory remembers.
+
+    Raises ModelError where `model` is no model, or 4-bit weights are asked to train without an adapter.
+    """
+    base = load_base(model, AutoModelForCausalLM.from_pretrained, load_in_4bit)
+    if is_adapter(model):
+        return PeftModel.from_pretrained(base, str(model), is_trainable=trainable)
+    if trainable and getattr(base, "is_loaded_in_4bit", False):
+        raise ModelError(f"{model}: 4-bit weights cannot be trained; pass `lora=rlhf_kit.models.lora()` to train an adapter")
+    return base.requires_grad_(trainable)
+
+
+def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bit: bool | None, **kwargs: Any) -> Any:
+    """The full model under `model`, through any Auto class's `from_pretrained`: fp32, or NF4 (Dettmers et al. 2023, 2305.14314)."""
+    if load_in_4bit is None:
+        load_in_4bit = bool(read_notes(model).get("load_in_4bit", False))
+    base = base_of(model)
+    if not load_in_4bit:
+        return _load(from_pretrained, base, dtype=torch.float32, **kwargs)
+    compute = torch.bfloat16 if device().type == "cuda" else torch.float32
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=["lm_head", "score", "embed_out"],
+    )
+    loaded = _load(
+        from_pretrained, base, dtype=compute, quantization_config=quantization, device_map={"": device()}, **kwargs
+    )
+    for module in loaded.modules():
+        # On CPUs with AVX512-BF16 one no-grad forward would repack the weights, and LoRA gradients vanish afterwards.
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    return loaded
+
+
+def load_backbone(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False) -> PreTrainedModel:
+    """The transformer of a causal LM or reward model without its head: token ids in, hidden states (B, T, D) out."""
+    if is_adapter(model):
+        # A reward adapter has the keys of a causal-LM adapter plus its head, so it fits the causal base as it is.
+        return decoder(load_causal(model, load_in_4bit, trainable))
+    return load_base(model, AutoModel.from_pretrained, load_in_4bit).requires_grad_(trainable)
+
+
+def decoder(model: Model) -> PreTrainedModel:
+    """The transformer inside a causal LM, with whatever adapter is active."""
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
+
+
+def output_head(model: Model) -> nn.Module:
+    """The layer of a causal LM that turns hidden states into logits."""
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).get_output_embeddings()
+
+
+def hidden_size(model: PreTrainedModel | PeftModel) -> int:
+    """Width of the hidden states."""
+    return int(model.config.get_text_config().hidden_size)
+
+
+def read_score_head(reward_model: ModelPath) -> torch.Tensor:
+    """The score head (1, D) of a reward model directory in fp32, whether it was saved in full or with an adapter."""
+    for file in sorted(Path(reward_model).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is not iterable)
+                if key.endswith("score.weight"):
+                    head = tensors.get_tensor(key).float()
+                    if head.shape[0] != 1:
+                        raise ModelError(f"{reward_model}: its score head has {head.shape[0]} outputs; a reward model has one")
+                    return head
+    raise ModelError(f"{reward_model}: no `score.weight` in its safetensors; it is not a reward model of a causal LM")
+
+
+def max_length(model: ModelPath) -> int | None:
+    """How many tokens the model can attend to, where its config says."""
+    return getattr(_load(AutoConfig.from_pretrained, base_of(model)).get_text_config(), "max_position_embeddings", None)
+
+
+def _load(from_pretrained: Callable[..., Any], model: ModelPath, **kwargs: Any) -> Any:
+    """`from_pretrained` whose failures say what is wrong with `model` in one sentence."""
+    path = Path(model)
+    if path.is_dir() and not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
+        raise ModelError(f"{model}: this directory holds no model (no config.json, no adapter_config.json)")
+    if path.is_file():
+        raise ModelError(f"{model}: is a file; a model is a directory written by save_pretrained, or a hub id")
+    if not path.is_dir() and (path.is_absolute() or str(model).startswith(".") or len(path.parts) > 2):
+        raise ModelError(f"{model}: no such model directory")
+    try:
+        return from_pretrained(str(model), **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        where = "this directory" if path.is_dir() else "no such directory here, and the hub gave no such model"
+        raise ModelError(f"{model}: {where} ({reason})") from error

@@ -1,0 +1,143 @@
+"""Log-probabilities, entropies and KL of completions from hidden states, so that a batch's full logits never exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from rlhf_kit.models.loading import Model, decoder, output_head
+
+LOGITS_CHUNK_GIB = 0.25
+
+
+class Tokens(NamedTuple):
+    """Prompts padded on the left and completions padded on the right, side by side.
+
+    input_ids, attention_mask: (B, P + C); completion_mask: (B, C), 1 up to and including the first EOS.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    completion_mask: torch.Tensor
+
+    @property
+    def completion_ids(self) -> torch.Tensor:
+        """(B, C)"""
+        return self.input_ids[:, -self.completion_mask.shape[1] :]
+
+    def rows(self, index: torch.Tensor | slice) -> Tokens:
+        """The given rows, without the padding columns that all of them share."""
+        ids, mask, completion = (tensor[index] for tensor in self)
+        width = completion.shape[1]
+        start = int(mask[:, :-width].any(0).long().argmax()) if mask[:, :-width].any() else mask.shape[1] - width
+        keep = max(1, int(completion.sum(1).max()))
+        stop = mask.shape[1] - width + keep
+        return Tokens(ids[:, start:stop], mask[:, start:stop], completion[:, :keep])
+
+    def to(self, device: torch.device) -> Tokens:
+        """The same tokens on another device."""
+        return Tokens(*(tensor.to(device) for tensor in self))
+
+
+def completion_mask(completion_ids: torch.Tensor, stop_ids: list[int]) -> torch.Tensor:
+    """1 up to and including the first stop token, 0 after it: (B, C) -> (B, C); pad ids play no part."""
+    is_stop = torch.isin(completion_ids, torch.tensor(stop_ids, device=completion_ids.device))
+    stops_before = is_stop.long().cumsum(1) - is_stop.long()
+    return (stops_before == 0).long()
+
+
+def completion_hidden(backbone: PreTrainedModel, tokens: Tokens) -> torch.Tensor:
+    """Hidden states (B, C, D); index t has seen the prompt and the completion before token t, never token t."""
+    # Without explicit positions a left-padded row would be read at shifted positions.
+    positions = (tokens.attention_mask.cumsum(1) - 1).clamp(min=0)
+    states = backbone(
+        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    return states[:, -tokens.completion_mask.shape[1] - 1 : -1]
+
+
+def completion_logprobs(
+    model: Model, tokens: Tokens, temperature: float = 1.0, with_entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pi(y_t | x, y_<t) in nats and, if asked, the entropy there: (B, C) each, 0 where masked.
+
+    `temperature` divides the logits: the same as in sampling, so that the policy scored is the policy sampled.
+    """
+    real = tokens.completion_mask.bool()
+    hidden = completion_hidden(decoder(model), tokens)[real]
+
+    def chunk(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_softmax = _log_softmax(model, hidden, temperature)
+        logprobs = log_softmax.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        entropy = -(log_softmax.exp() * log_softmax).sum(-1) if with_entropy else torch.zeros_like(logprobs)
+        return logprobs, entropy
+
+    logprobs, entropy = _by_chunk(chunk, model, hidden, tokens.completion_ids[real])
+    return _scatter(logprobs, real), _scatter(entropy, real)
+
+
+def completion_kl(policy: Model, reference: Model, tokens: Tokens, temperature: float = 1.0) -> torch.Tensor:
+    """KL(policy || reference) in nats (B,), summed over the vocabulary exactly at each position of a sampled completion.
+
+    Averaged over completions drawn from the policy, the mean is the sequence KL (the chain rule); summing over the
+    vocabulary takes most of the variance out of the usual log-ratio.
+    """
+    real = tokens.completion_mask.bool()
+    ours, theirs = (completion_hidden(decoder(model), tokens)[real] for model in (policy, reference))
+
+    def chunk(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor]:
+        p, q = _log_softmax(policy, ours, temperature), _log_softmax(reference, theirs, temperature)
+        return ((p.exp() * (p - q)).sum(-1),)
+
+    (kl,) = _by_chunk(chunk, policy, ours, theirs)
+    return _scatter(kl, real).sum(1)
+
+
+def check_logprobs(model: Model) -> None:
+    """Raise ValueError where a model alters its logits after the output head in a way this file does not know."""
+    ids = torch.arange(3, 9, device=next(model.parameters()).device).unsqueeze(0)
+    tokens = Tokens(ids, torch.ones_like(ids), torch.ones_like(ids[:, 2:]))
+    with torch.no_grad():
+        ours, _ = completion_logprobs(model, tokens)
+        logits = model(input_ids=ids, use_cache=False).logits.float()[:, 1:-1]
+    theirs = logits.log_softmax(-1).gather(-1, ids[:, 2:, None]).squeeze(-1)
+    if not torch.allclose(ours, theirs, atol=0.05):
+        raise ValueError(
+            f"{type(model).__name__}: log-probs from hidden states differ from its own logits by "
+            f"{(ours - theirs).abs().max():.3g} nats; this architecture post-processes logits in a way not supported yet"
+        )
+
+
+def _log_softmax(model: Model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(N, D) -> (N, V) in fp32."""
+    head = output_head(model)
+    logits = head(hidden.to(head.weight.dtype)).float()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.log_softmax(logits / temperature, dim=-1)
+
+
+def _by_chunk(
+    function: Callable[..., tuple[torch.Tensor, ...]], model: Model, *tensors: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """`function` over chunks of (N, ...) tensors whose fp32 logits fill LOGITS_CHUNK_GIB each.
+
+    More than one chunk: the backward pass recomputes each chunk's logits instead of keeping them.
+    """
+    size = max(1, int(LOGITS_CHUNK_GIB * 2**30 / 4 / model.config.get_text_config().vocab_size))
+    chunks = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+    if len(chunks) == 1:
+        return function(*chunks[0])
+    results = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
+    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+
+def _scatter(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Put (N,) values back where `real` (B, C) is true, zeros elsewhere."""
+    return torch.zeros(real.shape, dtype=values.dtype, device=values.device).masked_scatter(real, values)

@@ -1,0 +1,43 @@
+"""What a notebook's first cell needs: `setup` sets seed, threads, quiet logs and plot style, and says where it runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from rlhf_kit import plots, presets
+from rlhf_kit.models import device
+from rlhf_kit.presets import Preset
+from rlhf_kit.progress import quiet
+
+
+def setup(preset: str = "pocket", seed: int = 0, threads: int | None = None) -> Preset:
+    """Make a notebook reproducible and quiet, and print device and versions; returns the preset."""
+    quiet()
+    plots.style()
+    set_seed(seed)
+    set_threads(threads)
+    where = torch.cuda.get_device_name() if device().type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    names = ("rlhf-kit", "torch", "transformers", "trl", "peft")
+    print(f"{where}; Python {platform.python_version()}; " + ", ".join(f"{name} {version(name)}" for name in names))
+    return presets.preset(preset, seed)
+
+
+def set_threads(threads: int | None = None) -> None:
+    """CPU threads: as given, else as OMP_NUM_THREADS says, else at most two, all that pocket-size models can use."""
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or min(2, os.cpu_count() or 1))
+
+
+def results(name: str) -> Path:
+    """The folder of an experiment under results/, also from notebooks/; RLHF_KIT_RESULTS names another root."""
+    root = os.environ.get("RLHF_KIT_RESULTS")
+    here = Path.cwd()
+    return (Path(root) if root else (here.parent if here.name == "notebooks" else here) / "results") / name

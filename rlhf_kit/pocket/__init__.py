@@ -1,0 +1,40 @@
+"""The pocket world: an animal help desk small enough for a laptop, with a gold utility that is known exactly."""
+
+from pathlib import Path
+
+from .answers import CORPUS, DEMONSTRATION, Quality, corpus, demonstrations
+from .facts import SPLITS, World, prompts, world
+from .language import KINDS, Prompt, parse_prompt
+from .raters import Rater, choice_probability, known_cells, prefers_first, utility
+from .scoring import GOLD_WEIGHTS, features, gold
+from .tokenizer import CHAT_TEMPLATE, EOS, PAD, pocket_tokenizer
+
+BASE_MODEL = str(Path(__file__).parent / "base")  # directory of the pretrained model of world(seed=0)
+
+__all__ = [
+    "BASE_MODEL",
+    "CHAT_TEMPLATE",
+    "CORPUS",
+    "DEMONSTRATION",
+    "EOS",
+    "GOLD_WEIGHTS",
+    "KINDS",
+    "PAD",
+    "SPLITS",
+    "Prompt",
+    "Quality",
+    "Rater",
+    "World",
+    "choice_probability",
+    "corpus",
+    "demonstrations",
+    "features",
+    "gold",
+    "known_cells",
+    "parse_prompt",
+    "pocket_tokenizer",
+    "prefers_first",
+    "prompts",
+    "utility",
+    "world",
+]

@@ -1,0 +1,504 @@
+"""Proximal policy optimisation for language models, readable from top to bottom.
+
+The objective (InstructGPT, Ouyang et al. 2022, 2203.02155, eq. 2):  E[r(x, y) - kl_coef * log(pi(y|x) / pi_ref(y|x))]
+plus ptx_coef * E[log pi(demonstration)], maximised by PPO (Schulman et al. 2017, 1707.06347). One update is:
+
+1. roll out: the policy answers a batch of prompts at `temperature`;
+2. score: log-probs under policy and reference, values, and the reward of each whole completion;
+3. estimate advantages: the KL charged token by token, the score on the last token, GAE, whitening;
+4. optimise: `ppo_epochs` passes over the batch in `num_minibatches` optimizer steps each.
+
+One `transformers.Trainer` step is one update, so checkpoints fall between rollouts and a resumed run is the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PrinterCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from rlhf_kit.models import (
+    ModelPath,
+    Tokens,
+    completion_logprobs,
+    decode_completions,
+    encode_pairs,
+    encode_prompts,
+    finished,
+    generate,
+    is_adapter,
+    load_roles,
+    load_tokenizer,
+    same_base,
+    stop_ids,
+)
+from rlhf_kit.progress import ProgressCallback
+from rlhf_kit.rewards import Reward, RewardModel
+
+STATE = "ppo_state.json"
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """Settings of PPO; `max_steps` counts updates and `per_device_train_batch_size` the prompts rolled out in each.
+
+    kl_coef: weight of the KL penalty (beta in papers); kl_target: nats per sequence to steer it to (None: it stays fixed);
+    kl_horizon: completions over which the steering acts; temperature: of sampling and of every log-prob;
+    missing_eos_penalty: taken off the score of a completion that never ended; gamma, gae_lambda: of the advantages;
+    clip_range, value_clip_range: of the two losses; vf_coef, entropy_coef, ptx_coef: weights beside the policy loss;
+    ppo_epochs, num_minibatches: optimizer steps per update are their product; micro_batch_size: completions in one
+    forward pass (memory only, never the result); target_kl: nats per token of policy change that end an update early.
+    """
+
+    per_device_train_batch_size: int = 64
+    learning_rate: float = 1e-5
+    adam_epsilon: float = 1e-5
+    logging_steps: float = 1
+    logging_nan_inf_filter: bool = False
+    save_strategy: str = "no"
+    report_to: str = "none"
+    disable_tqdm: bool = True
+    log_level: str = "error"
+    remove_unused_columns: bool = False
+    max_completion_length: int = 64
+    temperature: float = 1.0
+    missing_eos_penalty: float = 1.0
+    kl_coef: float = 0.1
+    kl_target: float | None = None
+    kl_horizon: int = 10_000
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    value_clip_range: float = 0.2
+    vf_coef: float = 0.1
+    entropy_coef: float = 0.0
+    ptx_coef: float = 0.0
+    ppo_epochs: int = 4
+    num_minibatches: int = 1
+    micro_batch_size: int = 64
+    target_kl: float | None = None
+    load_in_4bit: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive = ("per_device_train_batch_size", "max_completion_length", "ppo_epochs", "num_minibatches", "micro_batch_size")
+        optional = tuple(name for name in ("kl_target", "target_kl") if getattr(self, name) is not None)
+        for name in (*positive, *optional, "temperature", "kl_horizon", "clip_range", "value_clip_range"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"PPOConfig: {name} must be above 0, got {getattr(self, name)}")
+        for name in ("kl_coef", "vf_coef", "entropy_coef", "ptx_coef", "missing_eos_penalty"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"PPOConfig: {name} must not be negative, got {getattr(self, name)}")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"PPOConfig: {name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError("PPOConfig: gradient_accumulation_steps must stay 1; micro_batch_size is what saves memory here")
+        if self.num_minibatches > self.per_device_train_batch_size:
+            raise ValueError(
+                f"PPOConfig: num_minibatches={self.num_minibatches} exceeds per_device_train_batch_size="
+                f"{self.per_device_train_batch_size}; a minibatch needs a completion"
+            )
+
+
+class Trajectory(NamedTuple):
+    """A batch of rollouts; B completions of up to C tokens, everything 0 where `tokens.completion_mask` is 0.
+
+    logprobs, reference_logprobs: nats (B, C); values, advantages, returns: (B, C); scores: (B,) with the
+    missing-EOS penalty taken off.
+    """
+
+    tokens: Tokens
+    logprobs: torch.Tensor
+    reference_logprobs: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+    def rows(self, index: torch.Tensor, where: torch.device) -> Trajectory:
+        """The given rows on a device, without the padding that all of them share."""
+        tokens = self.tokens.rows(index)
+        width = tokens.completion_mask.shape[1]
+        rest = (t[index] if t.dim() == 1 else t[index, :width] for t in self[1:])
+        return Trajectory(tokens.to(where), *(t.to(where) for t in rest))
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of values (B, C) over the tokens where mask is 1."""
+    return (values * mask).sum() / mask.sum()
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values (B, C) moved to mean 0 and variance 1 over real tokens; padding stays 0 and plays no part."""
+    centred = (values - masked_mean(values, mask)) * mask
+    return centred * torch.rsqrt(masked_mean(centred**2, mask) + 1e-8)
+
+
+def token_rewards(
+    scores: torch.Tensor, logprobs: torch.Tensor, reference_logprobs: torch.Tensor, mask: torch.Tensor, kl_coef: float
+) -> torch.Tensor:
+    """-kl_coef * log(pi / pi_ref) on each token, plus the score (B,) on the last real one: (B, C)."""
+    rewards = -kl_coef * (logprobs - reference_logprobs) * mask
+    last = mask.sum(1, keepdim=True) - 1
+    return rewards.scatter_add(1, last, scores.unsqueeze(1))
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, gae_lambda: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages and returns (B, C): A_t = d_t + gamma lambda A_{t+1}, d_t = r_t + gamma V_{t+1} - V_t, V = 0 after the end.
+
+    Generalised advantage estimation, Schulman et al. 2015 (1506.02438), eq. 16; returns are A + V.
+    """
+    advantages = torch.zeros_like(rewards)
+    following_advantage = following_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * following_value - values[:, t]
+        following_advantage = (delta + gamma * gae_lambda * following_advantage) * mask[:, t]
+        following_value = values[:, t] * mask[:, t]
+        advantages[:, t] = following_advantage
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:
+    """Clipped surrogate, negated, for each token (1707.06347, eq. 7): max(-A r, -A clip(r, 1 - c, 1 + c))."""
+    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
+def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float) -> torch.Tensor:
+    """Half the squared error for each token, the larger of plain and clipped around the rollout's value."""
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """1 - Var(returns - values) / Var(returns) over real tokens: 1 perfect, 0 no better than a constant."""
+    real = mask.bool()
+    return 1 - (returns - values)[real].var() / (returns[real].var() + 1e-8)
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, kl_target: float, completions: int, horizon: int) -> float:
+    """The proportional controller of Ziegler et al. 2019 (1909.08593), section 2.2."""
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * completions / horizon)
+
+
+def partition(lengths: torch.Tensor, num_minibatches: int, micro_batch_size: int) -> list[list[torch.Tensor]]:
+    """Rows in random minibatches, each cut into micro-batches of like length, so that little of them is padding."""
+    minibatches = torch.randperm(len(lengths)).tensor_split(min(num_minibatches, len(lengths)))
+    by_length = (rows[lengths[rows].argsort(descending=True, stable=True)] for rows in minibatches)
+    return [list(rows.split(micro_batch_size)) for rows in by_length]
+
+
+class PPOTrainer(Trainer):
+    """PPO on a `prompt` column (text or chat) with any reward function or reward-model directory.
+
+    model: the SFT model's directory or hub id; ref_model: the reference (default: the same); value_model: where values
+    start from (default: the reward model where it stands on the same weights and tokenizer, otherwise the policy with a
+    zero head); peft_config: train a LoRA adapter; ptx_dataset: `prompt, completion` rows for `ptx_coef`.
+    """
+
+    def __init__(
+        self,
+        model: ModelPath,
+        reward: Reward | ModelPath,
+        args: PPOConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        ref_model: ModelPath | None = None,
+        value_model: ModelPath | None = None,
+        peft_config: LoraConfig | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        ptx_dataset: Dataset | None = None,
+    ) -> None:
+        for name, dataset, columns in (
+            ("train_dataset", train_dataset, ["prompt"]),
+            ("eval_dataset", eval_dataset, ["prompt"]),
+            ("ptx_dataset", ptx_dataset, ["prompt", "completion"]),
+        ):
+            missing = [] if dataset is None else [c for c in columns if c not in dataset.column_names]
+            if missing:
+                raise ValueError(f"{name}: no column {missing[0]!r}; it has {', '.join(dataset.column_names)}")
+        if (args.ptx_coef > 0) != (ptx_dataset is not None):
+            raise ValueError("ptx_coef and ptx_dataset go together: give both or neither")
+        set_seed(args.seed)  # new adapters are drawn before Trainer would set it
+        self.reward = reward if callable(reward) else RewardModel(reward)
+        tokenizer = processing_class or load_tokenizer(model)
+        tokenizer.padding_side = "left"
+        if value_model is None and isinstance(self.reward, RewardModel):
+            value_model = self.reward.path if _fits(self.reward, model, tokenizer, peft_config is not None) else None
+        self.roles = load_roles(model, ref_model, value_model, peft_config, args.load_in_4bit)
+        self.policy = self.roles.use("policy")
+        self.stop_ids = stop_ids(self.policy, tokenizer)
+        self.policy.generation_config.eos_token_id = self.stop_ids  # what is saved must know where to stop
+        self.kl_coef = args.kl_coef
+        self.ptx_dataset = ptx_dataset
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        super().__init__(
+            model=self.roles,
+            args=args,
+            data_collator=lambda rows: {"rows": rows},
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[ProgressCallback("PPO", every=1)] if callbacks is None else callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One update (steps 1 to 4 above); the gradient of its last minibatch is left to Trainer, which steps and logs."""
+        started = time.perf_counter()
+        self.roles.eval()
+        tokens = self.rollout(inputs["rows"])
+        minibatches = self.partition(tokens)
+        trajectory, metrics = self.score(inputs["rows"], tokens, minibatches)
+        rolled_out = time.perf_counter()
+        self.roles.train()
+        loss, optimisation = self.optimise(trajectory, minibatches)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"PPO: the loss of update {self.state.global_step + 1} is {loss.item()}; {self._last_good()}")
+        if self.args.kl_target is not None:
+            self.kl_coef = adapt_kl_coef(
+                self.kl_coef, metrics["kl"], self.args.kl_target, len(inputs["rows"]), self.args.kl_horizon
+            )
+        times = {"seconds_rollout": rolled_out - started, "seconds_optimise": time.perf_counter() - rolled_out}
+        for name, value in {**metrics, **optimisation, **times}.items():
+            self._metrics[name].append(value)
+        return loss.to(self.args.device)
+
+    # 1. Roll out ---------------------------------------------------------------------------------------------------
+
+    def rollout(self, rows: list[Mapping[str, Any]]) -> Tokens:
+        """A completion from the policy for each row's prompt: Tokens (B, P + C) on the CPU."""
+        prompts = encode_prompts(self.processing_class, [row["prompt"] for row in rows])
+        policy = self.roles.use("policy")
+        tokens = generate(
+            policy, self.processing_class, prompts, self.args.max_completion_length, self.args.temperature
+        )
+        return tokens.to(torch.device("cpu"))
+
+    def partition(self, tokens: Tokens) -> list[list[torch.Tensor]]:
+        """The minibatches of one epoch, each as a list of micro-batches of row numbers."""
+        return partition(tokens.completion_mask.sum(1), self.args.num_minibatches, self.args.micro_batch_size)
+
+    # 2. Score, 3. estimate advantages ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(
+        self, rows: list[Mapping[str, Any]], tokens: Tokens, minibatches: list[list[torch.Tensor]]
+    ) -> tuple[Trajectory, dict[str, float]]:
+        """Everything the loss needs about the completions, and metrics of the rollout.
+
+        Log-probs are taken in the very micro-batches of the first epoch, so that there the ratio is 1 to the last bit.
+        """
+        args, mask = self.args, tokens.completion_mask
+        logprobs, reference_logprobs, entropy, values = (torch.zeros(mask.shape) for _ in range(4))
+        for index in (index for minibatch in minibatches for index in minibatch):
+            micro = tokens.rows(index).to(self.policy.device)
+            width = micro.completion_mask.shape[1]
+            ours = completion_logprobs(self.roles.use("policy"), micro, args.temperature, with_entropy=True)
+            theirs, _ = completion_logprobs(self.roles.use("reference"), micro, args.temperature)
+            for out, part in zip(
+                (logprobs, entropy, reference_logprobs, values), (*ours, theirs, self.roles.values(micro)), strict=True
+            ):
+                out[index, :width] = part.float().cpu()
+
+        rewards = self.rewards(rows, tokens)
+        unfinished = ~finished(tokens, self.stop_ids)
+        scores = rewards - args.missing_eos_penalty * unfinished
+        per_token = token_rewards(scores, logprobs, reference_logprobs, mask, self.kl_coef)
+        advantages, returns = gae(per_token, values, mask, args.gamma, args.gae_lambda)
+        metrics = {
+            "reward": rewards.mean(),
+            "kl": ((logprobs - reference_logprobs) * mask).sum(1).mean(),
+            "objective": per_token.sum(1).mean(),
+            "entropy": masked_mean(entropy, mask),
+            "completion_length": mask.sum(1).float().mean(),
+            "unfinished": unfinished.float().mean(),
+            "explained_variance": explained_variance(values, returns, mask),
+        }
+        advantages = whiten(advantages, mask)
+        trajectory = Trajectory(tokens, logprobs, reference_logprobs, values, scores, advantages, returns)
+        return trajectory, {name: value.item() for name, value in metrics.items()} | {"kl_coef": self.kl_coef}
+
+    def rewards(self, rows: list[Mapping[str, Any]], tokens: Tokens) -> torch.Tensor:
+        """r(x, y) (B,) of the completions' texts; the reward also gets the rows' other columns."""
+        prompts = [row["prompt"] for row in rows]
+        texts: list[Any] = decode_completions(self.processing_class, tokens)
+        if not isinstance(prompts[0], str):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        rewards = torch.tensor(self.reward(prompts, texts, **columns), dtype=torch.float32)
+        if rewards.shape != (len(rows),) or not torch.isfinite(rewards).all():
+            raise ValueError(
+                f"the reward function gave {list(rewards.shape)} values for {len(rows)} completions, "
+                f"{int((~torch.isfinite(rewards)).sum())} of them not finite; it must give one finite number each"
+            )
+        return rewards
+
+    # 4. Optimise ---------------------------------------------------------------------------------------------------
+
+    def optimise(self, trajectory: Trajectory, minibatches: list[list[torch.Tensor]]) -> tuple[torch.Tensor, dict[str, float]]:
+        """All epochs over one trajectory: the mean loss (scalar) and metrics; leaves the last gradient unapplied."""
+        history: list[torch.Tensor] = []
+        first_deviation = 0.0
+        for epoch in range(self.args.ppo_epochs):
+            for minibatch in minibatches if epoch == 0 else self.partition(trajectory.tokens):
+                if history:
+                    self._optimizer_step()
+                statistics = self.accumulate_gradient(trajectory, minibatch)
+                if not history:
+                    first_deviation = statistics[-1].item()
+                history.append(statistics)
+                if self.args.target_kl is not None and statistics[3] > self.args.target_kl:
+                    # The policy has moved far enough: this gradient is not applied, and without one no optimizer steps.
+                    self.model.zero_grad(set_to_none=True)
+                    return self._summarise(history, first_deviation)
+        return self._summarise(history, first_deviation)
+
+    def accumulate_gradient(self, trajectory: Trajectory, minibatch: list[torch.Tensor]) -> torch.Tensor:
+        """Gradient of one minibatch, a mean over its tokens however it is cut into micro-batches.
+
+        Returns (loss, policy loss, value loss, approximate KL, clip fraction, max |ratio - 1|), each a token mean but the last.
+        """
+        args = self.args
+        n_tokens = sum(int(trajectory.tokens.completion_mask[index].sum()) for index in minibatch)
+        totals = torch.zeros(6)
+        for index in minibatch:
+            t = trajectory.rows(index, self.policy.device)
+            mask = t.tokens.completion_mask
+            # Backward before the roles change: with adapters, switching first would lose the policy's gradient.
+            logprobs, entropy = completion_logprobs(
+                self.roles.use("policy"), t.tokens, args.temperature, with_entropy=args.entropy_coef > 0
+            )
+            log_ratio = (logprobs - t.logprobs) * mask
+            ratio = log_ratio.exp()
+            surrogate = (policy_loss(ratio, t.advantages, args.clip_range) * mask).sum() / n_tokens
+            self.accelerator.backward(surrogate - args.entropy_coef * entropy.sum() / n_tokens)
+            errors = value_loss(self.roles.values(t.tokens), t.values, t.returns, args.value_clip_range)
+            squared = (errors * mask).sum() / n_tokens
+            self.accelerator.backward(args.vf_coef * squared)
+            with torch.no_grad():
+                k3 = ((ratio - 1 - log_ratio) * mask).sum() / n_tokens
+                clipped = (((ratio - 1).abs() > args.clip_range) * mask).sum() / n_tokens
+                loss = surrogate - args.entropy_coef * entropy.sum() / n_tokens + args.vf_coef * squared
+                totals[:5] += torch.stack([loss, surrogate, squared, k3, clipped]).float().cpu()
+                totals[5] = max(totals[5], (ratio - 1).abs().max().cpu())
+        if args.ptx_coef > 0:
+            totals[0] += args.ptx_coef * self.accumulate_ptx_gradient(sum(map(len, minibatch)))
+        return totals
+
+    def accumulate_ptx_gradient(self, n: int) -> float:
+        """Gradient of ptx_coef times the mean token NLL of `n` demonstrations (PPO-ptx, 2203.02155, eq. 2); returns the NLL."""
+        rows = self.ptx_dataset[torch.randint(len(self.ptx_dataset), (n,)).tolist()]
+        tokens = encode_pairs(self.processing_class, rows["prompt"], rows["completion"])
+        n_tokens, total = tokens.completion_mask.sum(), 0.0
+        for index in torch.arange(n).split(self.args.micro_batch_size):
+            logprobs, _ = completion_logprobs(self.roles.use("policy"), tokens.rows(index).to(self.policy.device))
+            nll = -logprobs.sum() / n_tokens
+            self.accelerator.backward(self.args.ptx_coef * nll)
+            total += nll.item()
+        return total
+
+    def _optimizer_step(self) -> None:
+        if self.args.max_grad_norm > 0:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _summarise(self, history: list[torch.Tensor], first_deviation: float) -> tuple[torch.Tensor, dict[str, float]]:
+        mean = torch.stack(history).mean(0)
+        names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction")
+        metrics = dict(zip(names, mean[1:5].tolist(), strict=True))
+        return mean[0], metrics | {"first_ratio_deviation": first_deviation, "minibatches": float(len(history))}
+
+    # What Trainer calls --------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer.train, from the seed: the same run whatever was drawn since this trainer was made."""
+        set_seed(self.args.seed)
+        return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """An optimizer over exactly the parameters that learn, whichever adapter was switched on last."""
+        self.roles.set_trainable()
+        return super().create_optimizer(model)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Reward, KL, entropy, length on the evaluation prompts, with the same random numbers each time; training is untouched."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ValueError("evaluate: no eval_dataset here and none given to the trainer")
+        totals: dict[str, float] = defaultdict(float)
+        was_training = self.roles.training
+        self.roles.eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)
+            for batch in dataset.iter(self.args.per_device_eval_batch_size):
+                rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+                tokens = self.rollout(rows)
+                _, metrics = self.score(rows, tokens, [list(torch.arange(len(rows)).split(self.args.micro_batch_size))])
+                metrics["entropy"] *= metrics["completion_length"]  # a mean over tokens, not over batches: divided below
+                for name in ("reward", "kl", "objective", "entropy", "completion_length", "unfinished"):
+                    totals[f"{metric_key_prefix}_{name}"] += metrics[name] * len(rows) / len(dataset)
+        totals[f"{metric_key_prefix}_entropy"] /= totals[f"{metric_key_prefix}_completion_length"]
+        self.roles.train(was_training)
+        self.log(dict(totals))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, totals)
+        return dict(totals)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of PPO's own metrics since the last log to what Trainer logs."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the policy, its tokenizer and generation config to `output_dir`, the value model to its folder `value`."""
+        out = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            out.mkdir(parents=True, exist_ok=True)
+            self.roles.save(out)
+            self.policy.generation_config.save_pretrained(out)
+            self.processing_class.save_pretrained(out)
+            (out / STATE).write_text(json.dumps({"kl_coef": self.kl_coef}) + "\n")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self.roles.load(resume_from_checkpoint)
+        self.kl_coef = json.loads((Path(resume_from_checkpoint) / STATE).read_text())["kl_coef"]
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _last_good(self) -> str:
+        checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved (save_strategy)"
+
+
+def _fits(reward: RewardModel, model: ModelPath, tokenizer: PreTrainedTokenizerBase, adapters: bool) -> bool:
+    """Whether values can start from the reward model: same tokens, and the same base where roles are adapters."""
+    if reward.tokenizer.get_vocab() != tokenizer.get_vocab():
+        return False
+    if adapters or is_adapter(model):
+        return is_adapter(reward.path) and same_base(reward.path, model)
+    return not is_adapter(reward.path)

@@ -1,0 +1,104 @@
+"""What a pipeline leaves for people: the summary table, the figures, samples side by side, and where the time went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from datasets import Dataset
+from matplotlib.figure import Figure
+
+from rlhf_kit import evaluate, plots, rewards, runs, statistics
+from rlhf_kit.pipeline import Pipeline
+
+MODELS = ("base", "SFT", "best-of-n", "PPO", "DPO")
+
+
+def write_report(pipeline: Pipeline) -> pd.DataFrame:
+    """Write summary.csv, figures/ and samples.md of a whole pipeline; returns the summary, a row per model."""
+    scores, out = pipeline.scores(), pipeline.out
+    final = scores[scores["final"]].drop(columns=["step", "n", "final"])
+    summary = evaluate.summary(final).set_index("model").loc[list(MODELS)].reset_index()
+    runs.write_summary(out, summary)
+    plots.style()
+    for name, figure in figures(pipeline, scores).items():
+        runs.save_figure(out, name, figure)
+    accuracy(pipeline).to_csv(out / "reward_model_accuracy.csv", index=False)
+    if pipeline.preset.task is not None:
+        effects = evaluate.side_effects(final, pipeline.preset.task)
+        effects.to_csv(out / "side_effects.csv", index=False)
+        # A person's own data is not copied into a results folder that may be published.
+        (out / "samples.md").write_text(samples_table(final), encoding="utf-8")
+    return summary
+
+
+def figures(pipeline: Pipeline, scores: pd.DataFrame) -> dict[str, Figure]:
+    """The figures of a run by file name."""
+    final = scores[scores["final"]]
+    metrics = pd.read_csv(pipeline.runs["ppo"].directory / "metrics.csv")
+    columns = ["reward", "kl", "entropy", "completion_length", "value_loss", "clip_fraction"]
+    return {
+        "reward_shift": plots.reward_shift(final),
+        "rlhf_vs_dpo": plots.reward_against_kl(evaluate.frontier(scores[scores["model"] != "base"])),
+        "training": plots.training(metrics, columns),
+        "reward_model_accuracy": plots.accuracy(accuracy(pipeline)),
+    }
+
+
+def accuracy(pipeline: Pipeline) -> pd.DataFrame:
+    """The reward model's accuracy on its training pairs and on held-out pairs: `pairs, n, accuracy[_lo, _hi]`."""
+    reward = rewards.RewardModel(pipeline.reward_model())
+    rows = []
+    for name, label in (("train", "trained on"), ("test", "held out")):
+        pairs = Dataset.from_parquet(str(pipeline.preferences() / f"{name}.parquet"))
+        share = evaluate.accuracy(reward, pairs)
+        rows.append(
+            {"pairs": label, "n": len(pairs), "accuracy": share.mean, "accuracy_lo": share.lo, "accuracy_hi": share.hi}
+        )
+    return pd.DataFrame(rows)
+
+
+def samples_table(scores: pd.DataFrame, n: int = 10) -> str:
+    """`n` prompts of all kinds as Markdown, each model's first completion side by side with its rewards."""
+    firsts = scores[(scores["sample"] == 0) | (scores["model"] == "best-of-n")]
+    shown = firsts.drop_duplicates("prompt_id").groupby("kind", sort=True)["prompt_id"].apply(list)
+    turns = [ids[turn] for turn in range(n) for ids in shown if turn < len(ids)][:n]
+    lines = ["# Ten prompts, every model's answer", ""]
+    for prompt_id in turns:
+        rows = firsts[firsts["prompt_id"] == prompt_id].set_index("model")
+        lines += [
+            f"**{rows['prompt'].iloc[0]}** ({rows['kind'].iloc[0]})",
+            "",
+            "| model | completion | gold | proxy |",
+            "|---|---|---|---|",
+        ]
+        for model in MODELS:
+            row = rows.loc[model]
+            lines.append(
+                f"| {model} | {row['completion'].strip().replace('|', '/')} | {row['gold']:.2f} | {row['proxy']:.2f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def timing(pipeline: Pipeline) -> pd.DataFrame:
+    """Seconds of each stage as it was made, and its share of the whole."""
+    rows = [{"stage": name, "seconds": run.info["seconds"], "kept": run.reused} for name, run in pipeline.runs.items()]
+    table = pd.DataFrame(rows)
+    return table.assign(share=table["seconds"] / table["seconds"].sum())
+
+
+def readable(summary: pd.DataFrame) -> str:
+    """The summary as text: mean [95% interval] of each quantity."""
+    quantities = [column for column in summary.columns if f"{column}_lo" in summary.columns]
+    table = pd.DataFrame({"model": summary["model"]})
+    for name in quantities:
+        cells = zip(summary[name], summary[f"{name}_lo"], summary[f"{name}_hi"], strict=True)
+        table[name] = ["-" if pd.isna(mean) else str(statistics.Interval(mean, lo, hi)) for mean, lo, hi in cells]
+    return table.to_string(index=False) + "\n(kl of best-of-n is the upper bound log n - (n-1)/n)"
+
+
+def readable_effects(out: Path) -> str:
+    """The side effects as text: the share of each by model."""
+    effects = pd.read_csv(out / "side_effects.csv")
+    return effects.pivot(index="effect", columns="model", values="share")[list(MODELS)].map("{:.0%}".format).to_string()

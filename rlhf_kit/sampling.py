@@ -1,0 +1,81 @@
+"""Completions from a model directory as a frame, and best-of-n among them."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from datasets import Dataset
+
+from rlhf_kit.models import (
+    ModelPath,
+    completion_kl,
+    decode_completions,
+    device,
+    encode_prompts,
+    finished,
+    generate,
+    load_causal,
+    load_tokenizer,
+    stop_ids,
+)
+from rlhf_kit.rewards import Reward
+
+
+@torch.no_grad()
+def sample(
+    model: ModelPath,
+    prompts: Dataset,
+    n: int = 1,
+    temperature: float = 1.0,
+    max_completion_length: int = 64,
+    reference: ModelPath | None = None,
+    seed: int = 0,
+    batch_size: int = 128,
+    load_in_4bit: bool | None = None,
+) -> pd.DataFrame:
+    """`n` completions of each prompt: a row per (prompt_id, sample) with text, `finished`, `n_tokens` and the prompts' columns.
+
+    With a `reference` model the column `kl` holds KL(model || reference) along each completion in nats, summed exactly
+    over the vocabulary at each position.
+    """
+    torch.manual_seed(seed)
+    policy, tokenizer = _ready(model, load_in_4bit), load_tokenizer(model)
+    other = _ready(reference, load_in_4bit) if reference is not None else None
+    encoded = encode_prompts(tokenizer, prompts["prompt"][:])
+    stops = stop_ids(policy, tokenizer)
+    rows = [(prompt_id, k) for prompt_id in range(len(prompts)) for k in range(n)]
+    parts = []
+    for start in range(0, len(rows), batch_size):
+        batch = pd.DataFrame(rows[start : start + batch_size], columns=["prompt_id", "sample"])
+        tokens = generate(policy, tokenizer, [encoded[i] for i in batch.prompt_id], max_completion_length, temperature)
+        batch["completion"] = decode_completions(tokenizer, tokens)
+        batch["finished"] = finished(tokens, stops).tolist()
+        batch["n_tokens"] = tokens.completion_mask.sum(1).tolist()
+        if other is not None:
+            batch["kl"] = completion_kl(policy, other, tokens, temperature or 1.0).tolist()
+        parts.append(batch)
+    columns = prompts.to_pandas().rename_axis("prompt_id").reset_index()
+    columns["prompt"] = prompts["prompt"][:]  # chats stay lists of dicts
+    frame = pd.concat(parts, ignore_index=True).merge(columns, on="prompt_id", suffixes=("", "_dataset"))
+    first = ["prompt_id", "sample", "prompt", "completion", "finished", "n_tokens"]
+    return frame[first + [column for column in frame.columns if column not in first]]
+
+
+def score(samples: pd.DataFrame, rewards: dict[str, Reward]) -> pd.DataFrame:
+    """The samples with a column for each reward, called with the frame's other columns as it would be in training."""
+    columns = {name: samples[name].tolist() for name in samples.columns if name not in ("prompt", "completion")}
+    prompts, completions = samples["prompt"].tolist(), samples["completion"].tolist()
+    return samples.assign(**{name: reward(prompts, completions, **columns) for name, reward in rewards.items()})
+
+
+def best_of_n(scored: pd.DataFrame, by: str, n: int | None = None) -> pd.DataFrame:
+    """Of each prompt's first `n` samples (default: all) the one with the highest `by`: a row per prompt."""
+    if by not in scored.columns:
+        raise ValueError(f"best_of_n: no column {by!r} to choose by; score the samples first")
+    pool = scored if n is None else scored[scored["sample"] < n]
+    return scored.loc[pool.groupby("prompt_id")[by].idxmax()].reset_index(drop=True)
+
+
+def _ready(model: ModelPath, load_in_4bit: bool | None):  # type: ignore[no-untyped-def]
+    loaded = load_causal(model, load_in_4bit).eval()
+    return loaded if load_in_4bit or getattr(loaded, "is_loaded_in_4bit", False) else loaded.to(device())

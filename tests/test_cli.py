@@ -1,0 +1,152 @@
+"""The command line as a person meets it: mistakes end in one sentence, and a killed demo goes on where it was."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from rlhf_kit import cli
+
+
+TINY = [
+    *("sft.max_steps=4", "reward_model.max_steps=4", "dpo.max_steps=4", "dpo.save_steps=2", "ppo.max_steps=2"),
+    *("ppo.save_steps=1", "ppo.per_device_train_batch_size=16", "n_demonstrations=64", "n_preference_prompts=24"),
+    *("n_test_prompts=12", "best_of=2", "samples_per_prompt=2"),
+]
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "rlhf_kit.cli", *map(str, arguments)]
+
+
+def tiny_demo(out: Path, *arguments: str | Path) -> list[str]:
+    return command("demo", "--out", out, "--threads", "1", *(word for name in TINY for word in ("--set", name)), *arguments)
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=600)
+
+
+def preference_file(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+PAIRS = [{"prompt": f"is {i} even ?", "chosen": " yes .", "rejected": " no idea ."} for i in range(40)]
+
+
+def wrong_uses(tmp: Path) -> dict[str, tuple[list[str | Path], list[str]]]:
+    """Each mistake with words that its message must hold."""
+    (tmp / "file").write_text("not a folder")
+    (tmp / "nothing").mkdir()
+    (tmp / "empty.jsonl").touch()
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in PAIRS).encode())
+    (tmp / "half.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    wrong = preference_file(tmp / "wrong.jsonl", [{"prompt": "a ?", "better": " b", "rejected": " c"}])
+    out = tmp / "out"
+    return {
+        "no such file": (["--data", tmp / "absent.jsonl", "--out", out], ["absent.jsonl", "no such file"]),
+        "wrong column": (["--data", wrong, "--out", out], ["wrong.jsonl", "chosen", "better"]),
+        "empty file": (["--data", tmp / "empty.jsonl", "--out", out], ["empty.jsonl", "empty"]),
+        "half a gzip": (["--data", tmp / "half.jsonl.gz", "--out", out], ["half.jsonl.gz"]),
+        "no model": (["--base-model", tmp / "nothing", "--out", out], ["nothing", "config.json"]),
+        "hub id offline": (["--base-model", "someone/some-model", "--out", out], ["someone/some-model"]),
+        "hub data offline": (["--data", "someone/some-data", "--out", out], ["someone/some-data"]),
+        "unwritable": (["--out", tmp / "file" / "results"], ["cannot write", "results"]),
+        "negative batch": (["--set", "ppo.per_device_train_batch_size=-1", "--out", out], ["batch_size", "above 0"]),
+        "unknown preset": (["--preset", "galaxy", "--out", out], ["galaxy", "pocket"]),
+        "unknown setting": (["--set", "sft.max_stepz=3", "--out", out], ["max_stepz", "max_steps"]),
+    }
+
+
+def test_wrong_uses_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, (arguments, words) in wrong_uses(tmp_path).items():
+        before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+        assert cli.main(["demo", *map(str, arguments)]) == 2, name
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("rlhf-kit: ") and "Traceback" not in message, name
+        assert all(word in message for word in words), (name, message)
+        assert all(path.read_bytes() == content for path, content in before.items()), name
+
+
+def test_the_exit_code_reaches_the_shell(tmp_path: Path) -> None:
+    result = run(command("demo", "--preset", "galaxy"))
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_killed_in_each_stage_then_resumed_gives_the_same_summary(tmp_path: Path) -> None:
+    whole = run(tiny_demo(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    killed = []
+    for stage in ("sft", "preferences", "reward_model", "ppo", "dpo", "scores"):
+        process = subprocess.Popen(
+            tiny_demo(tmp_path / "killed"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(f"{stage}: at work"):
+                time.sleep(0.2)  # let it get into the work
+                process.send_signal(signal.SIGKILL)
+                break
+        process.wait()
+        killed.append(process.returncode)
+        assert not (tmp_path / "killed" / "runs" / stage / "run.json").exists()
+    assert killed == [-signal.SIGKILL] * 6
+    resumed = run(tiny_demo(tmp_path / "killed"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "sft: done before, kept" in resumed.stdout
+    same = [(tmp_path / name / "summary.csv").read_bytes() for name in ("whole", "killed")]
+    assert same[0] == same[1]
+
+    # Another config under the same names is refused, and what is there stays.
+    refused = run([*tiny_demo(tmp_path / "killed"), "--set", "sft.learning_rate=0.1"])
+    assert refused.returncode == 2 and "learning_rate" in refused.stderr and "Traceback" not in refused.stderr
+    assert (tmp_path / "killed" / "summary.csv").read_bytes() == same[0]
+
+    # What a demo leaves.
+    table = pd.read_csv(tmp_path / "whole" / "summary.csv")
+    assert list(table["model"]) == ["base", "SFT", "best-of-n", "PPO", "DPO"]
+    for quantity in ("gold", "proxy", "kl", "n_tokens", "win_rate_gold", "win_rate_proxy"):
+        assert {quantity, f"{quantity}_lo", f"{quantity}_hi"} <= set(table.columns)
+        assert table[quantity].notna().all()
+    sft = table.set_index("model").loc["SFT"]
+    assert sft["kl"] == 0 and sft["win_rate_gold"] == 0.5
+    for figure in ("reward_shift", "rlhf_vs_dpo", "training"):
+        assert (tmp_path / "whole" / "figures" / f"{figure}.png").stat().st_size > 10_000
+    assert (tmp_path / "whole" / "samples.md").read_text().count("| DPO |") == 10
+
+
+@pytest.mark.slow
+def test_own_data_without_a_base_model(tmp_path: Path) -> None:
+    letters = "abcdefghijklmnop"
+    rows = [
+        {"prompt": f"is {a}{b} good ?", "chosen": f" yes , {a} is .", "rejected": f" no , {b} is not ."}
+        for a in letters
+        for b in letters
+    ]
+    file = preference_file(tmp_path / "own.jsonl", rows)
+    small = ["pretrain.steps=5", "pretrain.vocab_size=300", "pretrain.hidden_size=64", "sft.max_steps=2", "best_of=2"]
+    small += ["reward_model.max_steps=2", "dpo.max_steps=2", "dpo.save_steps=2", "ppo.max_steps=1", "ppo.save_steps=1"]
+    small += ["ppo.per_device_train_batch_size=4", "n_test_prompts=8", "sampling.max_completion_length=8"]
+    arguments = [word for name in small for word in ("--set", name)]
+    result = run(command("demo", "--data", file, "--out", tmp_path / "out", "--threads", "1", *arguments))
+    assert result.returncode == 0, result.stderr
+    assert "its English is poor" in result.stdout
+    table = pd.read_csv(tmp_path / "out" / "summary.csv")
+    assert table["gold"].isna().all() and table["win_rate_gold"].isna().all()  # empty, not invented
+    assert table["proxy"].notna().all()
+    assert not (tmp_path / "out" / "samples.md").exists()  # no text of a person's data is copied
+    accuracy = pd.read_csv(tmp_path / "out" / "reward_model_accuracy.csv")
+    assert list(accuracy["pairs"]) == ["trained on", "held out"]
+
+

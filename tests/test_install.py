@@ -1,0 +1,132 @@
+"""pyproject.toml, requirements.lock and environment.yml say the same, for every Python and platform they promise."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+PYTHONS = ["3.11.0", "3.12.0", "3.13.0"]
+
+LOCK_LINES = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+LOCK = {canonicalize_name(line.split("==")[0]): line.split("==")[-1] for line in LOCK_LINES}
+
+CORE = [Requirement(text) for text in PROJECT["dependencies"]]
+EXTRAS = {name: [Requirement(text) for text in texts] for name, texts in PROJECT["optional-dependencies"].items()}
+BUILD = [Requirement(text) for text in PYPROJECT["build-system"]["requires"]]
+DECLARED = [*CORE, *(requirement for extra in EXTRAS.values() for requirement in extra), *BUILD]
+
+
+def test_the_lock_is_exact_pins_and_nothing_else() -> None:
+    wrong = [line for line in LOCK_LINES if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)]
+    assert not wrong, f"no hashes, local versions, options or ranges: {wrong}"
+    assert len(LOCK) == len(LOCK_LINES), "a package is named twice"
+    assert not [name for name in LOCK if name.startswith(("nvidia-", "cuda-")) or name in {"triton", "rlhf-kit", "pip"}]
+
+
+@pytest.mark.parametrize("requirement", DECLARED, ids=str)
+def test_the_lock_pins_each_dependency_inside_its_range(requirement: Requirement) -> None:
+    pin = LOCK.get(canonicalize_name(requirement.name))
+    assert pin is not None, f"{requirement.name} is not in requirements.lock: make lock"
+    assert pin in requirement.specifier, f"requirements.lock has {requirement.name} {pin}, outside {requirement}"
+    assert any(part.operator == ">=" for part in requirement.specifier), f"{requirement} says no oldest version"
+
+
+def test_the_tests_run_on_what_is_locked() -> None:
+    here = {name: metadata.version(name).split("+")[0] for name in LOCK}
+    assert here == LOCK, "this environment is not requirements.lock: make setup"
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_is_complete_on_every_python(python: str) -> None:
+    """Each pinned package takes this Python, and what it needs there is pinned too, at a version it takes."""
+    on_linux = {
+        "python_version": python.rpartition(".")[0],
+        "python_full_version": python,
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "os_name": "posix",
+        "extra": "",
+    }
+    assert python in SpecifierSet(PROJECT["requires-python"])
+    for name in LOCK:
+        wheel = metadata.metadata(name)
+        assert python in SpecifierSet(wheel["Requires-Python"] or ""), (
+            f"{name} {LOCK[name]} does not take Python {python}"
+        )
+        if name == "torch":  # its requirements are its build's: the CUDA one brings what the lock leaves to pip
+            continue
+        for requirement in map(Requirement, wheel.get_all("Requires-Dist") or []):
+            if requirement.marker is None or requirement.marker.evaluate(on_linux):
+                pin = LOCK.get(canonicalize_name(requirement.name))
+                assert pin is not None, f"{name} needs {requirement}, which is not pinned"
+                assert requirement.specifier.contains(pin, prereleases=True), (
+                    f"{name} needs {requirement}; {pin} is pinned"
+                )
+
+
+def test_conda_brings_python_and_pip_and_the_lock_the_rest() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == PROJECT["name"]
+    python, *rest = environment["dependencies"]
+    assert rest == ["pip", {"pip": ["-r requirements.lock", "-e ."]}]
+    assert python.startswith("python=") and f"{python.removeprefix('python=')}.0" in PYTHONS
+
+
+def test_every_place_that_names_the_pythons_names_the_same() -> None:
+    minors = [python.rpartition(".")[0] for python in PYTHONS]
+    classifiers = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if "Python :: 3." in text]
+    assert classifiers == minors
+    low, high = (tuple(map(int, minor.split("."))) for minor in (minors[0], minors[-1]))
+    assert f"{low} <= sys.version_info[:2] <= {high}" in (ROOT / "Makefile").read_text()
+    assert PROJECT["requires-python"] == f">={minors[0]},<3.{high[1] + 1}"
+
+
+def test_what_the_kit_imports_is_declared() -> None:
+    declared = {canonicalize_name(requirement.name) for requirement in [*CORE, *EXTRAS["notebooks"]]}
+    distributions = metadata.packages_distributions()
+    for path in sorted((ROOT / "rlhf_kit").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module or ""]
+            else:
+                continue
+            for module in {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"rlhf_kit"}:
+                names = {canonicalize_name(name) for name in distributions.get(module, [module])}
+                assert names & declared, f"{path.name} imports {module}, which pyproject.toml does not declare"
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_command_the_code_and_the_base_model(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "rlhf_kit", source / "rlhf_kit", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip_wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    built = subprocess.run([*pip_wheel, "-w", tmp_path, source], cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
+        [entry_points] = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+        assert "rlhf-kit = rlhf_kit.cli:main" in archive.read(entry_points).decode()
+    tree = {str(path.relative_to(source)) for path in (source / "rlhf_kit").rglob("*") if path.is_file()}
+    assert packed == tree
+    assert "rlhf_kit/pocket/base/model.safetensors" in packed

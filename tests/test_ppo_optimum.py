@@ -1,0 +1,212 @@
+"""PPO and DPO against the exact optimum of their objective, enumerated: pi*(y) = pi_ref(y) exp(r(y) / beta) / Z.
+
+One- and two-token completions over twelve tokens, so that every completion can be written down.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import WORDS, layout, naive_logits, word_tokenizer
+
+from rlhf_kit import models, train
+from rlhf_kit.ppo import PPOConfig, PPOTrainer, Trajectory, gae, policy_loss, token_rewards
+
+Zoo = dict[str, str]
+EOS, V = 0, 12
+BETA = 0.5
+# exp(r) of each word: small whole numbers, so that a Bradley-Terry rater's odds w_i : w_j are a finite data set.
+ODDS = {word: odds for word, odds in zip(WORDS, [1, 2, 3, 4, 1, 2, 3, 4, 2, 3], strict=True)}
+PROMPTS = ["a c", "b", "a d e"]
+# KL in nats between what was reached and the optimum. N samples pin a distribution over V outcomes down to about
+# (V - 1) / 2N nats; PPO's last third of updates has N > 10,000 and its noise is a few times that of plain sampling.
+BOUND = 0.02
+
+
+def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Sum over the words of log odds; the empty completion gives 0."""
+    return [sum(math.log(ODDS[word]) for word in split(completion)) for completion in completions]
+
+
+def split(text: str) -> list[str]:
+    """A text of WORDS back into them."""
+    ids = word_tokenizer()(text)["input_ids"]
+    return [WORDS[token - 2] for token in ids]
+
+
+def completions_of(length: int) -> list[list[int]]:
+    """Every completion of up to `length` tokens as it can be sampled: ended by EOS or cut."""
+    if length == 1:
+        return [[token] for token in range(V)]
+    return [[EOS]] + [[token, *rest] for token in range(V) if token != EOS for rest in completions_of(length - 1)]
+
+
+def log_distribution(model: torch.nn.Module, prompt: str, completions: list[list[int]]) -> torch.Tensor:
+    """log pi(y | prompt) of every completion, from the model's own logits."""
+    ids = word_tokenizer()(prompt)["input_ids"]
+    rows = []
+    for completion in completions:
+        logits = naive_logits(model, ids, completion).double().log_softmax(-1)
+        rows.append(sum(logits[t, token] for t, token in enumerate(completion)))
+    return torch.stack(rows)  # type: ignore[arg-type]
+
+
+def text_of(completion: list[int]) -> str:
+    return "".join(WORDS[token - 2] for token in completion if token > 1)
+
+
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
+    return (log_p.exp() * (log_p - log_q)).sum().item()
+
+
+def distances(trained: torch.nn.Module, reference: torch.nn.Module, length: int) -> list[tuple[float, float]]:
+    """(KL(pi || pi*), KL(pi_ref || pi*)) for each prompt: where training ended, and where it started."""
+    completions = completions_of(length)
+    results = []
+    for prompt in PROMPTS:
+        log_ref, log_pi = (log_distribution(model, prompt, completions) for model in (reference, trained))
+        assert log_ref.exp().sum().item() == pytest.approx(1, abs=1e-5)
+        rewards = torch.tensor(reward([], [text_of(y) for y in completions]), dtype=torch.float64)
+        log_star = (log_ref + rewards / BETA).log_softmax(0)
+        results.append((kl(log_pi, log_star), kl(log_ref, log_star)))
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "fresh_adapter"), [(1, False), (1, True), (2, False)])
+def test_ppo_reaches_the_enumerated_optimum(zoo: Zoo, length: int, fresh_adapter: bool, tmp_path: Path) -> None:
+    args = PPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=120,
+        per_device_train_batch_size=384,
+        micro_batch_size=384,
+        num_minibatches=1,
+        ppo_epochs=2,
+        learning_rate=1e-2,
+        max_completion_length=length,
+        kl_coef=BETA,
+        missing_eos_penalty=0.0,
+        vf_coef=1.0,
+    )
+    dataset = Dataset.from_dict({"prompt": PROMPTS * 128})
+    adapter = models.lora(16, 32) if fresh_adapter else None
+    trainer = PPOTrainer(zoo["words"], reward, args, dataset, peft_config=adapter, callbacks=[])
+    trainer.train()
+    policy = trainer.roles.use("policy").eval()
+    for reached, start in distances(policy, models.load_causal(zoo["words"]).eval(), length):
+        assert start > 10 * BOUND
+        assert reached < BOUND
+
+
+@pytest.mark.slow
+def test_dpo_on_infinite_noise_free_preferences_reaches_the_enumerated_optimum(zoo: Zoo, tmp_path: Path) -> None:
+    """Each pair of words in both orders, odds_i times and odds_j times: the expectation over a Bradley-Terry rater.
+
+    DPO leaves the mass outside its completions free (one word and EOS), so the optimum is that among them.
+    """
+    pairs = [(i, j) for i in range(len(WORDS)) for j in range(len(WORDS)) if i != j]
+    rows = [
+        {"prompt": prompt, "chosen": WORDS[i], "rejected": WORDS[j]}
+        for prompt in PROMPTS
+        for i, j in pairs
+        if "ab".find(WORDS[i]) < 0 and "ab".find(WORDS[j]) < 0  # words that join onto a prompt
+        for _ in range(ODDS[WORDS[i]])
+    ]
+    settings = {"max_steps": 150, "per_device_train_batch_size": len(rows), "learning_rate": 1e-2, "max_length": 16}
+    out = train.dpo(zoo["words"], Dataset.from_list(rows), tmp_path / "dpo", beta=BETA, callbacks=[], **settings)
+    support = [[token, EOS] for token in range(4, V)]
+    trained, reference = (models.load_causal(path).eval() for path in (out, zoo["words"]))
+    for prompt in PROMPTS:
+        log_pi, log_ref = (log_distribution(model, prompt, support).log_softmax(0) for model in (trained, reference))
+        rewards = torch.tensor(reward([], [text_of(y) for y in support]), dtype=torch.float64)
+        log_star = (log_ref + rewards / BETA).log_softmax(0)
+        assert kl(log_ref, log_star) > 10 * BOUND
+        assert kl(log_pi, log_star) < BOUND
+
+
+# --- the gradient ----------------------------------------------------------------------------------------------------
+
+
+def objective(logprobs: torch.Tensor, reference: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    """J = sum_y pi(y) (r(y) - beta log(pi(y) / pi_ref(y))) from log-probs (N,) of every completion."""
+    return (logprobs.exp() * (rewards - BETA * (logprobs - reference))).sum()
+
+
+@pytest.mark.parametrize("with_values", [False, True])
+def test_the_surrogates_gradient_at_ratio_one_is_the_true_gradient(with_values: bool) -> None:
+    """In float64, for a free table of logits over two tokens, with any baseline that knows only the prefix."""
+    torch.manual_seed(0)
+    completions = completions_of(2)
+    first = torch.randn(V, dtype=torch.float64, requires_grad=True)
+    second = torch.randn(V, V, dtype=torch.float64, requires_grad=True)
+    other_first, other_second = torch.randn(V, dtype=torch.float64), torch.randn(V, V, dtype=torch.float64)
+    ids = torch.tensor([[*y, 0][:2] for y in completions])
+    mask = torch.tensor([[1, 0] if y == [EOS] else [1, 1] for y in completions])
+    rewards = torch.randn(len(completions), dtype=torch.float64)
+
+    def per_token(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        a = one.log_softmax(0)[ids[:, 0]]
+        b = two.log_softmax(1)[ids[:, 0], ids[:, 1]]
+        return torch.stack([a, b], 1) * mask
+
+    reference = per_token(other_first, other_second)
+    true = torch.autograd.grad(objective(per_token(first, second).sum(1), reference.sum(1), rewards), (first, second))
+
+    logprobs = per_token(first, second)
+    old = logprobs.detach()
+    prefix_values = torch.randn(1 + V, dtype=torch.float64) * with_values
+    values = torch.stack([prefix_values[:1].expand(len(ids)), prefix_values[1 + ids[:, 0]]], 1) * mask
+    advantages, _ = gae(token_rewards(rewards, old, reference, mask, BETA), values, mask, 1.0, 1.0)
+    losses = (policy_loss((logprobs - old).exp(), advantages, 0.2) * mask).sum(1)
+    surrogate = torch.autograd.grad((old.sum(1).exp() * losses).sum(), (first, second))
+    for ours, expected in zip(surrogate, true, strict=True):
+        assert expected.abs().max() > 0.05
+        assert torch.allclose(-ours, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("fresh_adapter", [False, True])
+def test_the_trainers_gradient_is_the_true_gradient_of_the_objective(zoo: Zoo, fresh_adapter: bool, tmp_path: Path) -> None:
+    """Every completion of two tokens as one minibatch, each advantage weighted by pi(y), through PPOTrainer's own loss.
+
+    The model's log-probs are in float32: agreement to 1e-5 of the largest gradient.
+    """
+    prompt = word_tokenizer()("a c")["input_ids"]
+    completions = completions_of(2)
+    args = PPOConfig(output_dir=str(tmp_path), kl_coef=BETA, gamma=1.0, gae_lambda=1.0, vf_coef=0.0, max_completion_length=2)
+    adapter = models.lora(4, 8) if fresh_adapter else None
+    options: dict[str, Any] = {"ref_model": None if fresh_adapter else zoo["words-other"], "peft_config": adapter}
+    trainer = PPOTrainer(zoo["words"], reward, args, Dataset.from_dict({"prompt": ["a c"]}), callbacks=[], **options)
+    for name, parameter in trainer.roles.trainable_parameters():
+        if "lora_B" in name and name.startswith("policy"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    roles = trainer.roles.eval()
+    tokens = layout([(prompt, y) for y in completions], 1, [EOS])
+    rewards = torch.tensor(reward([], [text_of(y) for y in completions]))
+    mask = tokens.completion_mask
+
+    with torch.no_grad():
+        reference, _ = models.completion_logprobs(roles.use("reference"), tokens)
+    policy = roles.use("policy")
+    logits = policy(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False).logits
+    table = logits[:, len(prompt) - 1 : -1].log_softmax(-1).gather(-1, tokens.completion_ids[..., None])[..., 0] * mask
+    objective(table.sum(1), reference.sum(1), rewards).backward()
+    expected = {name: p.grad.clone() for name, p in roles.trainable_parameters() if p.grad is not None}
+    roles.zero_grad(set_to_none=True)
+
+    old = table.detach()
+    assert old.sum(1).exp().sum().item() == pytest.approx(1, abs=1e-5)
+    values = torch.zeros_like(old)
+    advantages, returns = gae(token_rewards(rewards, old, reference, mask, BETA), values, mask, 1.0, 1.0)
+    weighted = advantages * old.sum(1, keepdim=True).exp() * mask.sum()  # undo the mean over tokens
+    trajectory = Trajectory(tokens, old, reference, values, rewards, weighted, returns)
+    trainer.accumulate_gradient(trajectory, [torch.arange(len(completions))])
+    ours = {name: p.grad for name, p in roles.trainable_parameters() if name in expected}
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    assert largest > 0.01 and expected
+    for name, gradient in expected.items():
+        assert torch.allclose(-ours[name], gradient, atol=1e-5 * largest.item()), name

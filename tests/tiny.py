@@ -1,0 +1,127 @@
+"""Tiny random models on disk, and the naive computations that the tests hold the kit against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_kit import pocket
+from rlhf_kit.models import Tokens, load_base, lora, write_notes
+from rlhf_kit.pocket.tokenizer import wrap
+
+MODES = ["full", "lora", "4bit"]
+# Words of a vocabulary small enough to enumerate: with EOS and PAD twelve tokens.
+WORDS = ["a", "b", " c", " d", " e", " f", " g", " h", " i", " j"]
+
+
+def word_tokenizer() -> PreTrainedTokenizerBase:
+    """EOS 0, PAD 1 and one token for each of WORDS."""
+    pieces = [pocket.EOS, pocket.PAD, *(word.replace(" ", "Ġ") for word in WORDS)]
+    vocabulary = {piece: row for row, piece in enumerate(pieces)}
+    return wrap(Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True)))
+
+
+def save_llama(out: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0, hidden: int = 64, eos_logit: float = 1.5) -> str:
+    """A Llama of two layers whose next-token distributions are far from uniform, with EOS likely enough to be sampled."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.25,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 1.5  # a direction that is in every hidden state, for EOS to read
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = eos_logit
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return str(out)
+
+
+def save_gpt2(out: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Absolute positions: the architecture that shows every mistake with left padding."""
+    torch.manual_seed(0)
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, **special)
+    config.initializer_range = 0.3
+    GPT2LMHeadModel(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return str(out)
+
+
+def save_adapter(out: Path, base: str, tokenizer: PreTrainedTokenizerBase, load_in_4bit: bool, seed: int = 0, score: bool = False) -> str:
+    """A LoRA adapter that is not the identity; with `score`, a reward model's."""
+    torch.manual_seed(seed)
+    auto: Any = AutoModelForSequenceClassification if score else AutoModelForCausalLM
+    model = load_base(base, auto.from_pretrained, load_in_4bit, **({"num_labels": 1} if score else {}))
+    config = lora(r=4, alpha=8)
+    if score:
+        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.15)
+    adapted.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    write_notes(out, load_in_4bit=load_in_4bit)
+    return str(out)
+
+
+def save_reward(out: Path, base: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> str:
+    """A full reward model: the base with a random score head."""
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight, std=0.3)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return str(out)
+
+
+def layout(
+    rows: list[tuple[list[int], list[int]]], pad: int, stops: list[int], left: int = 0, right: int = 0
+) -> Tokens:
+    """Tokens of (prompt, completion) rows by hand, with `left` and `right` columns of padding more than needed."""
+    width = max(len(prompt) for prompt, _ in rows) + left
+    length = max(len(completion) for _, completion in rows) + right
+    ids, attention, mask = [], [], []
+    for prompt, completion in rows:
+        ends = [t for t, token in enumerate(completion) if token in stops]
+        real = ends[0] + 1 if ends else len(completion)
+        ids.append([pad] * (width - len(prompt)) + prompt + completion + [pad] * (length - len(completion)))
+        mask.append([1] * real + [0] * (length - real))
+        attention.append([0] * (width - len(prompt)) + [1] * len(prompt) + mask[-1])
+    return Tokens(torch.tensor(ids), torch.tensor(attention), torch.tensor(mask))
+
+
+def naive_logits(model: torch.nn.Module, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """(len(completion), V): the model's own logits for each completion token, one row, no padding, no cache."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0].float()
+    return torch.stack([logits[len(prompt) + t - 1] for t in range(len(completion))])
+
+
+def naive_logprobs(model: torch.nn.Module, prompt: list[int], completion: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """(len(completion),) log-probs, token by token."""
+    logits = naive_logits(model, prompt, completion)
+    return torch.stack([torch.log_softmax(logits[t] / temperature, -1)[token] for t, token in enumerate(completion)])
