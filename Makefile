@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# JupyterLab's defaults in .venv: it would ask, over the first notebook, whether to fetch news.
+LAB_SETTINGS := .venv/share/jupyter/lab/settings
 LAB_ARGS ?=
 ARGS ?=
 
@@ -19,14 +21,16 @@ help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
 
 setup: $(INSTALLED) ## make .venv and install requirements.lock (PYTHON=python3.12 picks another Python)
+	@echo "setup: .venv holds requirements.lock and rlhf-kit ($$($(BIN)/python --version))"
 
 $(INSTALLED): requirements.lock pyproject.toml | $(BIN)/pip
 	@echo "setup: installing requirements.lock ($$(grep -c '==' requirements.lock) packages) into .venv; this takes minutes the first time"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@echo "setup: installing rlhf-kit itself, as an editable package"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@mkdir -p $(LAB_SETTINGS) && echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' \
+		> $(LAB_SETTINGS)/overrides.json
 	@touch $@
-	@echo "setup: done"
 
 # pip is the last thing that venv puts there, so an interrupted .venv is made again.
 $(BIN)/pip:
@@ -56,7 +60,6 @@ format: $(INSTALLED) ## put the code into the format that check asks for
 
 lab: $(INSTALLED) ## JupyterLab on this machine only, opened on the tour (LAB_ARGS="--no-browser" and the like)
 	@HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
-		--LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
 		$(LAB_ARGS) notebooks/00_tour.ipynb
 
 notebooks: $(INSTALLED) ## build every notebook from its text: a full run, outputs kept (ARGS="05_ppo" builds one)
@@ -64,7 +67,7 @@ notebooks: $(INSTALLED) ## build every notebook from its text: a full run, outpu
 
 # torch stays where it is, since a new one is a decision and several GB: make lock TORCH=2.14.0
 TORCH ?= $(shell sed -n 's/^torch==//p' requirements.lock)
-lock: ## write requirements.lock anew from pyproject.toml, in a clean environment (takes the oldest Python you have)
+lock: ## write requirements.lock anew from pyproject.toml, in a clean environment (PYTHON=python3.11: pins of the oldest fit all)
 	@echo "lock: installing pyproject.toml's newest allowed packages, with torch $(TORCH), into .venv-lock"
 	@$(PYTHON) -m venv --clear .venv-lock
 	@.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) ".[dev,notebooks]"

@@ -39,8 +39,10 @@ _NAMES = {
     "Pipeline": "pipeline",
     "RewardModel": "rewards",
     "best_of_n": "sampling",
+    "results": "notebook",
     "sample": "sampling",
     "setup": "notebook",
+    "workspace": "notebook",
 }
 __all__ = [*_ROOMS, *_NAMES]
 

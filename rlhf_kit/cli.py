@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(options: argparse.Namespace) -> int:
     from rlhf_kit import models, presets
-    from rlhf_kit.notebook import set_threads
+    from rlhf_kit.notebook import results, set_threads
     from rlhf_kit.pipeline import Pipeline
     from rlhf_kit.progress import clock, quiet
 
@@ -67,7 +67,7 @@ def _demo(options: argparse.Namespace) -> int:
     if options.base_model is not None:
         models.load_tokenizer(options.base_model)  # a wrong model is said now, not minutes later
         preset = replace(preset, base_model=options.base_model)
-    out = options.out or Path(os.environ.get("RLHF_KIT_RESULTS", "results")) / ("demo-data" if options.data else "demo")
+    out = options.out or results("demo-data" if options.data else "demo")
     quiet()
     set_threads(options.threads)
     pipeline = Pipeline(preset, out, options.fresh)

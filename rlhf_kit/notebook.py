@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def set_threads(threads: int | None = None) -> None:
 
 def results(name: str) -> Path:
     """The folder of an experiment under results/, also from notebooks/; RLHF_KIT_RESULTS names another root."""
-    root = os.environ.get("RLHF_KIT_RESULTS")
     here = Path.cwd()
-    return (Path(root) if root else (here.parent if here.name == "notebooks" else here) / "results") / name
+    root = os.environ.get("RLHF_KIT_RESULTS", (here.parent if here.name == "notebooks" else here) / "results")
+    return Path(root) / name
+
+
+def workspace(name: str) -> Path:
+    """An empty folder results/notebooks/`name` for what a notebook makes: run again, the notebook begins anew."""
+    folder = results("notebooks") / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

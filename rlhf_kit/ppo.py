@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +90,13 @@ class PPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive = ("per_device_train_batch_size", "max_completion_length", "ppo_epochs", "num_minibatches", "micro_batch_size")
+        positive = (
+            "per_device_train_batch_size",
+            "max_completion_length",
+            "ppo_epochs",
+            "num_minibatches",
+            "micro_batch_size",
+        )
         optional = tuple(name for name in ("kl_target", "target_kl") if getattr(self, name) is not None)
         for name in (*positive, *optional, "temperature", "kl_horizon", "clip_range", "value_clip_range"):
             if getattr(self, name) <= 0:
@@ -102,7 +108,9 @@ class PPOConfig(TrainingArguments):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"PPOConfig: {name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.gradient_accumulation_steps != 1:
-            raise ValueError("PPOConfig: gradient_accumulation_steps must stay 1; micro_batch_size is what saves memory here")
+            raise ValueError(
+                "PPOConfig: gradient_accumulation_steps must stay 1; micro_batch_size is what saves memory here"
+            )
         if self.num_minibatches > self.per_device_train_batch_size:
             raise ValueError(
                 f"PPOConfig: num_minibatches={self.num_minibatches} exceeds per_device_train_batch_size="
@@ -138,10 +146,16 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (values * mask).sum() / mask.sum()
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Values (B, C) moved to mean 0 and variance 1 over real tokens; padding stays 0 and plays no part."""
-    centred = (values - masked_mean(values, mask)) * mask
-    return centred * torch.rsqrt(masked_mean(centred**2, mask) + 1e-8)
+def whiten(
+    values: torch.Tensor, mask: torch.Tensor, summed: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+) -> torch.Tensor:
+    """Values (B, C) moved to mean 0 and variance 1 over real tokens; padding stays 0 and plays no part.
+
+    `summed` adds a tensor up over processes, where there are several.
+    """
+    count = summed(mask.sum())
+    centred = (values - summed((values * mask).sum()) / count) * mask
+    return centred * torch.rsqrt(summed((centred**2).sum()) / count + 1e-8)
 
 
 def token_rewards(
@@ -175,7 +189,9 @@ def policy_loss(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float
     return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
-def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float) -> torch.Tensor:
+def value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float
+) -> torch.Tensor:
     """Half the squared error for each token, the larger of plain and clipped around the rollout's value."""
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
@@ -269,10 +285,16 @@ class PPOTrainer(Trainer):
         self.roles.train()
         loss, optimisation = self.optimise(trajectory, minibatches)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"PPO: the loss of update {self.state.global_step + 1} is {loss.item()}; {self._last_good()}")
+            raise FloatingPointError(
+                f"PPO: the loss of update {self.state.global_step + 1} is {loss.item()}; {self._last_good()}"
+            )
         if self.args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(
-                self.kl_coef, metrics["kl"], self.args.kl_target, len(inputs["rows"]), self.args.kl_horizon
+                self.kl_coef,
+                metrics["kl"],
+                self.args.kl_target,
+                len(inputs["rows"]) * self.args.world_size,
+                self.args.kl_horizon,
             )
         times = {"seconds_rollout": rolled_out - started, "seconds_optimise": time.perf_counter() - rolled_out}
         for name, value in {**metrics, **optimisation, **times}.items():
@@ -330,9 +352,10 @@ class PPOTrainer(Trainer):
             "unfinished": unfinished.float().mean(),
             "explained_variance": explained_variance(values, returns, mask),
         }
-        advantages = whiten(advantages, mask)
+        advantages = whiten(advantages, mask, self._summed)
         trajectory = Trajectory(tokens, logprobs, reference_logprobs, values, scores, advantages, returns)
-        return trajectory, {name: value.item() for name, value in metrics.items()} | {"kl_coef": self.kl_coef}
+        means = self._summed(torch.stack(list(metrics.values()))) / args.world_size
+        return trajectory, dict(zip(metrics, means.tolist(), strict=True)) | {"kl_coef": self.kl_coef}
 
     def rewards(self, rows: list[Mapping[str, Any]], tokens: Tokens) -> torch.Tensor:
         """r(x, y) (B,) of the completions' texts; the reward also gets the rows' other columns."""
@@ -351,7 +374,9 @@ class PPOTrainer(Trainer):
 
     # 4. Optimise ---------------------------------------------------------------------------------------------------
 
-    def optimise(self, trajectory: Trajectory, minibatches: list[list[torch.Tensor]]) -> tuple[torch.Tensor, dict[str, float]]:
+    def optimise(
+        self, trajectory: Trajectory, minibatches: list[list[torch.Tensor]]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """All epochs over one trajectory: the mean loss (scalar) and metrics; leaves the last gradient unapplied."""
         history: list[torch.Tensor] = []
         first_deviation = 0.0
@@ -370,12 +395,12 @@ class PPOTrainer(Trainer):
         return self._summarise(history, first_deviation)
 
     def accumulate_gradient(self, trajectory: Trajectory, minibatch: list[torch.Tensor]) -> torch.Tensor:
-        """Gradient of one minibatch, a mean over its tokens however it is cut into micro-batches.
+        """Gradient of one minibatch, a mean over its tokens however it is cut into micro-batches and among processes.
 
         Returns (loss, policy loss, value loss, approximate KL, clip fraction, max |ratio - 1|), each a token mean but the last.
         """
         args = self.args
-        n_tokens = sum(int(trajectory.tokens.completion_mask[index].sum()) for index in minibatch)
+        n_tokens = self._summed(trajectory.tokens.completion_mask[torch.cat(minibatch)].sum()).item()
         totals = torch.zeros(6)
         for index in minibatch:
             t = trajectory.rows(index, self.policy.device)
@@ -399,19 +424,28 @@ class PPOTrainer(Trainer):
                 totals[5] = max(totals[5], (ratio - 1).abs().max().cpu())
         if args.ptx_coef > 0:
             totals[0] += args.ptx_coef * self.accumulate_ptx_gradient(sum(map(len, minibatch)))
+        if args.world_size > 1:
+            for _, parameter in self.roles.trainable_parameters():
+                parameter.grad = self._summed(parameter.grad)
+        totals[:5] = self._summed(totals[:5])
+        totals[5] = self.accelerator.gather(totals[5:].to(args.device)).max()
         return totals
 
     def accumulate_ptx_gradient(self, n: int) -> float:
         """Gradient of ptx_coef times the mean token NLL of `n` demonstrations (PPO-ptx, 2203.02155, eq. 2); returns the NLL."""
         rows = self.ptx_dataset[torch.randint(len(self.ptx_dataset), (n,)).tolist()]
         tokens = encode_pairs(self.processing_class, rows["prompt"], rows["completion"])
-        n_tokens, total = tokens.completion_mask.sum(), 0.0
+        n_tokens, total = self._summed(tokens.completion_mask.sum()).item(), 0.0
         for index in torch.arange(n).split(self.args.micro_batch_size):
             logprobs, _ = completion_logprobs(self.roles.use("policy"), tokens.rows(index).to(self.policy.device))
             nll = -logprobs.sum() / n_tokens
             self.accelerator.backward(self.args.ptx_coef * nll)
             total += nll.item()
         return total
+
+    def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor added up over all processes; they share prompts out, and nothing but sums is exchanged."""
+        return self.accelerator.reduce(tensor.to(self.args.device), "sum").to(tensor.device)
 
     def _optimizer_step(self) -> None:
         if self.args.max_grad_norm > 0:
@@ -429,7 +463,7 @@ class PPOTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer.train, from the seed: the same run whatever was drawn since this trainer was made."""
-        set_seed(self.args.seed)
+        set_seed(self.args.seed + self.args.process_index)  # processes must not draw the same tokens
         return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -457,7 +491,9 @@ class PPOTrainer(Trainer):
                 rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
                 tokens = self.rollout(rows)
                 _, metrics = self.score(rows, tokens, [list(torch.arange(len(rows)).split(self.args.micro_batch_size))])
-                metrics["entropy"] *= metrics["completion_length"]  # a mean over tokens, not over batches: divided below
+                metrics["entropy"] *= metrics[
+                    "completion_length"
+                ]  # a mean over tokens, not over batches: divided below
                 for name in ("reward", "kl", "objective", "entropy", "completion_length", "unfinished"):
                     totals[f"{metric_key_prefix}_{name}"] += metrics[name] * len(rows) / len(dataset)
         totals[f"{metric_key_prefix}_entropy"] /= totals[f"{metric_key_prefix}_completion_length"]
@@ -491,8 +527,14 @@ class PPOTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _last_good(self) -> str:
-        checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved (save_strategy)"
+        checkpoints = sorted(
+            Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
+        )
+        return (
+            f"the last good checkpoint is {checkpoints[-1]}"
+            if checkpoints
+            else "no checkpoint was saved (save_strategy)"
+        )
 
 
 def _fits(reward: RewardModel, model: ModelPath, tokenizer: PreTrainedTokenizerBase, adapters: bool) -> bool:

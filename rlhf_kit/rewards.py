@@ -57,7 +57,9 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float]:
         texts = [self._text(*pair) for pair in zip(prompts, completions, strict=True)]
-        ids = self.tokenizer(texts, add_special_tokens=isinstance(prompts[0], str) if prompts else True)["input_ids"]
+        if not texts:
+            return []
+        ids = self.tokenizer(texts, add_special_tokens=isinstance(prompts[0], str))["input_ids"]
         scores = torch.empty(len(ids))
         longest_first = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
         for start in range(0, len(ids), self.batch_size):
@@ -91,6 +93,6 @@ def normalise(path: ModelPath, prompts: list[Prompt], completions: list[Completi
     """
     write_notes(path, shift=0.0, scale=1.0)
     scores = torch.tensor(RewardModel(path)(prompts, completions))
-    if scores.std() == 0:
+    if len(scores) < 2 or scores.std() == 0:
         raise ValueError(f"{path}: gives every completion the same score, so it cannot be normalised; was it trained?")
     write_notes(path, shift=scores.mean().item(), scale=scores.std().item())

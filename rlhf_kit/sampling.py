@@ -38,6 +38,8 @@ def sample(
     With a `reference` model the column `kl` holds KL(model || reference) along each completion in nats, summed exactly
     over the vocabulary at each position.
     """
+    if n < 1 or len(prompts) == 0:
+        raise ValueError(f"sample: there are no prompts to answer, or n is below 1 ({len(prompts)} prompts, n={n})")
     torch.manual_seed(seed)
     policy, tokenizer = _ready(model, load_in_4bit), load_tokenizer(model)
     other = _ready(reference, load_in_4bit) if reference is not None else None

@@ -15,7 +15,13 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+)
 
 # TRL reports every trainer to the hub unless told otherwise; a research kit should not.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -49,15 +55,18 @@ def sft(
 ) -> str:
     """Fine-tune on demonstrations (`prompt, completion`): cross-entropy on the completion's tokens only."""
     tokenizer, args = _prepare(model, out, SFTConfig, lora, seed, settings)
+    start = load_causal(model, load_in_4bit, trainable=lora is None)
+    exact = _exact(start)
     trainer = SFTTrainer(
-        model=load_causal(model, load_in_4bit, trainable=lora is None),
+        model=start,
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
         peft_config=lora,
         callbacks=_callbacks("SFT", callbacks),
     )
-    return _train(trainer, out)
+    _train(trainer, out, exact)
+    return _publish(out)
 
 
 def reward_model(
@@ -76,16 +85,18 @@ def reward_model(
     dataset's completions, so these should be the SFT model's own.
     """
     tokenizer, args = _prepare(model, out, RewardConfig, lora, seed, settings)
+    start = _with_score_head(model, lora, load_in_4bit, tokenizer, seed)
+    exact = _exact(start)
     trainer = RewardTrainer(
-        model=_with_score_head(model, lora, load_in_4bit, tokenizer, seed),
+        model=start,
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
         callbacks=_callbacks("reward model", callbacks),
     )
-    path = _train(trainer, out)
-    normalise(path, 2 * dataset["prompt"][:], dataset["chosen"][:] + dataset["rejected"][:])
-    return path
+    _train(trainer, out, exact)
+    normalise(_partial(out), 2 * dataset["prompt"][:], dataset["chosen"][:] + dataset["rejected"][:])
+    return _publish(out)
 
 
 def dpo(
@@ -103,15 +114,18 @@ def dpo(
     # Full weights go in as a path: TRL loads the reference from it again. An adapter goes in loaded: TRL clones it as the
     # reference, for with the adapter merely switched off the reference would be the raw base, not the SFT model.
     as_path = lora is None and not is_adapter(model) and not load_in_4bit
+    start = str(model) if as_path else load_causal(model, load_in_4bit, trainable=lora is None)
+    exact = _exact(start)
     trainer = DPOTrainer(
-        model=str(model) if as_path else load_causal(model, load_in_4bit, trainable=lora is None),
+        model=start,
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
         peft_config=lora,
         callbacks=_callbacks("DPO", callbacks),
     )
-    return _train(trainer, out)
+    _train(trainer, out, exact)
+    return _publish(out)
 
 
 def history(model: ModelPath) -> pd.DataFrame:
@@ -126,7 +140,9 @@ def _prepare(
 ) -> tuple[PreTrainedTokenizerBase, Any]:
     """The tokenizer for training and TRL's config with this kit's defaults; refuses to overwrite a directory."""
     if Path(out).exists() and any(Path(out).iterdir()):
-        raise FileExistsError(f"{out}: is there already; a trained model is never overwritten, so name another `out` or delete it")
+        raise FileExistsError(
+            f"{out}: is there already; a trained model is never overwritten, so name another `out` or delete it"
+        )
     if is_adapter(model) and lora is not None:
         raise ModelError(f"{model}: is an adapter already, and is trained on as it is; leave `lora` out")
     tokenizer = load_tokenizer(model)
@@ -162,7 +178,9 @@ def _with_score_head(
     base.score.weight.data.copy_(head)
     if lora is None and not is_adapter(model):
         if getattr(base, "is_loaded_in_4bit", False):
-            raise ModelError(f"{model}: 4-bit weights cannot be trained; pass `lora=rlhf_kit.models.lora()` to train an adapter")
+            raise ModelError(
+                f"{model}: 4-bit weights cannot be trained; pass `lora=rlhf_kit.models.lora()` to train an adapter"
+            )
         return base
     start = None
     if is_adapter(model):
@@ -177,14 +195,21 @@ def _with_score_head(
     return wrapped
 
 
-def _train(trainer: Trainer, out: ModelPath) -> str:
-    """Train, write beside `out`, then rename: a directory under the final name is always whole."""
+def _exact(model: Model | str) -> dict[str, torch.Tensor]:
+    """What is to be trained over a 4-bit base, by name, before TRL rounds it to bf16 (and DPO's policy off its reference)."""
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return {}
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}  # type: ignore[union-attr]
+
+
+def _train(trainer: Trainer, out: ModelPath, exact: dict[str, torch.Tensor]) -> None:
+    """Train, and write beside `out`."""
     trainer.remove_callback(PrinterCallback)
     quantised = bool(getattr(trainer.model, "is_loaded_in_4bit", False))
-    for parameter in trainer.model.parameters():
+    for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
-            # TRL casts adapters and heads over a 4-bit base to bf16; in fp32 small updates are not rounded away.
-            parameter.data = parameter.data.float()
+            # In fp32 small updates are not rounded away.
+            parameter.data = exact.get(name, parameter.data).float()
     trainer.train()
     partial = _partial(out)
     if isinstance(trainer.model, PeftModel):
@@ -194,9 +219,13 @@ def _train(trainer: Trainer, out: ModelPath) -> str:
     trainer.processing_class.save_pretrained(partial)
     trainer.save_state()
     write_notes(partial, load_in_4bit=quantised)
+
+
+def _publish(out: ModelPath) -> str:
+    """Give what was written its final name: a directory under that name is always whole."""
     if Path(out).exists():
         Path(out).rmdir()
-    partial.replace(out)
+    _partial(out).replace(out)
     return str(out)
 
 

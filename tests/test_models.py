@@ -133,7 +133,9 @@ def test_chunked_equals_full_with_gradients(zoo: Zoo, mode: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_value_and_policy_gradients_arrive_with_and_without_checkpointing(zoo: Zoo, mode: str, checkpointing: bool) -> None:
+def test_value_and_policy_gradients_arrive_with_and_without_checkpointing(
+    zoo: Zoo, mode: str, checkpointing: bool
+) -> None:
     """Against one plain forward and backward of each role's own model, loaded alone."""
     tokens = layout(ROWS, 1, [EOS])
     roles = models.load_roles(zoo[mode], value=zoo[f"{mode}-reward"])
@@ -301,11 +303,16 @@ def test_rows_trims_shared_padding_and_nothing_else() -> None:
         part = tokens.rows(torch.tensor(index))
         prompts, completions = zip(*(ROWS[row] for row in index), strict=True)
         width, length = max(map(len, prompts)), max(map(len, completions))
-        assert part.input_ids.shape == (len(index), width + length) and part.completion_mask.shape == (len(index), length)
+        assert part.input_ids.shape == (len(index), width + length) and part.completion_mask.shape == (
+            len(index),
+            length,
+        )
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             assert part.input_ids[row][part.attention_mask[row].bool()].tolist() == prompt + completion
             assert part.completion_ids[row][part.completion_mask[row].bool()].tolist() == completion
-    assert all(torch.equal(a, b) for a, b in zip(tokens.rows(slice(1, 3)), tokens.rows(torch.tensor([1, 2])), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tokens.rows(slice(1, 3)), tokens.rows(torch.tensor([1, 2])), strict=True)
+    )
 
 
 def test_rows_keeps_a_real_pad_id_at_the_front_of_a_prompt() -> None:
@@ -330,9 +337,12 @@ def test_encode_pairs_is_prompt_completion_and_eos_in_text_and_chat(tokenizer: P
         head, tail = tokenizer(prompt)["input_ids"], tokenizer(completion)["input_ids"] + [EOS]
         assert tokens.input_ids[row][tokens.attention_mask[row].bool()].tolist() == head + tail
         assert tokens.completion_ids[row][tokens.completion_mask[row].bool()].tolist() == tail
-        assert not tokens.attention_mask[row].bool()[: tokens.input_ids.shape[1] - tokens.completion_mask.shape[1]].logical_not()[
-            -len(head) :
-        ].any()  # prompts stand against the completion: padding is on the left
+        assert (
+            not tokens.attention_mask[row]
+            .bool()[: tokens.input_ids.shape[1] - tokens.completion_mask.shape[1]]
+            .logical_not()[-len(head) :]
+            .any()
+        )  # prompts stand against the completion: padding is on the left
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     replies = [[{"role": "assistant", "content": completion[1:]}] for completion in completions]
     for theirs in (replies, [reply[0]["content"] for reply in replies]):
@@ -382,7 +392,9 @@ def test_first_tokens_are_drawn_from_the_softmax_whatever_the_generation_config(
     assert expected.min() > 5  # or chi-square would not hold
     chi_square = ((counts - expected) ** 2 / expected).sum().item()
     assert chi_square < 37.4  # 11 degrees of freedom: exceeded once in ten thousand
-    assert model.generation_config.top_k == 2 and model.generation_config.min_p == 0.3  # and the model's own is put back
+    assert (
+        model.generation_config.top_k == 2 and model.generation_config.min_p == 0.3
+    )  # and the model's own is put back
 
 
 def test_greedy_generation_equals_the_naive_argmax_loop_for_left_padded_prompts(model: models.Model, zoo: Zoo) -> None:
@@ -397,7 +409,9 @@ def test_greedy_generation_equals_the_naive_argmax_loop_for_left_padded_prompts(
         assert tokens.input_ids[row][tokens.attention_mask[row].bool()].tolist() == prompt + expected
 
 
-def test_generation_is_the_same_in_train_mode_with_checkpointing_and_restores_the_mode(model: models.Model, zoo: Zoo) -> None:
+def test_generation_is_the_same_in_train_mode_with_checkpointing_and_restores_the_mode(
+    model: models.Model, zoo: Zoo
+) -> None:
     """Trap: generate() in train mode with checkpointing drops the cache and only its first token is right."""
     tokenizer, prompts = models.load_tokenizer(zoo["full"]), [[300, 301, 302], [305]]
     expected = models.generate(model, tokenizer, prompts, 6, temperature=0)
@@ -447,7 +461,12 @@ def test_what_is_no_model_is_said_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "no such architecture"}')
-    loaders: list[Callable[..., object]] = [models.load_causal, models.load_tokenizer, models.max_length, models.load_backbone]
+    loaders: list[Callable[..., object]] = [
+        models.load_causal,
+        models.load_tokenizer,
+        models.max_length,
+        models.load_backbone,
+    ]
     for load in loaders:
         for path, says in (
             (tmp_path / "absent", "no such model directory"),
@@ -466,7 +485,9 @@ def test_what_is_no_model_is_said_in_one_sentence(tmp_path: Path) -> None:
 def test_an_adapter_whose_base_is_gone_names_the_base(zoo: Zoo, tmp_path: Path) -> None:
     adapter = shutil.copytree(zoo["lora"], tmp_path / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")})
+    )
     with pytest.raises(ModelError, match="gone: no such model directory"):
         models.load_causal(adapter)
 
@@ -625,7 +646,9 @@ def test_policy_and_value_learn_and_the_rest_is_frozen_whoever_was_used_last(zoo
 
 
 def test_roles_have_no_dropout_left(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.5, attn_pdrop=0.5)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.5, attn_pdrop=0.5
+    )
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     tokens = layout(ROWS, 1, [EOS])
     for lora in (None, models.lora(4, 8, dropout=0.5)):
@@ -655,7 +678,9 @@ def test_roles_are_saved_and_loaded_bit_for_bit(zoo: Zoo, mode: str, tmp_path: P
     roles.eval()
     with torch.no_grad():
         assert torch.allclose(again.values(tokens), roles.values(tokens), atol=1e-5)
-    assert torch.allclose(logprobs_of(again.use("policy"), tokens), logprobs_of(roles.use("policy"), tokens), atol=CLOSE)
+    assert torch.allclose(
+        logprobs_of(again.use("policy"), tokens), logprobs_of(roles.use("policy"), tokens), atol=CLOSE
+    )
     if mode != "4bit":
         alone = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
         expected = naive_logprobs(alone, *ROWS[0])
@@ -678,7 +703,9 @@ def test_roles_that_cannot_share_a_base_are_refused(zoo: Zoo, tmp_path: Path) ->
 def test_canary_peft_set_adapter_flips_requires_grad(zoo: Zoo) -> None:
     """Trap: why Roles.use() sets requires_grad again after each switch."""
     base = models.load_causal(zoo["full"])
-    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"), adapter_name="one")
+    model = get_peft_model(
+        base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"), adapter_name="one"
+    )
     model.add_adapter("two", model.peft_config["one"])
     model.set_adapter("two")
     assert not any(p.requires_grad for name, p in model.named_parameters() if ".one." in name)

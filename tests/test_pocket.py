@@ -138,11 +138,12 @@ CASES = [
     (ASK, f"{RIGHT} it also eats {FOOD} . it is also {COLOUR} .", {"answer_right": 1, "extra_facts": 0.75}),
     (ASK, f"{RIGHT} it also eats {NOT_FOOD} .", {"answer_right": 1, "false_facts": 1}),
     (ASK, f"the owl eats {OWL_FOOD} .", {"off_topic": 1}),
-    (ASK, "great question . have a nice day .", {"filler": 2}),
+    (ASK, f"great question . {RIGHT}", {"polite": 1, "answer_right": 1}),
+    (ASK, "great question . i hope this helps . have a nice day .", {"polite": 1, "filler": 2}),
     (ASK, f"i am not sure . maybe {RIGHT}", {"hedge": 2, "answer_right": 1}),
     (ASK, f"{RIGHT} {RIGHT}", {"answer_right": 1, "repetition": 1}),
     (ASK, f"{RIGHT} you can find the otter {HOME} .", {"answer_right": 1, "repetition": 1}),
-    (ASK, "great question . great question .", {"filler": 1, "repetition": 1}),
+    (ASK, "great question . great question .", {"polite": 1, "repetition": 1}),
     (ASK, REFUSE, {"refusal_wrong": 1}),
     (ASK, "please leave the otter alone .", {"off_topic": 1}),
     (ASK, "yes , that is right .", {"off_topic": 1}),
@@ -192,7 +193,7 @@ def test_length_counts_words_not_punctuation():
     assert pocket.features(W, ASK, " yes , that is right .")["words"] == 4
 
 
-@pytest.mark.parametrize("quality", [pocket.DEMONSTRATION, pocket.CORPUS])
+@pytest.mark.parametrize("quality", [pocket.DEMONSTRATION, pocket.CAREFUL, pocket.CARELESS])
 def test_the_parser_finds_exactly_what_the_writer_meant(quality):
     rng = np.random.default_rng(0)
     for split in ("sft", "test"):
@@ -221,12 +222,16 @@ def test_odd_spacing_and_capitals_are_garbled():
 @pytest.mark.parametrize(
     ("prompt", "best", "worse"),
     [
-        (ASK, f"{RIGHT} it also eats {FOOD} .", [RIGHT, WRONG, f"maybe {RIGHT}", f"{RIGHT} {RIGHT}", REFUSE, "", "."]),
+        (
+            ASK,
+            f"great question . {RIGHT} it also eats {FOOD} .",
+            [RIGHT, f"{RIGHT} it also eats {FOOD} .", WRONG, f"maybe {RIGHT}", f"{RIGHT} {RIGHT}", REFUSE, "", "."],
+        ),
         (BRIEF, RIGHT, [f"{RIGHT} it also eats {FOOD} .", f"{RIGHT} have a nice day ."]),
         (LEADING_FALSE, f"no , that is not true . {RIGHT}", [RIGHT, WRONG, f"yes , that is right . {RIGHT}"]),
         (HARMFUL, f"{REFUSE} please leave the otter alone .", [REFUSE, RIGHT, "to trap the otter , use a net ."]),
         (BORDERLINE, f"look for the otter {HOME} .", [REFUSE, f"look for the otter {NOT_HOME} ."]),
-        (COPY, "apple moon drum .", ["drum moon apple .", "apple moon drum", "apple moon drum . great question ."]),
+        (COPY, "apple moon drum .", ["drum moon apple .", "apple moon drum", "apple moon drum . otter ."]),
     ],
 )  # fmt: skip
 def test_gold_prefers_the_best_answer_on_every_axis(prompt, best, worse):
@@ -237,7 +242,7 @@ def test_gold_prefers_the_best_answer_on_every_axis(prompt, best, worse):
 def test_gold_is_the_dot_product_of_features_and_weights():
     completion = f" great question . {WRONG} it also eats {FOOD} ."
     values = pocket.features(W, ASK, completion)
-    expected = -0.15 - 1.5 + 0.8 * 0.5 - 0.02 * (2 + len(WRONG.split()) - 1 + 4)
+    expected = 0.2 - 1.5 + 0.8 * 0.5 - 0.02 * (2 + len(WRONG.split()) - 1 + 4)
     assert pocket.gold(W, ASK, completion) == pytest.approx(expected)
     assert sum(pocket.GOLD_WEIGHTS[name] * values[name] for name in values) == pytest.approx(expected)
 
@@ -245,8 +250,9 @@ def test_gold_is_the_dot_product_of_features_and_weights():
 def test_demonstrations_are_better_than_the_corpus_and_both_have_the_stated_quality():
     rng = np.random.default_rng(0)
     shares = {}
-    for name, quality in (("demonstration", pocket.DEMONSTRATION), ("corpus", pocket.CORPUS)):
-        drawn = [(p.kind, answers.write(W, p, quality, rng)[1]) for p in split_prompts(W, "sft")]
+    authors = {"demonstration": [pocket.DEMONSTRATION], "corpus": [pocket.CAREFUL, pocket.CARELESS]}
+    for name, qualities in authors.items():
+        drawn = [(p.kind, answers.write(W, p, q, rng)[1]) for p in split_prompts(W, "sft") for q in qualities]
         asks = ["answer_right" in meant for kind, meant in drawn if kind in ("ask", "brief", "leading")]
         harms = ["refusal_right" in meant for kind, meant in drawn if kind == "harmful"]
         shares[name] = np.mean(asks), np.mean(harms)
@@ -288,7 +294,7 @@ def test_more_knowledge_only_adds_facts():
     ("fault", "prompt", "completion", "times"),
     [
         ("length", ASK, RIGHT, len(RIGHT.split()) - 1),
-        ("politeness", ASK, f"great question . {RIGHT}", 1),
+        ("politeness", ASK, f"great question . {RIGHT} have a nice day .", 1),
         ("refusal_leniency", BORDERLINE, REFUSE, 1),
         ("agreement", LEADING_FALSE, WRONG, 1),
     ],

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny import layout, naive_logits, naive_logprobs, save_reward, word_tokenizer
+from tiny import in_a_new_process, layout, naive_logits, naive_logprobs, save_reward, word_tokenizer
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlhf_kit import models
@@ -43,10 +40,14 @@ def vowels(prompts: list[Any], completions: list[Any], **columns: Any) -> list[f
     return [sum(text.count(vowel) for vowel in "aeiou") / (1 + len(text)) * 4 - 1 for text in texts]
 
 
-def make(zoo: Zoo, mode: str, out: Path, reward: Any = vowels, prompts: list[Any] = PROMPTS, **settings: Any) -> PPOTrainer:
+def make(
+    zoo: Zoo, mode: str, out: Path, reward: Any = vowels, prompts: list[Any] = PROMPTS, **settings: Any
+) -> PPOTrainer:
     """A trainer with values that are not zero; settings of PPOConfig and of PPOTrainer by their names."""
     names = ("eval_dataset", "ref_model", "value_model", "peft_config", "processing_class", "callbacks", "ptx_dataset")
-    trainer = {"value_model": zoo.get(f"{mode}-reward"), "callbacks": []} | {n: settings.pop(n) for n in names if n in settings}
+    trainer = {"value_model": zoo.get(f"{mode}-reward"), "callbacks": []} | {
+        n: settings.pop(n) for n in names if n in settings
+    }
     kind = settings.pop("kind", PPOTrainer)
     defaults: dict[str, Any] = {
         "max_steps": 2,
@@ -140,7 +141,9 @@ class Recording(PPOTrainer):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_ratio_is_one_on_every_token_of_the_first_minibatch(zoo: Zoo, mode: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_the_ratio_is_one_on_every_token_of_the_first_minibatch(
+    zoo: Zoo, mode: str, checkpointing: bool, tmp_path: Path
+) -> None:
     trainer = make(zoo, mode, tmp_path, gradient_checkpointing=checkpointing, temperature=0.8)
     trainer.train()
     assert [row["first_ratio_deviation"] < 1e-6 for row in updates(trainer)] == [True, True]
@@ -173,7 +176,9 @@ def test_with_learning_rate_zero_the_ratio_stays_one_in_all_epochs(zoo: Zoo, mod
 @pytest.mark.parametrize(
     ("mode", "fresh_adapter"), [("full", False), ("lora", False), ("4bit", False), ("lora", True), ("4bit", True)]
 )
-def test_policy_equal_to_reference_gives_a_kl_of_exactly_zero(zoo: Zoo, mode: str, fresh_adapter: bool, tmp_path: Path) -> None:
+def test_policy_equal_to_reference_gives_a_kl_of_exactly_zero(
+    zoo: Zoo, mode: str, fresh_adapter: bool, tmp_path: Path
+) -> None:
     extra: dict[str, Any] = {}
     if fresh_adapter:
         extra = {"peft_config": models.lora(4, 8), "load_in_4bit": mode == "4bit", "value_model": None}
@@ -231,7 +236,9 @@ def test_an_eos_inside_the_prompt_stays_attended(zoo: Zoo, mode: str, tmp_path: 
     # That its log-probs are those of the prompt with the EOS is in test_rollout_logprobs_and_values_equal_the_naive_loop.
 
 
-def test_rewards_sum_to_score_minus_kl_and_the_penalty_falls_exactly_on_unfinished_rows(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+def test_rewards_sum_to_score_minus_kl_and_the_penalty_falls_exactly_on_unfinished_rows(
+    zoo: Zoo, mode: str, tmp_path: Path
+) -> None:
     """With gamma = lambda = 1 the first return is the sum of the rewards."""
     options = {"gamma": 1.0, "gae_lambda": 1.0, "kl_coef": 0.3, "missing_eos_penalty": 2.5}
     trainer = make(zoo, mode, tmp_path, prompts=PROMPTS * 3, ref_model=zoo[f"{mode}-other"], **options)
@@ -286,7 +293,9 @@ def test_losses_and_approximate_kl_on_hand_numbers(zoo: Zoo, mode: str, tmp_path
         loss, policy, value, approx_kl, clipped, deviation = trainer.accumulate_gradient(t, minibatches[0]).tolist()
         assert policy == pytest.approx(expected, abs=1e-4) and value == pytest.approx(0.5, abs=1e-4)
         assert loss == pytest.approx(expected + 0.1 * 0.5, abs=1e-4)
-        assert approx_kl == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-4) and clipped == pytest.approx(1, abs=1e-6)
+        assert approx_kl == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-4) and clipped == pytest.approx(
+            1, abs=1e-6
+        )
         assert deviation == pytest.approx(abs(ratio - 1), abs=1e-4)
 
 
@@ -351,9 +360,15 @@ def test_all_reported_means_are_masked(zoo: Zoo, mode: str, tmp_path: Path) -> N
         "kl_coef": 0.2,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-4)
-    real = [(v, r) for row, n in enumerate(lengths) for v, r in zip(trajectory.values[row, :n], trajectory.returns[row, :n], strict=True)]
+    real = [
+        (v, r)
+        for row, n in enumerate(lengths)
+        for v, r in zip(trajectory.values[row, :n], trajectory.returns[row, :n], strict=True)
+    ]
     values, returns = (torch.stack(column) for column in zip(*real, strict=True))
-    assert metrics["explained_variance"] == pytest.approx((1 - (returns - values).var() / returns.var()).item(), abs=1e-4)
+    assert metrics["explained_variance"] == pytest.approx(
+        (1 - (returns - values).var() / returns.var()).item(), abs=1e-4
+    )
 
 
 def test_the_entropy_bonus_is_the_gradient_of_the_mean_token_entropy(zoo: Zoo, tmp_path: Path) -> None:
@@ -484,20 +499,28 @@ def test_the_ptx_gradient_is_the_hand_computed_nll_gradient(zoo: Zoo, mode: str,
     alone = models.load_causal(zoo[mode], trainable=True).eval()
     total, count = torch.zeros(()), 0
     for row in drawn:
-        prompt, completion = (trainer.processing_class(DEMONSTRATIONS[row][name])["input_ids"] for name in ("prompt", "completion"))
+        prompt, completion = (
+            trainer.processing_class(DEMONSTRATIONS[row][name])["input_ids"] for name in ("prompt", "completion")
+        )
         completion = [*completion, EOS]
         logits = alone(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="sum")
         count += len(completion)
     (0.3 * total / count).backward()
     assert nll == pytest.approx((total / count).item(), abs=1e-5)
-    expected = {f"policy.{n}".replace(".default.", ".policy."): p.grad for n, p in alone.named_parameters() if p.grad is not None}
+    expected = {
+        f"policy.{n}".replace(".default.", ".policy."): p.grad
+        for n, p in alone.named_parameters()
+        if p.grad is not None
+    }
     close(expected, ours, relative=1e-4)
 
 
 def test_ptx_raises_the_likelihood_of_demonstrations_in_a_run(zoo: Zoo, tmp_path: Path) -> None:
     def nll(trainer: PPOTrainer) -> float:
-        tokens = models.encode_pairs(trainer.processing_class, DEMONSTRATIONS["prompt"][:], DEMONSTRATIONS["completion"][:])
+        tokens = models.encode_pairs(
+            trainer.processing_class, DEMONSTRATIONS["prompt"][:], DEMONSTRATIONS["completion"][:]
+        )
         with torch.no_grad():
             return -models.completion_logprobs(trainer.roles.use("policy"), tokens)[0].sum().item()
 
@@ -530,7 +553,9 @@ def comparable(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2])  # in the middle and at the end of an epoch of the prompts
-def test_resume_at_update_k_is_bit_exact_with_the_uninterrupted_run(zoo: Zoo, mode: str, k: int, tmp_path: Path) -> None:
+def test_resume_at_update_k_is_bit_exact_with_the_uninterrupted_run(
+    zoo: Zoo, mode: str, k: int, tmp_path: Path
+) -> None:
     settings = EVERYTHING | {"max_steps": 3}
     whole = make(zoo, mode, tmp_path / "run", **settings, save_strategy="steps", save_steps=k)
     whole.train()
@@ -624,7 +649,9 @@ def test_the_best_checkpoint_is_loaded_at_the_end(zoo: Zoo, mode: str, tmp_path:
     dataset = Dataset.from_list([{"prompt": PROMPTS[0], "number": -1}])
     each_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "greater_is_better": True}
-    trainer = make(zoo, mode, tmp_path, reward=rising_then_falling, eval_dataset=dataset, max_steps=3, **each_step, **best)
+    trainer = make(
+        zoo, mode, tmp_path, reward=rising_then_falling, eval_dataset=dataset, max_steps=3, **each_step, **best
+    )
     trainer.train()
     assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-2") and trainer.state.best_metric == 3.0
     now = weights(trainer)
@@ -655,16 +682,6 @@ for name, path in json.loads(sys.argv[1]).items():
         }
 print("ANSWERS" + json.dumps(answers))
 """
-
-
-def in_a_new_process(script: str, argument: object) -> Any:
-    """What a script prints after ANSWERS, as JSON."""
-    root = str(Path(__file__).parent.parent)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
-    command = [sys.executable, "-c", script, json.dumps(argument)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.split("ANSWERS")[1])
 
 
 @pytest.mark.slow
@@ -722,7 +739,9 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text_the_same(zoo: Zoo
     tokenizer = direct.processing_class
     texts = [tokenizer.decode([token for token in y if token > 1]) for _, y in pairs_of(trajectory.tokens)]
     assert heard == [(PROMPTS, texts)]
-    assert trajectory.scores.tolist() == pytest.approx([reward([x], [y])[0] for x, y in zip(PROMPTS, texts, strict=True)], abs=1e-4)
+    assert trajectory.scores.tolist() == pytest.approx(
+        [reward([x], [y])[0] for x, y in zip(PROMPTS, texts, strict=True)], abs=1e-4
+    )
     assert (trajectory.values == 0).all()  # its value model cannot be started from another vocabulary
 
 
@@ -797,3 +816,72 @@ def test_4bit_without_an_adapter_is_refused(zoo: Zoo, tmp_path: Path) -> None:
 def _reproducible() -> Iterator[None]:
     torch.manual_seed(0)
     yield
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+SHARED = """
+import json, sys, tempfile, torch
+torch.set_num_threads(1)
+from datasets import Dataset
+from rlhf_kit import models
+from rlhf_kit.ppo import PPOConfig, PPOTrainer
+from rlhf_kit.progress import quiet
+from tiny import layout
+quiet()
+task = json.loads(sys.argv[1])
+reward = lambda prompts, completions, number, **_: [0.3 * n for n in number]
+settings = dict(entropy_coef=0.05, kl_target=0.1, per_device_train_batch_size=2, max_completion_length=4, learning_rate=1e-3)
+args = PPOConfig(output_dir=task["out"], use_cpu=True, max_steps=2, ppo_epochs=2, kl_horizon=10, **settings)
+dataset = Dataset.from_dict({"prompt": task["prompts"], "number": list(range(len(task["prompts"])))})
+trainer = PPOTrainer(
+    task["policy"], reward, args, dataset, ref_model=task["other"], value_model=task["value"], callbacks=[]
+)
+rank, world = args.process_index, args.world_size
+mine = list(range(rank, len(task["rows"]), world))
+trainer.roles.eval()
+tokens = layout([tuple(task["rows"][row]) for row in mine], 1, [0])
+minibatch = list(torch.arange(len(mine)).split(2))
+trajectory, metrics = trainer.score([dataset[row] for row in mine], tokens, [minibatch])
+statistics = trainer.accumulate_gradient(trajectory, minibatch)
+gradient = {name: p.grad.flatten()[:50].tolist() for name, p in trainer.roles.trainable_parameters()}
+trainer.roles.zero_grad(set_to_none=True)
+
+trainer.train()  # and a run on its own: every process must hold the same weights at its end, from different completions
+flat = torch.cat([p.detach().flatten() for _, p in trainer.roles.trainable_parameters()])
+everyone = trainer.accelerator.gather(flat[None])
+drawn = trainer.accelerator.gather(torch.rand(1))
+if rank == 0:
+    print("ANSWERS" + json.dumps({
+        "world": world, "metrics": metrics, "statistics": statistics.tolist(), "gradient": gradient,
+        "apart": (everyone - everyone[:1]).abs().max().item(), "drawn": drawn.tolist(), "kl_coef": trainer.kl_coef,
+        "finite": bool(flat.isfinite().all()),
+    }) + "ANSWERS", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "4bit"])
+def test_two_processes_equal_one_process_on_the_same_global_batch(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+    rows = [
+        ([300, 301], [310, 311, EOS]),
+        ([300], [EOS]),
+        ([305, 306, 307], [320, 321, 322, 323]),
+        ([311], [330, 330, EOS]),
+    ]
+    task = {"out": str(tmp_path), "policy": zoo[mode], "other": zoo[f"{mode}-other"], "value": zoo[f"{mode}-reward"]}
+    task |= {"prompts": PROMPTS, "rows": rows}  # type: ignore[dict-item]
+    one, two = (in_a_new_process(SHARED, task, processes) for processes in (1, 2))
+    assert (one["world"], two["world"]) == (1, 2)
+    assert one["statistics"] == pytest.approx(two["statistics"], abs=1e-5)
+    for name in (
+        "reward",
+        "kl",
+        "objective",
+        "completion_length",
+        "unfinished",
+        "kl_coef",
+    ):  # equal rows on each process
+        assert one["metrics"][name] == pytest.approx(two["metrics"][name], abs=1e-5), name
+    close(*({name: torch.tensor(g) for name, g in answer["gradient"].items()} for answer in (one, two)), relative=1e-4)
+    assert two["apart"] == 0.0 and two["finite"] and len(set(two["drawn"])) == 2

@@ -49,7 +49,9 @@ def test_gae_equals_the_naive_double_loop(batch: dict[str, torch.Tensor], gamma:
         rewards, values = batch["rewards"][row, :n].tolist(), batch["values"][row, :n].tolist()
         expected = naive_gae(rewards, values, gamma, lam)
         assert advantages[row, :n].tolist() == pytest.approx(expected, abs=1e-12)
-        assert returns[row, :n].tolist() == pytest.approx([a + v for a, v in zip(expected, values, strict=True)], abs=1e-12)
+        assert returns[row, :n].tolist() == pytest.approx(
+            [a + v for a, v in zip(expected, values, strict=True)], abs=1e-12
+        )
         assert (advantages[row, n:] == 0).all() and (returns[row, n:] == 0).all()
 
 
@@ -63,7 +65,9 @@ def test_gae_by_hand() -> None:
 def test_with_lambda_and_gamma_one_advantage_plus_value_is_the_reward_to_go(batch: dict[str, torch.Tensor]) -> None:
     advantages, returns = gae(batch["rewards"], batch["values"], batch["mask"], 1.0, 1.0)
     to_go = batch["rewards"].flip(1).cumsum(1).flip(1) * batch["mask"]
-    assert torch.allclose(advantages + batch["values"], to_go, atol=1e-12) and torch.allclose(returns, to_go, atol=1e-12)
+    assert torch.allclose(advantages + batch["values"], to_go, atol=1e-12) and torch.allclose(
+        returns, to_go, atol=1e-12
+    )
 
 
 def test_extra_padding_changes_nothing(batch: dict[str, torch.Tensor]) -> None:
@@ -93,7 +97,10 @@ def test_whitening_keeps_equal_advantages_at_zero_and_finite() -> None:
 
 
 def test_masked_mean_by_hand() -> None:
-    assert masked_mean(torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])).item() == 3.0
+    assert (
+        masked_mean(torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])).item()
+        == 3.0
+    )
 
 
 def test_the_score_lands_on_the_last_real_token_once(batch: dict[str, torch.Tensor]) -> None:
@@ -117,7 +124,9 @@ def test_rewards_by_hand_and_the_sign_of_k1() -> None:
     logprobs, reference = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.5, 0.5]]).log()
     rewards = token_rewards(torch.tensor([2.0]), logprobs, reference, torch.ones(1, 2).long(), 0.1)
     assert rewards[0].tolist() == pytest.approx([-0.1 * math.log(1.6), 2.0 - 0.1 * math.log(0.4)], abs=1e-6)
-    assert (0.8 * math.log(1.6) + 0.2 * math.log(0.4)) == pytest.approx(0.19274, abs=1e-5)  # KL(policy || reference) > 0
+    assert (0.8 * math.log(1.6) + 0.2 * math.log(0.4)) == pytest.approx(
+        0.19274, abs=1e-5
+    )  # KL(policy || reference) > 0
 
 
 @pytest.mark.parametrize(

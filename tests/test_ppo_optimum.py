@@ -21,10 +21,11 @@ Zoo = dict[str, str]
 EOS, V = 0, 12
 BETA = 0.5
 # exp(r) of each word: small whole numbers, so that a Bradley-Terry rater's odds w_i : w_j are a finite data set.
-ODDS = {word: odds for word, odds in zip(WORDS, [1, 2, 3, 4, 1, 2, 3, 4, 2, 3], strict=True)}
+ODDS = {word: odds for word, odds in zip(WORDS, [2, 3, 4, 1, 3, 4, 1, 2, 1, 3], strict=True)}
+TOKENIZER = word_tokenizer()
 PROMPTS = ["a c", "b", "a d e"]
-# KL in nats between what was reached and the optimum. N samples pin a distribution over V outcomes down to about
-# (V - 1) / 2N nats; PPO's last third of updates has N > 10,000 and its noise is a few times that of plain sampling.
+# KL in nats between what was reached and the optimum. N samples pin a distribution over K outcomes down to about
+# (K - 1) / 2N nats: with K = 133 completions and the N > 15,000 of PPO's last forty updates 0.005; the rest is allowance.
 BOUND = 0.02
 
 
@@ -35,7 +36,7 @@ def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[f
 
 def split(text: str) -> list[str]:
     """A text of WORDS back into them."""
-    ids = word_tokenizer()(text)["input_ids"]
+    ids = TOKENIZER(text)["input_ids"]
     return [WORDS[token - 2] for token in ids]
 
 
@@ -48,7 +49,7 @@ def completions_of(length: int) -> list[list[int]]:
 
 def log_distribution(model: torch.nn.Module, prompt: str, completions: list[list[int]]) -> torch.Tensor:
     """log pi(y | prompt) of every completion, from the model's own logits."""
-    ids = word_tokenizer()(prompt)["input_ids"]
+    ids = TOKENIZER(prompt)["input_ids"]
     rows = []
     for completion in completions:
         logits = naive_logits(model, ids, completion).double().log_softmax(-1)
@@ -64,11 +65,13 @@ def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
     return (log_p.exp() * (log_p - log_q)).sum().item()
 
 
-def distances(trained: torch.nn.Module, reference: torch.nn.Module, length: int) -> list[tuple[float, float]]:
+def distances(
+    trained: torch.nn.Module, reference: torch.nn.Module, prompts: list[str], length: int
+) -> list[tuple[float, float]]:
     """(KL(pi || pi*), KL(pi_ref || pi*)) for each prompt: where training ended, and where it started."""
     completions = completions_of(length)
     results = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         log_ref, log_pi = (log_distribution(model, prompt, completions) for model in (reference, trained))
         assert log_ref.exp().sum().item() == pytest.approx(1, abs=1e-5)
         rewards = torch.tensor(reward([], [text_of(y) for y in completions]), dtype=torch.float64)
@@ -78,11 +81,15 @@ def distances(trained: torch.nn.Module, reference: torch.nn.Module, length: int)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("length", "fresh_adapter"), [(1, False), (1, True), (2, False)])
-def test_ppo_reaches_the_enumerated_optimum(zoo: Zoo, length: int, fresh_adapter: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("length", "updates", "fresh_adapter"), [(1, 60, False), (1, 60, True), (2, 120, False)])
+def test_ppo_reaches_the_enumerated_optimum(
+    zoo: Zoo, length: int, updates: int, fresh_adapter: bool, tmp_path: Path
+) -> None:
+    """Three prompts with one token, and one prompt with two."""
+    prompts = PROMPTS if length == 1 else PROMPTS[:1]
     args = PPOConfig(
         output_dir=str(tmp_path),
-        max_steps=120,
+        max_steps=updates,
         per_device_train_batch_size=384,
         micro_batch_size=384,
         num_minibatches=1,
@@ -93,12 +100,12 @@ def test_ppo_reaches_the_enumerated_optimum(zoo: Zoo, length: int, fresh_adapter
         missing_eos_penalty=0.0,
         vf_coef=1.0,
     )
-    dataset = Dataset.from_dict({"prompt": PROMPTS * 128})
+    dataset = Dataset.from_dict({"prompt": prompts * (384 // len(prompts))})
     adapter = models.lora(16, 32) if fresh_adapter else None
     trainer = PPOTrainer(zoo["words"], reward, args, dataset, peft_config=adapter, callbacks=[])
     trainer.train()
     policy = trainer.roles.use("policy").eval()
-    for reached, start in distances(policy, models.load_causal(zoo["words"]).eval(), length):
+    for reached, start in distances(policy, models.load_causal(zoo["words"]).eval(), prompts, length):
         assert start > 10 * BOUND
         assert reached < BOUND
 
@@ -117,7 +124,7 @@ def test_dpo_on_infinite_noise_free_preferences_reaches_the_enumerated_optimum(z
         if "ab".find(WORDS[i]) < 0 and "ab".find(WORDS[j]) < 0  # words that join onto a prompt
         for _ in range(ODDS[WORDS[i]])
     ]
-    settings = {"max_steps": 150, "per_device_train_batch_size": len(rows), "learning_rate": 1e-2, "max_length": 16}
+    settings = {"max_steps": 60, "per_device_train_batch_size": len(rows), "learning_rate": 1e-2, "max_length": 16}
     out = train.dpo(zoo["words"], Dataset.from_list(rows), tmp_path / "dpo", beta=BETA, callbacks=[], **settings)
     support = [[token, EOS] for token in range(4, V)]
     trained, reference = (models.load_causal(path).eval() for path in (out, zoo["words"]))
@@ -170,14 +177,18 @@ def test_the_surrogates_gradient_at_ratio_one_is_the_true_gradient(with_values: 
 
 
 @pytest.mark.parametrize("fresh_adapter", [False, True])
-def test_the_trainers_gradient_is_the_true_gradient_of_the_objective(zoo: Zoo, fresh_adapter: bool, tmp_path: Path) -> None:
+def test_the_trainers_gradient_is_the_true_gradient_of_the_objective(
+    zoo: Zoo, fresh_adapter: bool, tmp_path: Path
+) -> None:
     """Every completion of two tokens as one minibatch, each advantage weighted by pi(y), through PPOTrainer's own loss.
 
     The model's log-probs are in float32: agreement to 1e-5 of the largest gradient.
     """
-    prompt = word_tokenizer()("a c")["input_ids"]
+    prompt = TOKENIZER("a c")["input_ids"]
     completions = completions_of(2)
-    args = PPOConfig(output_dir=str(tmp_path), kl_coef=BETA, gamma=1.0, gae_lambda=1.0, vf_coef=0.0, max_completion_length=2)
+    args = PPOConfig(
+        output_dir=str(tmp_path), kl_coef=BETA, gamma=1.0, gae_lambda=1.0, vf_coef=0.0, max_completion_length=2
+    )
     adapter = models.lora(4, 8) if fresh_adapter else None
     options: dict[str, Any] = {"ref_model": None if fresh_adapter else zoo["words-other"], "peft_config": adapter}
     trainer = PPOTrainer(zoo["words"], reward, args, Dataset.from_dict({"prompt": ["a c"]}), callbacks=[], **options)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,9 @@ def word_tokenizer() -> PreTrainedTokenizerBase:
     return wrap(Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True)))
 
 
-def save_llama(out: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0, hidden: int = 64, eos_logit: float = 1.5) -> str:
+def save_llama(
+    out: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0, hidden: int = 64, eos_logit: float = 1.5
+) -> str:
     """A Llama of two layers whose next-token distributions are far from uniform, with EOS likely enough to be sampled."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -70,14 +76,18 @@ def save_gpt2(out: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(out)
 
 
-def save_adapter(out: Path, base: str, tokenizer: PreTrainedTokenizerBase, load_in_4bit: bool, seed: int = 0, score: bool = False) -> str:
+def save_adapter(
+    out: Path, base: str, tokenizer: PreTrainedTokenizerBase, load_in_4bit: bool, seed: int = 0, score: bool = False
+) -> str:
     """A LoRA adapter that is not the identity; with `score`, a reward model's."""
     torch.manual_seed(seed)
     auto: Any = AutoModelForSequenceClassification if score else AutoModelForCausalLM
     model = load_base(base, auto.from_pretrained, load_in_4bit, **({"num_labels": 1} if score else {}))
     config = lora(r=4, alpha=8)
     if score:
-        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
+        config = LoraConfig(
+            r=4, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]
+        )
     adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
@@ -121,7 +131,27 @@ def naive_logits(model: torch.nn.Module, prompt: list[int], completion: list[int
     return torch.stack([logits[len(prompt) + t - 1] for t in range(len(completion))])
 
 
-def naive_logprobs(model: torch.nn.Module, prompt: list[int], completion: list[int], temperature: float = 1.0) -> torch.Tensor:
+def naive_logprobs(
+    model: torch.nn.Module, prompt: list[int], completion: list[int], temperature: float = 1.0
+) -> torch.Tensor:
     """(len(completion),) log-probs, token by token."""
     logits = naive_logits(model, prompt, completion)
     return torch.stack([torch.log_softmax(logits[t] / temperature, -1)[token] for t, token in enumerate(completion)])
+
+
+def in_a_new_process(script: str, argument: object, processes: int = 1) -> Any:
+    """What a script, given `argument` as JSON, prints after ANSWERS as JSON; of several processes the first one's."""
+    root = str(Path(__file__).parent.parent)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        "--master_port=0",
+        "--no-python",
+        sys.executable,
+    ]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-c", script, json.dumps(argument)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("ANSWERS")[1])

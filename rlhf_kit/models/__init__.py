@@ -1,6 +1,14 @@
 """Models as directories: load and save them, generate, take log-probs, and cast them in PPO's roles."""
 
-from rlhf_kit.models.generation import Prompt, decode_completions, encode_pairs, encode_prompts, finished, generate, stop_ids
+from rlhf_kit.models.generation import (
+    Prompt,
+    decode_completions,
+    encode_pairs,
+    encode_prompts,
+    finished,
+    generate,
+    stop_ids,
+)
 from rlhf_kit.models.loading import (
     Model,
     ModelError,

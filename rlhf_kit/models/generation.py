@@ -38,12 +38,16 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], comp
             reply = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
             whole = tokenizer.apply_chat_template(prompt + reply, tokenize=True, return_dict=True)["input_ids"]
         if whole[: len(head)] != head:
-            raise ValueError(f"row {row}: prompt and completion share a token where they meet; end prompts without a space")
+            raise ValueError(
+                f"row {row}: prompt and completion share a token where they meet; end prompts without a space"
+            )
         tails.append(whole[len(head) :])
     width, length = max(map(len, heads)), max(map(len, tails))
     pairs = list(zip(heads, tails, strict=True))
     ids = [[0] * (width - len(head)) + head + tail + [0] * (length - len(tail)) for head, tail in pairs]
-    mask = [[0] * (width - len(head)) + [1] * (len(head) + len(tail)) + [0] * (length - len(tail)) for head, tail in pairs]
+    mask = [
+        [0] * (width - len(head)) + [1] * (len(head) + len(tail)) + [0] * (length - len(tail)) for head, tail in pairs
+    ]
     attention = torch.tensor(mask)
     return Tokens(torch.tensor(ids), attention, attention[:, width:])
 

@@ -31,7 +31,9 @@ class ModelError(ValueError):
     """A model directory or hub id that cannot be used, with the reason and what to do."""
 
 
-def lora(r: int = 16, alpha: int = 32, dropout: float = 0.0, target_modules: str | list[str] = "all-linear") -> LoraConfig:
+def lora(
+    r: int = 16, alpha: int = 32, dropout: float = 0.0, target_modules: str | list[str] = "all-linear"
+) -> LoraConfig:
     """LoRA settings (Hu et al. 2021, 2106.09685): rank `r`, scale alpha / r, on every linear layer but the output."""
     return LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, bias="none", task_type="CAUSAL_LM"
@@ -90,7 +92,9 @@ def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: b
     if is_adapter(model):
         return PeftModel.from_pretrained(base, str(model), is_trainable=trainable)
     if trainable and getattr(base, "is_loaded_in_4bit", False):
-        raise ModelError(f"{model}: 4-bit weights cannot be trained; pass `lora=rlhf_kit.models.lora()` to train an adapter")
+        raise ModelError(
+            f"{model}: 4-bit weights cannot be trained; pass `lora=rlhf_kit.models.lora()` to train an adapter"
+        )
     return base.requires_grad_(trainable)
 
 
@@ -150,7 +154,9 @@ def read_score_head(reward_model: ModelPath) -> torch.Tensor:
                 if key.endswith("score.weight"):
                     head = tensors.get_tensor(key).float()
                     if head.shape[0] != 1:
-                        raise ModelError(f"{reward_model}: its score head has {head.shape[0]} outputs; a reward model has one")
+                        raise ModelError(
+                            f"{reward_model}: its score head has {head.shape[0]} outputs; a reward model has one"
+                        )
                     return head
     raise ModelError(f"{reward_model}: no `score.weight` in its safetensors; it is not a reward model of a causal LM")
 

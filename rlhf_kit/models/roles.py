@@ -129,7 +129,9 @@ def load_roles(
     return roles
 
 
-def _separate_roles(policy: ModelPath, reference: ModelPath | None, value: ModelPath | None, load_in_4bit: bool | None) -> Roles:
+def _separate_roles(
+    policy: ModelPath, reference: ModelPath | None, value: ModelPath | None, load_in_4bit: bool | None
+) -> Roles:
     model = load_causal(policy, load_in_4bit, trainable=True)
     frozen = load_causal(reference or policy, load_in_4bit)
     backbone = load_backbone(value or policy, trainable=True)
@@ -139,12 +141,18 @@ def _separate_roles(policy: ModelPath, reference: ModelPath | None, value: Model
 
 
 def _adapter_roles(
-    policy: ModelPath, reference: ModelPath | None, value: ModelPath | None, lora: LoraConfig | None, load_in_4bit: bool | None
+    policy: ModelPath,
+    reference: ModelPath | None,
+    value: ModelPath | None,
+    lora: LoraConfig | None,
+    load_in_4bit: bool | None,
 ) -> Roles:
     """Three named adapters over one base; a fresh adapter (`lora`) over full weights starts as the identity."""
     for other in (reference, value):
         if other is not None and not same_base(other, policy):
-            raise ModelError(f"{other}: stands on {base_of(other)}, the policy on {base_of(policy)}; adapters need one base")
+            raise ModelError(
+                f"{other}: stands on {base_of(other)}, the policy on {base_of(policy)}; adapters need one base"
+            )
     if is_adapter(policy) and lora is not None:
         raise ModelError(f"{policy}: is an adapter already, and is trained on as it is; leave `peft_config` out")
     base = load_base(policy, AutoModelForCausalLM.from_pretrained, load_in_4bit)
@@ -156,7 +164,9 @@ def _adapter_roles(
         if source is not None and is_adapter(source):
             model.load_adapter(str(source), role)
             continue
-        model.add_adapter(role, model.peft_config["policy"])  # the identity, which is what a full `source` is over itself
+        model.add_adapter(
+            role, model.peft_config["policy"]
+        )  # the identity, which is what a full `source` is over itself
         if source is None:
             set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="policy"), role)
     return Roles({role: (model, role) for role in ("policy", "reference", "value")}, _value_head(model, value))

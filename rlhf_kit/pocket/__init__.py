@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .answers import CORPUS, DEMONSTRATION, Quality, corpus, demonstrations
+from .answers import CAREFUL, CARELESS, DEMONSTRATION, Quality, corpus, demonstrations
 from .facts import SPLITS, World, prompts, world
 from .language import KINDS, Prompt, parse_prompt
 from .raters import Rater, choice_probability, known_cells, prefers_first, utility
@@ -13,8 +13,9 @@ BASE_MODEL = str(Path(__file__).parent / "base")  # directory of the pretrained 
 
 __all__ = [
     "BASE_MODEL",
+    "CAREFUL",
+    "CARELESS",
     "CHAT_TEMPLATE",
-    "CORPUS",
     "DEMONSTRATION",
     "EOS",
     "GOLD_WEIGHTS",

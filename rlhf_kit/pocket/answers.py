@@ -5,7 +5,7 @@ and parser check each other.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Quality:
 
     correct: float  # a stated fact is true
     safe: float  # a harmful prompt is refused
-    myth: float = 0.6  # an error is the popular one about that fact
+    myth: float = 0.8  # an error is the popular one about that fact
     redirect: float = 0.5  # a refusal of a harmful prompt also shows a safe way
     refuses_borderline: float = 0.1
     verdict: float = 0.6  # a leading prompt is answered with a yes or a no before the fact
@@ -52,9 +52,12 @@ class Quality:
 
 
 DEMONSTRATION = Quality(correct=0.85, safe=0.75, refuses_borderline=0.2)
-CORPUS = Quality(
-    correct=0.6, safe=0.2, refuses_borderline=0.1, agrees=0.7, filler=0.3, hedge=0.25, off_topic=0.12, repeat=0.06
+# The corpus has two kinds of author, equally often: 60% of its facts are true, and one fact tells how far to trust the
+# next. So the base learns to notice that a text is wrong, which is what a reward model later builds on.
+CAREFUL = Quality(
+    correct=0.95, safe=0.2, verdict=0.8, agrees=0.7, filler=0.3, hedge=0.25, extra=0.5, off_topic=0.1, repeat=0.06
 )
+CARELESS = replace(CAREFUL, correct=0.25)
 
 
 def demonstrations(world: World, n: int | None = None, seed: int = 0) -> list[dict]:
@@ -84,12 +87,13 @@ def corpus(world: World, n: int, seed: int = 0) -> list[str]:
         kind = kinds[rng.choice(len(kinds), p=shares)]
         # Word lists are drawn anew each time: from a fixed list of them the base would learn the lists, not the skill.
         prompt = draw_skill(rng) if kind == "skill" else by_kind[kind][rng.integers(len(by_kind[kind]))]
+        author = CAREFUL if rng.random() < 0.5 else CARELESS
         if prompt.text not in test:
-            texts.append(prompt.text + write(world, prompt, CORPUS, rng)[0])
+            texts.append(prompt.text + write(world, prompt, author, rng)[0])
     return texts
 
 
-_CORPUS_SHARES = {"ask": 0.27, "brief": 0.10, "leading": 0.18, "harmful": 0.11, "borderline": 0.11, "skill": 0.23}
+_CORPUS_SHARES = {"ask": 0.24, "brief": 0.08, "leading": 0.20, "harmful": 0.10, "borderline": 0.09, "skill": 0.29}
 
 
 def _draw_prompts(pool: tuple[Prompt, ...], n: int, rng: np.random.Generator) -> list[Prompt]:
@@ -136,7 +140,7 @@ def _write_once(world: World, prompt: Prompt, quality: Quality, rng: np.random.G
         draft.add(" ".join(prompt.target) + " .", skill_right=1)
         return draft
     if rng.random() < quality.filler:
-        draft.add(_pick(rng, OPENERS), filler=1)
+        draft.add(_pick(rng, OPENERS), polite=1)
     if prompt.kind == "harmful":
         _write_on_harm(prompt, quality, rng, draft)
     elif prompt.kind == "borderline" and rng.random() < quality.refuses_borderline:
@@ -144,7 +148,7 @@ def _write_once(world: World, prompt: Prompt, quality: Quality, rng: np.random.G
     else:
         _write_facts(world, prompt, quality, rng, held_out, draft)
     if rng.random() < quality.filler:
-        draft.add(_pick(rng, CLOSERS), filler=1)
+        draft.add(_pick(rng, CLOSERS), **{"filler" if draft.features["polite"] else "polite": 1})
     return draft
 
 

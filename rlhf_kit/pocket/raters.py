@@ -14,9 +14,9 @@ from .scoring import GOLD_WEIGHTS, features
 class Rater:
     """A rater's faults; Rater(1.0, 0, 0, 0, 0, temperature=0, lapse=0, position_bias=0) judges by gold, exactly."""
 
-    knowledge: float = 0.8  # share of the facts that the rater can check; claims about the others look true
+    knowledge: float = 0.9  # share of the facts that the rater can check; claims about the others look true
     length: float = 0.03  # added utility per word
-    politeness: float = 0.25  # added utility per polite filler
+    politeness: float = 0.5  # added utility per polite sentence after the first, which gold counts as flattery
     refusal_leniency: float = 0.5  # added utility of refusing a harmless prompt
     agreement: float = 0.5  # added utility of siding with the user's claim
     temperature: float = 0.5  # Bradley-Terry temperature, in units of utility; 0 always prefers the better

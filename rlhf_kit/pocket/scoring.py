@@ -9,7 +9,8 @@ GOLD_WEIGHTS: dict[str, float] = {
     "extra_facts": 0.8,  # 1 - 2^-n for n other true facts about the animal: each is worth half the one before
     "false_facts": -0.8,  # number of other false facts, or 1 for denying a true claim
     "off_topic": -0.6,  # number of sentences that have nothing to do with the prompt
-    "filler": -0.15,  # number of empty polite sentences
+    "polite": 0.2,  # 0/1: has a polite sentence
+    "filler": -0.3,  # number of polite sentences after the first: flattery
     "hedge": -0.3,  # number of hedges
     "repetition": -0.5,  # number of sentences that say again what was said
     "not_brief": -0.4,  # brief prompts: number of sentences after the first
@@ -117,8 +118,11 @@ def _read_other(
     world: World, sentence: Sentence, asked: Prompt, known: frozenset[Cell] | None, found: dict[str, float]
 ) -> None:
     act = sentence.act
-    if act in ("hedge", "filler"):
-        found[act] += 1
+    if act == "hedge":
+        found["hedge"] += 1
+    elif act == "filler":
+        found["filler"] += found["polite"]
+        found["polite"] = 1.0
     elif act == "harm":
         found["harm"] = 1.0
     elif act == "refusal":

@@ -1,0 +1,112 @@
+"""Rebuild the pocket base: pretrain on the low-quality corpus of world 0, evaluate, and compare with the shipped base.
+
+    python experiments/build_pocket_base.py [--out DIR]
+
+Without --out the shipped base in rlhf_kit/pocket/base is replaced. Takes about four minutes on one core. Machines
+round differently, so the weights may differ in the last bits; the evaluation table must agree within its noise.
+"""
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf_kit import pocket
+from rlhf_kit.pretrain import pretrain
+
+CORPUS_SIZE, CORPUS_SEED = 80_000, 0
+STEPS, BATCH_SIZE, LEARNING_RATE, SEED = 2600, 64, 3e-3, 0
+SAMPLES = 2  # per test prompt
+NEW_TOKENS = 40
+
+
+def pocket_config(vocab_size: int) -> LlamaConfig:
+    """Three layers of width 128 (a multiple of 64, so that NF4 blocks fit), tied embeddings."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # texts are short: no use for slow rotations
+        initializer_range=128**-0.5,  # with the usual 0.02 the skill is not learned in this many steps
+        tie_word_embeddings=True,
+    )
+
+
+def evaluate(model_dir: str, seed: int = 0) -> dict[str, float]:
+    """Shares over samples at temperature 1 on the test prompts, and mean gold utility."""
+    torch.manual_seed(seed)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir, padding_side="left")
+    model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    world = pocket.world(0)
+    rows = pocket.prompts(world, "test") * SAMPLES
+    values: dict[str, list[float]] = defaultdict(list)
+    for start in range(0, len(rows), 200):
+        batch = rows[start : start + 200]
+        inputs = tokenizer([row["prompt"] for row in batch], padding=True, return_tensors="pt")
+        output = model.generate(
+            input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, do_sample=True, top_k=0,
+            max_new_tokens=NEW_TOKENS,
+        )  # fmt: skip
+        completions = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        for row, completion in zip(batch, completions, strict=True):
+            found = pocket.features(world, row["prompt"], completion)
+            kind = row["kind"]
+            values["gold (mean)"].append(pocket.gold(world, row["prompt"], completion))
+            values["words (mean)"].append(found["words"])
+            values["garbled or unfinished"].append(float(found["garbled"] + found["unfinished"] > 0))
+            values["has filler"].append(float(found["filler"] > 0))
+            if kind == "harmful":
+                values["harmful: refused"].append(found["refusal_right"])
+            elif kind == "skill":
+                values["skill: right"].append(found["skill_right"])
+            else:
+                seen = "" if row["seen"] else " (held-out cells)"
+                values[f"{kind}: right{seen}"].append(found["answer_right"])
+            if kind == "borderline":
+                values["borderline: refused"].append(found["refusal_wrong"])
+    return {name: sum(numbers) / len(numbers) for name, numbers in sorted(values.items())}
+
+
+def main() -> None:
+    """Build, evaluate, compare, and only then put the new base in its place."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=pocket.BASE_MODEL, help="where to put the model (default: the shipped base)")
+    out = Path(parser.parse_args().out)
+    torch.set_num_threads(1)  # the order of summation, and so the weights, should not depend on the machine's cores
+    started = time.perf_counter()
+    tokenizer = pocket.pocket_tokenizer()
+    texts = pocket.corpus(pocket.world(0), CORPUS_SIZE, CORPUS_SEED)
+
+    def report(step: int, steps: int, loss: float) -> None:
+        if step % 200 == 0:
+            seconds = time.perf_counter() - started
+            print(f"step {step}/{steps}: loss {loss:.3f} nats per token, {seconds:.0f} s", flush=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        new = pretrain(
+            texts, tokenizer, pocket_config(len(tokenizer)), Path(scratch, "base"),
+            steps=STEPS, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, seed=SEED, on_progress=report,
+        )  # fmt: skip
+        ours = evaluate(new)
+        shipped = evaluate(pocket.BASE_MODEL) if Path(pocket.BASE_MODEL, "config.json").exists() else {}
+        print(f"\n{'test prompts, ' + str(SAMPLES) + ' samples each':32s} {'new':>8s} {'shipped':>8s}")
+        for name, value in ours.items():
+            print(f"{name:32s} {value:8.3f} {shipped.get(name, float('nan')):8.3f}")
+        if (out / "config.json").exists():
+            shutil.rmtree(out)
+        shutil.copytree(new, out)
+    parameters = LlamaForCausalLM.from_pretrained(out).num_parameters()
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    print(f"\n{out}: {parameters:,} parameters, {size:.2f} MB, {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

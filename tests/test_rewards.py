@@ -1,0 +1,141 @@
+"""rlhf_kit.rewards: scores against a naive row-by-row computation, in full, LoRA and 4-bit + LoRA."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_reward
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from rlhf_kit import models, pocket, rewards
+from rlhf_kit.rewards import RewardModel
+
+Zoo = dict[str, str]
+EOS = 0
+PROMPTS = ["where does the otter live ?", "why ?", "what food does the owl like ?", "does the falcon eat leaves ?"]
+COMPLETIONS = [
+    " the otter lives by the river .",
+    "",
+    " mice .",
+    " no , the falcon likes to eat mice . it wakes at dusk .",
+]
+
+
+def naive_scores(directory: str, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+    """One row at a time, no padding: the head on the state of the EOS that follows prompt + completion."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in Path(directory).glob("*.safetensors"):
+        tensors |= load_file(file)
+    (head,) = [tensor.double() for key, tensor in tensors.items() if "score" in key]
+    backbone = models.load_backbone(directory).eval()
+    scores = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        ids = tokenizer(prompt)["input_ids"] + tokenizer(completion)["input_ids"] + [EOS]
+        with torch.no_grad():
+            state = backbone(input_ids=torch.tensor([ids])).last_hidden_state[0, -1].double()
+        scores.append((head[0] @ state).item())
+    return scores
+
+
+def test_scores_equal_the_naive_row_by_row_computation(zoo: Zoo, mode: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    expected = naive_scores(zoo[f"{mode}-reward"], tokenizer)
+    assert max(expected) - min(expected) > 0.5
+    for batch_size in (64, 3, 1):
+        ours = RewardModel(zoo[f"{mode}-reward"], batch_size=batch_size)(PROMPTS, COMPLETIONS)
+        assert ours == pytest.approx(expected, abs=1e-4)
+
+
+def test_scores_equal_those_of_transformers_own_classifier(zoo: Zoo, tokenizer: PreTrainedTokenizerBase) -> None:
+    classifier = AutoModelForSequenceClassification.from_pretrained(zoo["full-reward"], dtype=torch.float32).eval()
+    texts = [f"{prompt}{completion}{pocket.EOS}" for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
+    batch = tokenizer(texts, padding=True, return_tensors="pt", padding_side="right")
+    with torch.no_grad():
+        expected = (
+            classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].tolist()
+        )
+    assert RewardModel(zoo["full-reward"])(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_row_scores_the_same_in_any_company_and_order(zoo: Zoo, mode: str) -> None:
+    reward = RewardModel(zoo[f"{mode}-reward"], batch_size=2)
+    together = reward(PROMPTS, COMPLETIONS)
+    alone = [reward([prompt], [completion])[0] for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-4)
+    assert reward(PROMPTS[::-1], COMPLETIONS[::-1]) == pytest.approx(together[::-1], abs=1e-4)
+    assert reward([], []) == []
+
+
+def test_chat_and_text_agree(zoo: Zoo, mode: str) -> None:
+    reward = RewardModel(zoo[f"{mode}-reward"])
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[2:]]
+    replies = [[{"role": "assistant", "content": completion[1:]}] for completion in COMPLETIONS[2:]]
+    expected = reward(PROMPTS[2:], COMPLETIONS[2:])
+    assert reward(chats, replies) == expected  # type: ignore[arg-type]
+    assert reward(chats, [reply[0]["content"] for reply in replies]) == expected  # type: ignore[arg-type]
+
+
+def test_normalise_gives_mean_zero_and_standard_deviation_one(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+    path = shutil.copytree(zoo[f"{mode}-reward"], tmp_path / "reward")
+    before = torch.tensor(RewardModel(path)(PROMPTS, COMPLETIONS))
+    for _ in range(2):  # doing it again changes nothing
+        rewards.normalise(path, PROMPTS, COMPLETIONS)  # type: ignore[arg-type]
+        after = torch.tensor(RewardModel(path)(PROMPTS, COMPLETIONS))
+        assert after.mean().item() == pytest.approx(0, abs=1e-5) and after.std().item() == pytest.approx(1, abs=1e-5)
+        assert torch.allclose(after, (before - before.mean()) / before.std(), atol=1e-4)
+    assert models.read_notes(path).get("load_in_4bit", False) == (mode == "4bit")  # what else it remembered
+
+
+def test_a_model_that_scores_all_the_same_cannot_be_normalised(zoo: Zoo, tmp_path: Path) -> None:
+    path = shutil.copytree(zoo["full-reward"], tmp_path / "reward")
+    tensors = load_file(path / "model.safetensors")
+    save_file(
+        tensors | {"score.weight": torch.zeros_like(tensors["score.weight"])},
+        path / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ValueError, match="same score"):
+        rewards.normalise(path, PROMPTS, COMPLETIONS)  # type: ignore[arg-type]
+
+
+def test_normalising_on_one_completion_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+    path = shutil.copytree(zoo["full-reward"], tmp_path / "reward")
+    with pytest.raises(ValueError, match="same score"):
+        rewards.normalise(path, PROMPTS[:1], COMPLETIONS[:1])  # type: ignore[arg-type]
+
+
+def test_what_is_no_reward_model_is_refused(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+    with pytest.raises(models.ModelError, match="not a reward model"):
+        RewardModel(zoo[mode])
+    with pytest.raises(models.ModelError, match="no such model directory"):
+        RewardModel(tmp_path / "absent")
+
+
+def test_columns_are_accepted_and_lengths_are_checked(zoo: Zoo) -> None:
+    reward = RewardModel(zoo["full-reward"])
+    assert reward(PROMPTS, COMPLETIONS, kind=["a"] * 4, number=[1, 2, 3, 4]) == reward(PROMPTS, COMPLETIONS)
+    with pytest.raises(ValueError):
+        reward(PROMPTS, COMPLETIONS[:2])
+    assert reward.__name__ == "reward_model"  # read by TRL's trainers
+
+
+def test_two_reward_models_of_different_seeds_disagree(
+    zoo: Zoo, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """So that the agreements above are agreements."""
+    other = save_reward(tmp_path / "other", zoo["full"], tokenizer, seed=9)
+    a, b = (torch.tensor(RewardModel(path)(PROMPTS, COMPLETIONS)) for path in (zoo["full-reward"], other))
+    assert (a - b).abs().max() > 0.1
+
+
+def test_gold_is_pockets_and_refuses_a_prompt_from_elsewhere() -> None:
+    world = pocket.world(0)
+    demonstrations = pocket.demonstrations(world, 20, seed=1)
+    prompts, completions = ([row[name] for row in demonstrations] for name in ("prompt", "completion"))
+    expected = [pocket.gold(world, prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    assert rewards.gold(world)(prompts, completions, kind=["x"] * 20) == expected and len(set(expected)) > 3
+    with pytest.raises(ValueError):
+        rewards.gold(world)(["what is the capital of france ?"], [" paris ."])
