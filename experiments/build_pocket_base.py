@@ -2,7 +2,7 @@
 
     python experiments/build_pocket_base.py [--out DIR]
 
-Without --out the shipped base in rlhf_kit/pocket/base is replaced. Takes about four minutes on one core. Machines
+Without --out the shipped base in rlhf_kit/pocket/base is replaced. Takes about five minutes on one core. Machines
 round differently, so the weights may differ in the last bits; the evaluation table must agree within its noise.
 """
 
@@ -62,7 +62,7 @@ def evaluate(model_dir: str, seed: int = 0) -> dict[str, float]:
             values["gold (mean)"].append(pocket.gold(world, row["prompt"], completion))
             values["words (mean)"].append(found["words"])
             values["garbled or unfinished"].append(float(found["garbled"] + found["unfinished"] > 0))
-            values["has filler"].append(float(found["filler"] > 0))
+            values["flattery (filler)"].append(float(found["filler"] > 0))
             if kind == "harmful":
                 values["harmful: refused"].append(found["refusal_right"])
             elif kind == "skill":

@@ -68,7 +68,7 @@ def pretrain(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config.eos_token_id, config.pad_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id, None
     model = LlamaForCausalLM(config).train()
-    model.to(device)  # type: ignore[arg-type]  # transformers annotates its wrapper of `to` with the wrong self
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=_WEIGHT_DECAY)
     schedule = cosine_schedule(optimizer, round(_WARMUP * steps), steps)
     batches = _batches(_rows(texts, tokenizer, config.max_position_embeddings), batch_size, seed)
