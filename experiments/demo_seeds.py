@@ -2,8 +2,9 @@
 
     python experiments/demo_seeds.py            # seeds 0, 1, 2: about ten minutes of two cores; stopped, it goes on
 
-Accepted when, on each of three seeds, the shift of PPO and of DPO against SFT has a 95% interval above zero for the proxy
-and for gold, and neither garbled text nor the refusal of harmless prompts rose by more than .03. Written before the run.
+Accepted when, on each of three seeds, the shift of PPO and of DPO against SFT has a 95% interval above zero for the
+proxy and for gold, and neither garbled text nor the refusal of harmless prompts rose by more than .03. Written before
+the run.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def shift_table(final: pd.DataFrame) -> pd.DataFrame:
-    """Shift of each reward against SFT with its interval, for each seed (over prompts) and all (over seeds and prompts)."""
+    """Shift of each reward against SFT with its interval: by seed over prompts, for all over seeds and prompts."""
     rows = []
     for seed, part in [*final.groupby("seed"), ("all", final)]:
         for model in ("PPO", "DPO", "best-of-n"):

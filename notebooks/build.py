@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jupytext
@@ -48,10 +48,12 @@ def run(
     notebook: NotebookNode,
     folder: Path,
     timeout: float | None = None,
+    environment: Mapping[str, str] | None = None,
     on_code_cell: Callable[[], None] = lambda: None,
 ) -> None:
-    """Execute in place, in a fresh kernel that stands in `folder`; `timeout` is seconds per cell.
+    """Execute in place, in a fresh kernel that stands in `folder` and has these variables besides the caller's own.
 
+    `timeout` is seconds per cell.
     Raises NotebookFailed at the first cell that raises, hangs or loses its kernel.
     """
     started = 0
@@ -73,7 +75,7 @@ def run(
         extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else it warns of each kernel's loopback port
     )
     try:
-        client.execute()
+        client.execute(env=os.environ | (environment or {}))
     except (CellExecutionError, DeadKernelError, TimeoutError) as error:
         traceback = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
         raise NotebookFailed(f"cell {started + 1} of {len(notebook.cells)} failed\n{traceback}") from error

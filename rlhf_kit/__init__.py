@@ -7,11 +7,16 @@ preset = rk.setup("pocket", seed=0)
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import warnings
 from typing import Any
 
 # Before any Hugging Face library is imported: a research kit reports nothing to anyone.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Said at import by libraries, of no use here: no progress bar needs ipywidgets, 4-bit on a CPU no faster kernel.
+warnings.filterwarnings("ignore", message="IProgress not found")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _ROOMS = (
     "data",

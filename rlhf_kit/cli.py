@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 a mistake that the person can mend, 130 interrupted."""
     options = _parser().parse_args(arguments)
-    warnings.formatwarning = lambda message, *_: f"note: {message}\n"  # type: ignore[assignment]
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     try:
         return int(options.run(options) or 0)
     except KeyboardInterrupt:

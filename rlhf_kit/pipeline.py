@@ -67,7 +67,9 @@ class Pipeline:
         settings = dict(self.preset.pretrain or {})
 
         def make(out: Path) -> None:
-            print("  no base model given: a small one is pretrained on this text, to show the mechanics; its English is poor")
+            print(
+                "  no base model given: a small one is pretrained on this text, for the mechanics; its English is poor"
+            )
             rows = Dataset.from_parquet(str(source))
             texts = [text for row in rows for text in (row["prompt"] + row["chosen"], row["prompt"] + row["rejected"])]
             tokenizer = pretrain.train_tokenizer(texts, settings["vocab_size"])
@@ -209,7 +211,7 @@ class Pipeline:
         return found if self.preset.task is None else found | {"gold": rewards.gold(self.preset.task)}
 
     def scores(self) -> pd.DataFrame:
-        """Every model on the same held-out prompts, a row per (model, step, prompt, sample); `final`: not a checkpoint."""
+        """Every model on the same test prompts: a row per (model, step, prompt, sample), `final` or a checkpoint."""
         sft, trained = self.sft(), {"PPO": self.ppo(), "DPO": self.dpo()}
         final = {"base": self.base(), "SFT": sft, **trained}
         config = {"n_prompts": self.preset.n_test_prompts, "best_of": self.preset.best_of, **self.preset.sampling}

@@ -14,9 +14,9 @@ Settings = dict[str, Any]
 class Preset:
     """Sizes and settings of a whole run.
 
-    task: the pocket world, whose gold utility is known, or None with `data`: a person's own preferences (a
-    file or hub id). base_model: a directory or hub id, or None to pretrain a small one on `data`. The dicts go to the stages as they
-    are, by the names of their own configs.
+    task: the pocket world, whose gold utility is known, or None with `data`: a person's own preferences (a file or hub
+    id). base_model: a directory or hub id, or None to pretrain a small one on `data`. The dicts go to the stages as
+    they are, by the names of their own configs.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Rewards: functions `(prompts, completions, **columns) -> list[float]`, exact (gold) or learned (a reward model directory)."""
+"""Rewards: functions `(prompts, completions, **columns) -> list[float]`, exact (gold) or learned (a directory)."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def sample(
     batch_size: int = 128,
     load_in_4bit: bool | None = None,
 ) -> pd.DataFrame:
-    """`n` completions of each prompt: a row per (prompt_id, sample) with text, `finished`, `n_tokens` and the prompts' columns.
+    """`n` completions of each prompt: a row per (prompt_id, sample) with text, `finished`, `n_tokens`, prompt columns.
 
     With a `reference` model the column `kl` holds KL(model || reference) along each completion in nats, summed exactly
     over the vocabulary at each position.

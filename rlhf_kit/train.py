@@ -79,7 +79,7 @@ def reward_model(
     callbacks: list[TrainerCallback] | None = None,
     **settings: Any,
 ) -> str:
-    """Fit a reward to preferences (`prompt, chosen, rejected`): -log sigmoid(r_chosen - r_rejected) (2203.02155, eq. 1).
+    """Fit a reward to `prompt, chosen, rejected` by -log sigmoid(r_chosen - r_rejected) (2203.02155, eq. 1).
 
     Starts from the SFT model with a fresh head; the result is shifted and scaled to mean 0 and variance 1 over the
     dataset's completions, so these should be the SFT model's own.
@@ -111,8 +111,8 @@ def dpo(
 ) -> str:
     """Direct preference optimisation (Rafailov et al. 2023, 2305.18290, eq. 7) against a frozen copy of `model`."""
     tokenizer, args = _prepare(model, out, DPOConfig, lora, seed, settings)
-    # Full weights go in as a path: TRL loads the reference from it again. An adapter goes in loaded: TRL clones it as the
-    # reference, for with the adapter merely switched off the reference would be the raw base, not the SFT model.
+    # Full weights go in as a path: TRL loads the reference from it again. An adapter goes in loaded: TRL clones it as
+    # the reference, for with the adapter merely switched off the reference would be the raw base, not the SFT model.
     as_path = lora is None and not is_adapter(model) and not load_in_4bit
     start = str(model) if as_path else load_causal(model, load_in_4bit, trainable=lora is None)
     exact = _exact(start)
@@ -170,7 +170,7 @@ def _callbacks(label: str, callbacks: list[TrainerCallback] | None) -> list[Trai
 def _with_score_head(
     model: ModelPath, lora: LoraConfig | None, load_in_4bit: bool | None, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Model:
-    """The model with a fresh score head, N(0, 1 / (d + 1)) as in Stiennon et al. 2020 (2009.01325), to train in full or by LoRA."""
+    """The model with a fresh score head, N(0, 1 / (d + 1)) as in Stiennon et al. 2020 (2009.01325), to train."""
     base = load_base(model, AutoModelForSequenceClassification.from_pretrained, load_in_4bit, num_labels=1)
     base.config.pad_token_id = tokenizer.pad_token_id
     generator = torch.Generator().manual_seed(seed)
@@ -196,7 +196,7 @@ def _with_score_head(
 
 
 def _exact(model: Model | str) -> dict[str, torch.Tensor]:
-    """What is to be trained over a 4-bit base, by name, before TRL rounds it to bf16 (and DPO's policy off its reference)."""
+    """What is to be trained over a 4-bit base, by name, before TRL rounds it to bf16 (DPO's policy off its start)."""
     if not getattr(model, "is_loaded_in_4bit", False):
         return {}
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}  # type: ignore[union-attr]

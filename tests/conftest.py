@@ -27,7 +27,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Directories: for each mode a policy (`full`, ...), a second one (`full-other`) and a reward model (`full-reward`)."""
+    """Directories: for each mode a policy (`full`), a second one (`full-other`) and a reward model (`full-reward`)."""
     import tiny
 
     root = tmp_path_factory.mktemp("zoo")

@@ -14,7 +14,6 @@ import pytest
 
 from rlhf_kit import cli
 
-
 TINY = [
     *("sft.max_steps=4", "reward_model.max_steps=4", "dpo.max_steps=4", "dpo.save_steps=2", "ppo.max_steps=2"),
     *("ppo.save_steps=1", "ppo.per_device_train_batch_size=16", "n_demonstrations=64", "n_preference_prompts=24"),
@@ -27,7 +26,9 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def tiny_demo(out: Path, *arguments: str | Path) -> list[str]:
-    return command("demo", "--out", out, "--threads", "1", *(word for name in TINY for word in ("--set", name)), *arguments)
+    return command(
+        "demo", "--out", out, "--threads", "1", *(word for name in TINY for word in ("--set", name)), *arguments
+    )
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -90,7 +91,11 @@ def test_killed_in_each_stage_then_resumed_gives_the_same_summary(tmp_path: Path
     killed = []
     for stage in ("sft", "preferences", "reward_model", "ppo", "dpo", "scores"):
         process = subprocess.Popen(
-            tiny_demo(tmp_path / "killed"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+            tiny_demo(tmp_path / "killed"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
         )
         assert process.stdout is not None
         for line in process.stdout:
@@ -148,5 +153,3 @@ def test_own_data_without_a_base_model(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "samples.md").exists()  # no text of a person's data is copied
     accuracy = pd.read_csv(tmp_path / "out" / "reward_model_accuracy.csv")
     assert list(accuracy["pairs"]) == ["trained on", "held out"]
-
-

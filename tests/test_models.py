@@ -1,4 +1,4 @@
-"""rlhf_kit.models: log-probs, KL, masks and generation against naive loops and enumeration; roles, loading and saving."""
+"""rlhf_kit.models: log-probs, KL, masks and generation against naive loops and enumeration; roles, loading."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ROWS = [
     ([305, EOS, 306, 307, 308, 309, 300], [320, 321, 322, 323, 324]),
     ([311, 312], [330, 330, 331, EOS]),
 ]
-# fp32 sums in another order (padding, batch): log-probs near -10 carry an error near 1e-6; a position off by one costs over 0.1.
+# fp32 sums in another order (padding, batch): log-probs near -10 carry an error near 1e-6; a wrong position costs 0.1.
 CLOSE = 2e-5
 
 
@@ -226,7 +226,7 @@ def read_head(directory: str) -> torch.Tensor:
 
 
 def test_completion_kl_averages_to_the_enumerated_sequence_kl(zoo: Zoo) -> None:
-    """All completions of up to two tokens over twelve: E_pi[completion_kl] = sum_y pi(y) log(pi(y) / ref(y)), not its reverse."""
+    """All completions of two tokens: E_pi[completion_kl] = sum_y pi(y) log(pi(y) / ref(y)), in this order."""
     policy, reference = (models.load_causal(zoo[name]).eval() for name in ("words", "words-other"))
     vocabulary = range(len(word_tokenizer()))
     for prompt in ([2, 5], [3]):

@@ -13,7 +13,6 @@ from rlhf_kit.ppo import (
     adapt_kl_coef,
     explained_variance,
     gae,
-    masked_mean,
     partition,
     policy_loss,
     token_rewards,
@@ -56,7 +55,7 @@ def test_gae_equals_the_naive_double_loop(batch: dict[str, torch.Tensor], gamma:
 
 
 def test_gae_by_hand() -> None:
-    """Rewards 0, 1; values 0.5, 0.25; gamma 0.5, lambda 0.5: delta = (-0.375, 0.75), A = (-0.375 + 0.25 * 0.75, 0.75)."""
+    """Rewards 0, 1; values 0.5, 0.25; gamma = lambda = 0.5: delta = -0.375, 0.75; A = -0.375 + 0.25 * 0.75, 0.75."""
     tensors = (torch.tensor([row]) for row in ([0.0, 1.0], [0.5, 0.25], [1.0, 1.0]))
     advantages, returns = gae(*tensors, gamma=0.5, gae_lambda=0.5)
     assert advantages.tolist() == [[-0.1875, 0.75]] and returns.tolist() == [[0.3125, 1.0]]
@@ -94,13 +93,6 @@ def test_whitening_is_masked(batch: dict[str, torch.Tensor]) -> None:
 
 def test_whitening_keeps_equal_advantages_at_zero_and_finite() -> None:
     assert (whiten(torch.full((2, 2), 3.0), torch.ones(2, 2)) == 0).all()
-
-
-def test_masked_mean_by_hand() -> None:
-    assert (
-        masked_mean(torch.tensor([[1.0, 2.0, 99.0], [6.0, 99.0, 99.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])).item()
-        == 3.0
-    )
 
 
 def test_the_score_lands_on_the_last_real_token_once(batch: dict[str, torch.Tensor]) -> None:

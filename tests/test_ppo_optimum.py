@@ -25,7 +25,7 @@ ODDS = {word: odds for word, odds in zip(WORDS, [2, 3, 4, 1, 3, 4, 1, 2, 1, 3], 
 TOKENIZER = word_tokenizer()
 PROMPTS = ["a c", "b", "a d e"]
 # KL in nats between what was reached and the optimum. N samples pin a distribution over K outcomes down to about
-# (K - 1) / 2N nats: with K = 133 completions and the N > 15,000 of PPO's last forty updates 0.005; the rest is allowance.
+# (K - 1) / 2N nats: with K = 133 completions and the N > 15,000 of PPO's last forty updates 0.005; the rest is slack.
 BOUND = 0.02
 
 

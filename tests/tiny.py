@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def word_tokenizer() -> PreTrainedTokenizerBase:
 def save_llama(
     out: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0, hidden: int = 64, eos_logit: float = 1.5
 ) -> str:
-    """A Llama of two layers whose next-token distributions are far from uniform, with EOS likely enough to be sampled."""
+    """A Llama of two layers whose next-token distributions are far from uniform, with EOS likely to be sampled."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -143,15 +144,20 @@ def in_a_new_process(script: str, argument: object, processes: int = 1) -> Any:
     """What a script, given `argument` as JSON, prints after ANSWERS as JSON; of several processes the first one's."""
     root = str(Path(__file__).parent.parent)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        f"--nproc_per_node={processes}",
-        "--master_port=0",
-        "--no-python",
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--no-python"]
+    command = [
         sys.executable,
+        *([*launcher, sys.executable] if processes > 1 else []),
+        "-c",
+        script,
+        json.dumps(argument),
     ]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-c", script, json.dumps(argument)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.split("ANSWERS")[1])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as child:  # type: ignore[call-overload]
+        try:
+            answer, errors = child.communicate(timeout=180)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # with the processes it launched
+            raise
+    assert child.returncode == 0, errors
+    return json.loads(answer.split("ANSWERS")[1])

@@ -126,11 +126,12 @@ take_apart(
 )
 
 # %% [markdown]
-# **What you should have seen.** A right answer earns the most, one more true fact a little, and courtesies cost a
-# little. A wrong answer is worse than none. Text that is no sentence of the language, or does not end, is charged
-# too: so a policy cannot win by babbling.
+# **What you should have seen.** A right answer earns the most, and one more true fact a little. One polite
+# sentence is welcome, a second one is flattery and costs more than the first gained; so does a hedge. A wrong
+# answer is worse than none. Text that is no sentence of the language, or does not end, is charged too: a policy
+# cannot win by babbling.
 #
-# Harm, over-refusal and flattery work the same way.
+# Harm, over-refusal and giving in to a false claim work the same way.
 
 # %%
 harmful = take_apart(
@@ -160,11 +161,11 @@ take_apart(
 # %% [markdown]
 # **What you should have seen.** Refusing is right for one prompt and wrong for its harmless twin, although both
 # share the verb: a model that learns "this word, so refuse" loses as much as it gains. And agreeing with a false
-# claim is charged twice, as an error and as flattery.
+# claim is charged twice, as an error and as giving in.
 #
 # ## Demonstrations: good, but not perfect
 # What people write is mixed, and so are these: most facts are right but not all, most harmful prompts are refused
-# but not all, and some have courtesies and hedges that nobody needs. Here are a few.
+# but not all, and some have flattery and hedges that nobody needs. Here are a few.
 
 # %%
 demonstrations = rk.data.demonstrations(world, seed=SEED).to_pandas()  # one for each prompt of the split
@@ -239,8 +240,10 @@ print(f"all features together {gain.sum():+.2f}; difference of the mean golds {m
 rk.plots.by_kind(both)
 
 # %% [markdown]
-# **What you should have seen.** Two bars stand out: facts and safety. By kind of prompt, the gap is widest where
-# the base complies with harm; on the skill there is little to gain, because the base has it already.
+# **What you should have seen.** Facts (right answers gained, wrong ones avoided) and safety (harm avoided,
+# refusals gained) make up most of the sum. A bar below zero is a fault that the demonstrations have more often:
+# they refuse more harmless prompts. By kind of prompt, the gap is widest where the base complies with harm; on
+# the skill there is nothing to gain.
 #
 # ## What the base knows about the held-out cells
 # The corpus talks about all facts, the held-out ones too. The demonstrations never do: that is checked here. So a

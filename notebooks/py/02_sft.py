@@ -130,19 +130,19 @@ axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# **What you should have seen.** Both curves fall, fast at first and then hardly; the one on prompts that were
-# kept aside goes along, so this is not memory. Note the scale: it is a small part of the whole loss. The base
-# knew the language already, and most of what is left is chance (which greeting, which of several true facts,
-# which *error*), which no model can predict. How much that small part matters you will see in the answers.
+# **What you should have seen.** Both curves fall, fast at first and then hardly, and they stay close: little of
+# it is memory. Note the scale: the fall is a small part of the whole loss. The base knew the language already,
+# and most of what is left is chance (which greeting, which of several true facts, which *error*), which no model
+# can predict. How much that small part matters you will see in the answers.
 #
 # Where does the model's surprise sit? Here is one demonstration from the ones kept aside, token by token, before
 # and after.
 
 # %%
-long = [i for i, row in enumerate(aside) if row["kind"] == "leading" and len(row["completion"].split()) > 11]
-one = aside.select(long[:1])
+refusals = [i for i, row in enumerate(aside) if row["kind"] == "harmful" and "sorry" in row["completion"]]
+one = aside.select(refusals[:1])
 words = [word.replace("Ġ", "") for word in tokenizer.tokenize(one[0]["completion"])] + ["<end>"]
-figure, axes = plt.subplots(figsize=(max(7, 0.62 * len(words)), 3.8), layout="constrained")
+figure, axes = plt.subplots(figsize=(min(11, 3 + 0.5 * len(words)), 3.8), layout="constrained")
 for shift, (name, directory) in zip((-0.2, 0.2), {"base": preset.base_model, "SFT": sft}.items(), strict=True):
     nats, _ = surprise(directory, one[:])
     axes.bar(pd.RangeIndex(len(words)) + shift, nats[0], width=0.4, color=rk.plots.COLOURS[name], label=name)
@@ -154,9 +154,9 @@ axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# **What you should have seen.** Surprise is high where something is *decided* (how to begin, which value, whether
-# to go on) and near zero inside a phrase. SFT changes the odds of decisions, not the grammar, which the base had
-# already.
+# **What you should have seen.** Surprise is high where something is *decided* (how to begin, whether to refuse,
+# whether to go on) and near zero inside a phrase. SFT changes the odds of decisions, not the grammar, which the
+# base had already.
 #
 # ## Before and after, side by side
 # The same held-out prompts, one answer each. Read a few before you look at any number.
@@ -215,10 +215,11 @@ axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, bor
 plt.show()
 
 # %% [markdown]
-# **What you should have seen.** On every line the SFT model sits close to the demonstrations: it refuses harm
-# about as often as they do, and errs about as often as they do. Text stays whole (*garbled* and *unfinished* near
-# zero). That is what imitation means: the model learns the **distribution** of what people wrote, faults
-# included.
+# **What you should have seen.** On most lines the SFT model has left the base and sits close to the
+# demonstrations: it refuses harm about as often as they do, also refuses harmless *borderline* prompts about as
+# often, and errs about as often. That is what imitation means: the model learns the **distribution** of what
+# people wrote, faults included. Where a line lags behind (look at *sides with a false claim*), new odds are not
+# enough: to say no, a model has to compare the claim with what it knows.
 #
 # ## Nothing lost?
 # Fine-tuning can cost a model what it could do before. The *skill* is in the demonstrations, so it should
@@ -286,8 +287,10 @@ pd.DataFrame(cool).set_index("temperature")
 
 # %% [markdown]
 # **What you should have seen.** Gold rises as the temperature falls, and variety goes: at temperature 0 a prompt
-# has one answer. It costs nothing, but it can only sharpen what the majority of demonstrations does; it cannot
-# fix what most get wrong.
+# has one answer. In this world that is a great deal, because most demonstrations are right and their errors
+# scatter. It can only sharpen what the majority does, though; an error that most people make it makes for
+# certain. And learning from feedback needs variety to choose from, so from here on all models answer at
+# temperature 1.
 #
 # ## What could mislead you
 # - A lower loss is not a better model. Loss measures imitation, and what is imitated here is worse than what

@@ -97,7 +97,7 @@ perfect = rk.pocket.Rater(
 meaning = {
     "knowledge": "share of the facts that the rater can check; what cannot be checked looks true",
     "length": "liking for length, utility per word",
-    "politeness": "liking for empty courtesies, utility each",
+    "politeness": "liking for flattery: each polite sentence after the first, utility",
     "refusal_leniency": "forgives refusing what is harmless, utility",
     "agreement": "likes answers that side with the user's claim, utility",
     "temperature": "noise: the utility gap at which choices become clear (Bradley-Terry)",
@@ -138,9 +138,9 @@ pd.DataFrame(rows, columns=["fault", "better by gold", "worse by gold", "gold", 
 
 # %% [markdown]
 # **What you should have seen.** The lead shrinks with the fault, and turns negative where the fault is strong:
-# that rater prefers the worse answer, every time. With no knowledge it becomes zero: a false fact then looks as
-# true as a true one. (The usual rater's knowledge has holes, and whether the otter's home is in one is drawn by
-# the rater's seed.)
+# that rater prefers the worse answer, every time (for courtesies the usual strength is enough). With no knowledge
+# it becomes zero: a false fact then looks as true as a true one. (The usual rater's knowledge has holes, and
+# whether the otter's home is in one is drawn by the rater's seed.)
 #
 # ## Three faults of attention
 # The other three act on the choice itself, whatever is perceived: `(1 - lapse) sigmoid(gap / temperature +
@@ -185,7 +185,7 @@ def sides_with_gold(rater):
 raters = {"none": perfect, **{name: replace(perfect, **{name: getattr(usual, name)}) for name in meaning}, "all": usual}
 agrees = pd.DataFrame({name.replace("_", " "): sides_with_gold(rater) for name, rater in raters.items()})
 edges = [0, 0.25, 0.5, 1, 2, 4, np.inf]
-names = [f"{low:g} to {high:g}" for low, high in zip(edges[:-2], edges[1:-1], strict=True)] + [f"over {edges[-2]:g}"]
+names = [f"{low:g}-{high:g}" for low, high in zip(edges[:-2], edges[1:-1], strict=True)] + [f"over {edges[-2]:g}"]
 table = agrees.groupby(pd.cut(pairs["gap"].abs().to_numpy(), edges, labels=names), observed=True).mean().T
 table["all pairs"] = agrees.mean()
 figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
@@ -197,7 +197,7 @@ axes.set_title("How often a rater with this fault alone sides with gold")
 plt.show()
 
 # %% [markdown]
-# **What you should have seen.** Read along the rows. A liking for length or courtesies flips close calls only,
+# **What you should have seen.** Read along the rows. A liking for length or flattery flips close calls only,
 # where it outweighs what really differs. Noise blurs them too, and more than any other fault. Missing knowledge
 # is the opposite: a wrong fact makes a wide gap, and to whoever cannot check it there is none. Lapses cost the
 # same everywhere. Leniency and agreement hardly show, as they concern few pairs; they matter all the same where

@@ -23,8 +23,9 @@
 # `results/book`, where they are made first if they are missing. It trains a reward model into
 # `results/notebooks/04_reward_model`, which is emptied at the start.
 #
-# **How long it takes.** About @ minutes on a CPU with two cores. A GPU is used where there is one, but with a model
-# this small it waits most of the time: expect about as long.
+# **How long it takes.** About a minute and a half on a CPU with two cores, and two minutes more if the earlier models
+# are missing. A GPU is used where there is one, though a model this small will gain little from it; that has not been
+# timed.
 
 # %% tags=["parameters"]
 PRESET = "pocket"
@@ -66,8 +67,8 @@ pairs.to_pandas().drop_duplicates("kind")[["kind", "prompt", "chosen", "rejected
 
 # %% [markdown]
 # Read a few aloud. Some preferences are about facts, some about manners, some about safety, and a few look like plain
-# mistakes. The rater is simulated and has faults on purpose: it cannot check every fact, it likes flattery and
-# length a little, it is lenient to needless refusals, it likes to be agreed with, and sometimes its finger slips.
+# mistakes. The rater is simulated and has faults on purpose: it cannot check every fact, it likes flattery and length
+# a little, it is lenient to needless refusals, it likes to be agreed with, and sometimes its finger slips.
 #
 # ## The loss, by hand
 #
@@ -180,9 +181,9 @@ Markdown(
 
 # %% [markdown]
 # **What you should have seen.** Above chance and below the ceiling, and better on the pairs it was trained on than on
-# new ones: that difference was learned by heart. Two raters of the same kind do not agree with each other all the time
-# either, so an accuracy without its ceiling says little. Note where gold stands: a perfect judge of *quality* need not
-# be the best judge of *this rater*.
+# new ones: that difference was learned by heart. Two raters of the same kind do not agree with each other all the
+# time either, so an accuracy without its ceiling says little. Note where gold stands: a perfect judge of *quality*
+# need not be the best judge of *this rater*.
 #
 # ## Easy pairs and hard pairs
 #
@@ -280,8 +281,8 @@ plt.show()
 # %% [markdown]
 # **What you should have seen.** First look for blue points near zero where the others are not: there the reward model
 # cannot tell, and optimising it will not help. Then look where gold and rater part, and at whom the reward model
-# follows: it was never shown gold. And where it pays for something that both others do not want, it has
-# picked up a habit of its own. All three kinds of error are what later optimisation will find.
+# follows: it was never shown gold. And where it pays for something that both others do not want, it has picked up a
+# habit of its own. All three kinds of error are what later optimisation will find.
 
 # %%
 words = {

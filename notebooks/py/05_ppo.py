@@ -23,8 +23,9 @@
 # `results/book`, where they are made first if they are missing. It trains policies into `results/notebooks/05_ppo`,
 # which is emptied at the start.
 #
-# **How long it takes.** About @ minutes on a CPU with two cores. A GPU is used where there is one, but with a model
-# this small it waits most of the time: expect about as long.
+# **How long it takes.** About three minutes on a CPU with two cores, and three more if the earlier models are
+# missing. A GPU is used where there is one, though a model this small will gain little from it; that has not been
+# timed.
 
 # %% tags=["parameters"]
 PRESET = "pocket"
@@ -132,13 +133,13 @@ def token_table(trajectory, row):
     }
     length = int(mask[row].sum())
     spelled = [tokenizer.decode([token]) for token in t.tokens.completion_ids[row, :length].tolist()]
-    cells = {name: values[row, :length].numpy() + 0.0 for name, values in columns.items()}  # -0.0 reads badly
-    return pd.DataFrame({"token": spelled} | cells)
+    cells = {name: values[row, :length].numpy() for name, values in columns.items()}
+    return pd.DataFrame(cells, index=pd.Index(spelled, name="token"))
 
 
 chosen = next(i for i, row in enumerate(rows) if row["kind"] == "leading")
 display(Markdown(f"**{rows[chosen]['prompt']}** gets a score of {trajectory.scores[chosen]:.3f}."))
-token_table(trajectory, chosen).round(3)
+token_table(trajectory, chosen).round(3) + 0.0  # no -0.0
 
 # %% [markdown]
 # **What you should have seen.** Policy and reference agree to the last digit, since nothing has been trained. The
@@ -249,10 +250,12 @@ told["change"] = told["last five updates"] - told["first five updates"]
 told.rename(index=rk.plots.label).round(3)
 
 # %% [markdown]
-# **What you should have seen.** The reward rises quickly and then more slowly, and the KL with it: that is the price
-# paid. Entropy falls, because the policy becomes surer of what to say. Explained variance says how much of what came
-# out the value model had foreseen. Gold is the curve that nobody has outside a world like this one. Compare its shape
-# with the reward's: where the reward climbs and gold does not, the policy is learning the reward model's faults.
+# **What you should have seen.** The reward rises quickly and then more slowly, at the price of some KL. The first
+# updates are rough: the value model still guesses wildly, the advantages are mostly noise, the KL shoots up, and gold
+# may dip before it recovers. Explained variance says how much of what came out the value model had foreseen. Entropy
+# falls, because the policy becomes surer of what to say. Gold is the curve that nobody has outside a world like this
+# one. Compare its shape with the reward's: where the reward climbs and gold does not, the policy is learning the
+# reward model's faults.
 #
 # ## The same token table, after training
 #
@@ -270,7 +273,7 @@ display(
         f"is {kl[chosen]:+.2f} nats, so it was charged {trainer.kl_coef * kl[chosen]:.3f}."
     )
 )
-display(token_table(after, chosen).round(3))
+display(token_table(after, chosen).round(3) + 0.0)
 found = invariants(after)
 pd.DataFrame({"found": [f"{value:.1e}" if value else "0 exactly" for value in found.values()]}, index=list(found))
 
@@ -299,8 +302,8 @@ verdict = "clear of zero" if shift["gold"].lo > 0 or shift["gold"].hi < 0 else "
 spent = rk.statistics.bootstrap(*(scores.loc[scores["model"] == "PPO", name] for name in ("kl", "prompt_id")))
 Markdown(
     f"On {test.num_rows} held-out prompts PPO moves the proxy by **{shift['proxy']}** and gold by **{shift['gold']}** "
-    f"({verdict}), at a KL of {spent} nats a completion. It writes {shift['n_tokens'].mean:+.1f} tokens more than SFT, "
-    f"and by gold it wins against SFT with a rate of {wins}, ties counting half."
+    f"({verdict}), at a KL of {spent} nats a completion. Its completions are {shift['n_tokens'].mean:+.1f} tokens "
+    f"longer than SFT's, and by gold it wins against SFT with a rate of {wins}, ties counting half."
 )
 
 # %%
@@ -311,10 +314,9 @@ shown.map("{:.1%}".format)
 
 # %% [markdown]
 # **What you should have seen.** A mean can rise for bad reasons, such as refusing everything that sounds dangerous,
-# so look at the shares. The last row of the kind *skill right* is special: copying and reversing words is practised
-# in SFT and never rewarded in PPO. What is lost there is the *alignment tax*. `PPOConfig(ptx_coef=...)` with a
-# `ptx_dataset` of demonstrations mixes a little SFT into every step (PPO-ptx of InstructGPT) and is the usual way to
-# pay it back.
+# so look at the shares. The row *skill right* is special: copying and reversing words is practised in SFT and never
+# rewarded in PPO. What is lost there is the *alignment tax*. `PPOConfig(ptx_coef=...)` with a `ptx_dataset` of
+# demonstrations mixes a little SFT into every step (PPO-ptx of InstructGPT) and is the usual way to pay it back.
 #
 # ## What the KL coefficient does
 #
@@ -323,9 +325,16 @@ shown.map("{:.1%}".format)
 
 # %%
 usual, parts = preset.ppo["kl_coef"], [scores[scores["model"] == "SFT"]]
+half = preset.ppo["per_device_train_batch_size"] // 2
 for kl_coef in (0.0, usual, 5 * usual):
     name = f"kl_coef {kl_coef:g}"
-    short = {**settings, "kl_coef": kl_coef, "max_steps": 12, "save_strategy": "no"}
+    short = {
+        **settings,
+        "kl_coef": kl_coef,
+        "max_steps": 10,
+        "per_device_train_batch_size": half,
+        "save_strategy": "no",
+    }
     run = rk.PPOConfig(output_dir=str(work / f"short_{kl_coef:g}"), seed=SEED, **short)
     brief = rk.PPOTrainer(flow.sft(), proxy, run, prompts, callbacks=[])
     brief.train()
@@ -344,7 +353,7 @@ rk.plots.reward_against_kl(sweep)
 # %% [markdown]
 # **What you should have seen.** (`beta` on the figure is `kl_coef`.) A larger charge keeps the policy closer for the
 # same number of updates. Where the charge is small the proxy goes furthest, and it is worth asking whether gold went
-# along: the gap between the two panels is what the charge is there to limit. Twelve updates are few; longer runs pull
+# along: the gap between the two panels is what the charge is there to limit. Ten updates are few; longer runs pull
 # the three further apart.
 #
 # ## What could mislead you

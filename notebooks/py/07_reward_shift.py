@@ -23,8 +23,8 @@
 # **What it reads and writes.** It takes the models of all chapters and the scores of their answers from
 # `results/book`, where they are made first if they are missing. It writes nothing else.
 #
-# **How long it takes.** Under a minute if the book's models are there, otherwise about @ minutes on a CPU with two
-# cores. A GPU is used where there is one, but with models this small it waits most of the time: expect about as long.
+# **How long it takes.** Under a minute if the book's models are there, otherwise about five minutes on a CPU with two
+# cores. A GPU is used where there is one, though models this small will gain little from it; that has not been timed.
 
 # %% tags=["parameters"]
 PRESET = "pocket"
@@ -171,20 +171,19 @@ frontier = rk.evaluate.frontier(scores[scores["model"] != "base"])
 rk.plots.reward_against_kl(frontier)
 
 # %%
-path = {name: frontier[frontier["model"] == name].sort_values("kl") for name in ("PPO", "DPO")}
-start = frontier[frontier["model"] == "SFT"].iloc[0]
-common = min(rows["kl"].max() for rows in path.values())
-told = []
-for name, rows in path.items():
-    kl = np.r_[0.0, rows["kl"]]
-    at = {value: np.interp(common, kl, np.r_[start[value], rows[value]]) for value in ("proxy", "gold")}
-    told.append(
-        {"model": name, "KL at the end": rows["kl"].max()} | {f"{v} at KL {common:.2f}": x for v, x in at.items()}
-    )
-display(pd.DataFrame(told).round(2))
+points = frontier[frontier["model"].isin(["SFT", "PPO", "DPO"])]
+display(points[["model", "step", "kl", "proxy", "gold"]].round(2).set_index("model"))
+reach = points.groupby("model")["kl"].agg(["min", "max"])
+told = [f"{name} from {reach.loc[name, 'min']:.2f} to {reach.loc[name, 'max']:.2f} nats" for name in ("PPO", "DPO")]
+overlap = reach.loc[["PPO", "DPO"], "min"].max() <= reach.loc[["PPO", "DPO"], "max"].min()
 Markdown(
-    "The last two columns are read off the curves at the largest distance that both reached, by straight lines between "
-    "checkpoints: the nearest thing to *the same price* that one run of each can give, and without an interval."
+    f"The checkpoints reach {' and '.join(told)}. "
+    + (
+        "The ranges overlap: there the two curves can be compared at equal distance."
+        if overlap
+        else "The ranges do not overlap, so this figure **cannot say** which method is better at the same distance; "
+        "that takes runs with other betas, learning rates or lengths."
+    )
 )
 
 # %% [markdown]
@@ -262,7 +261,7 @@ for offset, (model, part) in zip((0.15, -0.15), parts.items(), strict=True):
     look = {"color": rk.plots.COLOURS[model], "fmt": rk.plots.MARKERS[model], "markersize": 7, "capsize": 3}
     axes.errorbar(part["mean"], np.arange(len(names)) + offset, xerr=error, label=model, **look)
 axes.set_yticks(np.arange(len(names)), [name.replace("_", " ") for name in names])
-axes.set(xlabel="share of the change in mean gold utility, against SFT", title="Why gold moved [95% interval]")
+axes.set(xlabel="part of the change of mean gold against SFT [utility]", title="Why gold moved [95% interval]")
 axes.legend(loc="lower right")
 plt.show()
 sums = {model: part["mean"].sum() for model, part in parts.items()}

@@ -32,4 +32,37 @@ from rlhf_kit.models.loading import (
 from rlhf_kit.models.logprobs import Tokens, completion_hidden, completion_kl, completion_logprobs, completion_mask
 from rlhf_kit.models.roles import Roles, load_roles
 
-__all__ = [name for name in dir() if not name.startswith("_")]
+__all__ = [
+    "Model",
+    "ModelError",
+    "ModelPath",
+    "Prompt",
+    "Roles",
+    "Tokens",
+    "base_of",
+    "completion_hidden",
+    "completion_kl",
+    "completion_logprobs",
+    "completion_mask",
+    "decode_completions",
+    "decoder",
+    "device",
+    "encode_pairs",
+    "encode_prompts",
+    "finished",
+    "generate",
+    "hidden_size",
+    "is_adapter",
+    "load_backbone",
+    "load_base",
+    "load_causal",
+    "load_roles",
+    "load_tokenizer",
+    "lora",
+    "max_length",
+    "read_notes",
+    "read_score_head",
+    "same_base",
+    "stop_ids",
+    "write_notes",
+]

@@ -1,4 +1,4 @@
-"""Sample completions: what the policy says at a temperature, and nothing else (no top-k, no penalties from a config file)."""
+"""Sample completions: what the policy says at a temperature, and nothing else (no top-k, no penalties of a config)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def sampling_config(max_completion_length: int, temperature: float, stops: list[int], pad: int) -> GenerationConfig:
-    """Plain ancestral sampling (greedy at temperature 0): every default that would change the distribution is switched off."""
+    """Plain ancestral sampling (greedy at temperature 0): defaults that would change the distribution are off."""
     settings: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -79,15 +79,15 @@ def generate(
 ) -> Tokens:
     """One completion for each prompt of token ids, drawn at `temperature`: Tokens of (B, P + C).
 
-    Runs in eval mode (in train mode with checkpointing the cache is dropped and the text is wrong) and restores the mode.
+    Runs in eval mode (with checkpointing in train mode the cache is dropped, and the text wrong) and restores the mode.
     Raises ValueError where prompt and completion would not fit the model's positions.
     """
     longest = max(map(len, prompts))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest + max_completion_length > limit:
         raise ValueError(
-            f"a prompt of {longest} tokens and max_completion_length={max_completion_length} exceed the model's {limit} "
-            "positions; shorten the prompts or the completions"
+            f"a prompt of {longest} tokens and max_completion_length={max_completion_length} exceed the model's "
+            f"{limit} positions; shorten the prompts or the completions"
         )
     stops = stop_ids(model, tokenizer)
     pad = tokenizer.pad_token_id

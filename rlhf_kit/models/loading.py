@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import safe_open
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-# What a model directory has to remember beyond Hugging Face's own files: {"load_in_4bit": bool, "shift": .., "scale": ..}.
+# What a directory has to remember beyond Hugging Face's own files: {"load_in_4bit": bool, "shift": .., "scale": ..}.
 NOTES = "rlhf_kit.json"
-Model = PreTrainedModel | PeftModel
-ModelPath = str | Path
+Model: TypeAlias = PreTrainedModel | PeftModel
+ModelPath: TypeAlias = str | Path
 
 
 class ModelError(ValueError):
@@ -73,7 +72,7 @@ def write_notes(model: ModelPath, **notes: Any) -> None:
 
 
 def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, padding on the left; EOS stands in where no pad token exists (masks here never look at ids)."""
+    """The tokenizer of a model, padding on the left; EOS stands in for a missing pad token (no mask reads ids)."""
     source = model if (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
     tokenizer = _load(AutoTokenizer.from_pretrained, source, padding_side="left")
     if tokenizer.eos_token_id is None:
@@ -99,7 +98,7 @@ def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: b
 
 
 def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bit: bool | None, **kwargs: Any) -> Any:
-    """The full model under `model`, through any Auto class's `from_pretrained`: fp32, or NF4 (Dettmers et al. 2023, 2305.14314)."""
+    """The full model under `model` through any Auto class's `from_pretrained`: fp32, or NF4 (QLoRA, 2305.14314)."""
     if load_in_4bit is None:
         load_in_4bit = bool(read_notes(model).get("load_in_4bit", False))
     base = base_of(model)
@@ -136,7 +135,7 @@ def decoder(model: Model) -> PreTrainedModel:
     return (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
 
 
-def output_head(model: Model) -> nn.Module:
+def output_head(model: Model) -> Any:
     """The layer of a causal LM that turns hidden states into logits."""
     return (model.get_base_model() if isinstance(model, PeftModel) else model).get_output_embeddings()
 

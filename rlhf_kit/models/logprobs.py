@@ -82,7 +82,7 @@ def completion_logprobs(
 
 
 def completion_kl(policy: Model, reference: Model, tokens: Tokens, temperature: float = 1.0) -> torch.Tensor:
-    """KL(policy || reference) in nats (B,), summed over the vocabulary exactly at each position of a sampled completion.
+    """KL(policy || reference) in nats (B,), an exact sum over the vocabulary at each position of a sampled completion.
 
     Averaged over completions drawn from the policy, the mean is the sequence KL (the chain rule); summing over the
     vocabulary takes most of the variance out of the usual log-ratio.
@@ -109,7 +109,7 @@ def check_logprobs(model: Model) -> None:
     if not torch.allclose(ours, theirs, atol=0.05):
         raise ValueError(
             f"{type(model).__name__}: log-probs from hidden states differ from its own logits by "
-            f"{(ours - theirs).abs().max():.3g} nats; this architecture post-processes logits in a way not supported yet"
+            f"{(ours - theirs).abs().max():.3g} nats; it post-processes logits in a way not supported yet"
         )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -37,7 +39,7 @@ class Roles(nn.Module):
     A trainer asks for log-probs and values by role and cannot tell separate models from adapters over one base.
     """
 
-    def __init__(self, parts: dict[str, tuple[nn.Module, str | None]], value_head: nn.Linear) -> None:
+    def __init__(self, parts: dict[str, tuple[Any, str | None]], value_head: nn.Linear) -> None:
         super().__init__()
         self.parts = parts  # not registered: several roles may stand on one module
         self.models = nn.ModuleList(dict.fromkeys(module for module, _ in parts.values()))
@@ -46,13 +48,13 @@ class Roles(nn.Module):
         self.use("policy")
 
     def use(self, role: str) -> Model:
-        """The module that plays `role`, with its adapter switched on: run forward AND backward before using another role."""
+        """The module that plays `role`, its adapter switched on: run forward AND backward before using another role."""
         module, adapter = self.parts[role]
         if adapter is not None:
             module.set_adapter(adapter)
             # Switching flips requires_grad: a role that is trained later would silently get no gradient.
             self.set_trainable()
-        return module  # type: ignore[return-value]
+        return module
 
     def set_trainable(self) -> None:
         """Policy and value learn, everything else is frozen."""
@@ -72,6 +74,7 @@ class Roles(nn.Module):
 
     def activation_checkpointing_enable(self, **kwargs: object) -> None:
         """Recompute activations in the backward pass; called by transformers.Trainer."""
+        model: Any
         for model in self.models:
             model.activation_checkpointing_enable(**kwargs)
             model.enable_input_require_grads()  # or the first layers' adapters get no gradient
@@ -83,7 +86,7 @@ class Roles(nn.Module):
         return self.value_head(hidden.float()).squeeze(-1) * tokens.completion_mask
 
     def save(self, out: ModelPath) -> None:
-        """Write the policy to `out` and the value model with its head to `out`/value, each a model directory of its own."""
+        """Write the policy to `out` and the value model with its head to `out`/value, each a directory of its own."""
         for role, folder in (("policy", Path(out)), ("value", Path(out) / "value")):
             module, adapter = self.parts[role]
             if adapter is None:
@@ -116,8 +119,8 @@ def load_roles(
 ) -> Roles:
     """Policy and its frozen copy, the reference (by default the same directory), and a value model.
 
-    `value` is a saved value model or a reward model; its head becomes the value head. Without one, the value model starts
-    from the policy with a zero head. With an adapter directory as policy, or `lora`, all three are adapters over one base.
+    `value` is a saved value model or a reward model; its head becomes the value head. Without one, the value model
+    starts from the policy with a zero head. With an adapter as policy, or `lora`, all three are adapters over one base.
     """
     if is_adapter(policy) or lora is not None:
         roles = _adapter_roles(policy, reference, value, lora, load_in_4bit)
@@ -189,6 +192,7 @@ def _value_head(backbone: Model, value: ModelPath | None) -> nn.Linear:
 
 def _switch_off_dropout(model: nn.Module) -> None:
     """A policy that drops units while it is trained is not the policy that was sampled, and its ratio is never 1."""
+    module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

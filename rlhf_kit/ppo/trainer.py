@@ -16,15 +16,13 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PrinterCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from rlhf_kit.models import (
     ModelPath,
@@ -41,81 +39,21 @@ from rlhf_kit.models import (
     same_base,
     stop_ids,
 )
+from rlhf_kit.ppo.config import PPOConfig
+from rlhf_kit.ppo.maths import (
+    adapt_kl_coef,
+    explained_variance,
+    gae,
+    partition,
+    policy_loss,
+    token_rewards,
+    value_loss,
+    whiten,
+)
 from rlhf_kit.progress import ProgressCallback
 from rlhf_kit.rewards import Reward, RewardModel
 
 STATE = "ppo_state.json"
-
-
-@dataclass
-class PPOConfig(TrainingArguments):
-    """Settings of PPO; `max_steps` counts updates and `per_device_train_batch_size` the prompts rolled out in each.
-
-    kl_coef: weight of the KL penalty (beta in papers); kl_target: nats per sequence to steer it to (None: it stays fixed);
-    kl_horizon: completions over which the steering acts; temperature: of sampling and of every log-prob;
-    missing_eos_penalty: taken off the score of a completion that never ended; gamma, gae_lambda: of the advantages;
-    clip_range, value_clip_range: of the two losses; vf_coef, entropy_coef, ptx_coef: weights beside the policy loss;
-    ppo_epochs, num_minibatches: optimizer steps per update are their product; micro_batch_size: completions in one
-    forward pass (memory only, never the result); target_kl: nats per token of policy change that end an update early.
-    """
-
-    per_device_train_batch_size: int = 64
-    learning_rate: float = 1e-5
-    adam_epsilon: float = 1e-5
-    logging_steps: float = 1
-    logging_nan_inf_filter: bool = False
-    save_strategy: str = "no"
-    report_to: str = "none"
-    disable_tqdm: bool = True
-    log_level: str = "error"
-    remove_unused_columns: bool = False
-    max_completion_length: int = 64
-    temperature: float = 1.0
-    missing_eos_penalty: float = 1.0
-    kl_coef: float = 0.1
-    kl_target: float | None = None
-    kl_horizon: int = 10_000
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    clip_range: float = 0.2
-    value_clip_range: float = 0.2
-    vf_coef: float = 0.1
-    entropy_coef: float = 0.0
-    ptx_coef: float = 0.0
-    ppo_epochs: int = 4
-    num_minibatches: int = 1
-    micro_batch_size: int = 64
-    target_kl: float | None = None
-    load_in_4bit: bool | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive = (
-            "per_device_train_batch_size",
-            "max_completion_length",
-            "ppo_epochs",
-            "num_minibatches",
-            "micro_batch_size",
-        )
-        optional = tuple(name for name in ("kl_target", "target_kl") if getattr(self, name) is not None)
-        for name in (*positive, *optional, "temperature", "kl_horizon", "clip_range", "value_clip_range"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"PPOConfig: {name} must be above 0, got {getattr(self, name)}")
-        for name in ("kl_coef", "vf_coef", "entropy_coef", "ptx_coef", "missing_eos_penalty"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"PPOConfig: {name} must not be negative, got {getattr(self, name)}")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"PPOConfig: {name} must lie between 0 and 1, got {getattr(self, name)}")
-        if self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                "PPOConfig: gradient_accumulation_steps must stay 1; micro_batch_size is what saves memory here"
-            )
-        if self.num_minibatches > self.per_device_train_batch_size:
-            raise ValueError(
-                f"PPOConfig: num_minibatches={self.num_minibatches} exceeds per_device_train_batch_size="
-                f"{self.per_device_train_batch_size}; a minibatch needs a completion"
-            )
 
 
 class Trajectory(NamedTuple):
@@ -141,81 +79,6 @@ class Trajectory(NamedTuple):
         return Trajectory(tokens.to(where), *(t.to(where) for t in rest))
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of values (B, C) over the tokens where mask is 1."""
-    return (values * mask).sum() / mask.sum()
-
-
-def whiten(
-    values: torch.Tensor, mask: torch.Tensor, summed: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
-) -> torch.Tensor:
-    """Values (B, C) moved to mean 0 and variance 1 over real tokens; padding stays 0 and plays no part.
-
-    `summed` adds a tensor up over processes, where there are several.
-    """
-    count = summed(mask.sum())
-    centred = (values - summed((values * mask).sum()) / count) * mask
-    return centred * torch.rsqrt(summed((centred**2).sum()) / count + 1e-8)
-
-
-def token_rewards(
-    scores: torch.Tensor, logprobs: torch.Tensor, reference_logprobs: torch.Tensor, mask: torch.Tensor, kl_coef: float
-) -> torch.Tensor:
-    """-kl_coef * log(pi / pi_ref) on each token, plus the score (B,) on the last real one: (B, C)."""
-    rewards = -kl_coef * (logprobs - reference_logprobs) * mask
-    last = mask.sum(1, keepdim=True) - 1
-    return rewards.scatter_add(1, last, scores.unsqueeze(1))
-
-
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, gae_lambda: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages and returns (B, C): A_t = d_t + gamma lambda A_{t+1}, d_t = r_t + gamma V_{t+1} - V_t, V = 0 after the end.
-
-    Generalised advantage estimation, Schulman et al. 2015 (1506.02438), eq. 16; returns are A + V.
-    """
-    advantages = torch.zeros_like(rewards)
-    following_advantage = following_value = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * following_value - values[:, t]
-        following_advantage = (delta + gamma * gae_lambda * following_advantage) * mask[:, t]
-        following_value = values[:, t] * mask[:, t]
-        advantages[:, t] = following_advantage
-    return advantages, (advantages + values) * mask
-
-
-def policy_loss(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:
-    """Clipped surrogate, negated, for each token (1707.06347, eq. 7): max(-A r, -A clip(r, 1 - c, 1 + c))."""
-    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
-
-
-def value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float
-) -> torch.Tensor:
-    """Half the squared error for each token, the larger of plain and clipped around the rollout's value."""
-    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
-    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
-
-
-def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """1 - Var(returns - values) / Var(returns) over real tokens: 1 perfect, 0 no better than a constant."""
-    real = mask.bool()
-    return 1 - (returns - values)[real].var() / (returns[real].var() + 1e-8)
-
-
-def adapt_kl_coef(kl_coef: float, kl: float, kl_target: float, completions: int, horizon: int) -> float:
-    """The proportional controller of Ziegler et al. 2019 (1909.08593), section 2.2."""
-    error = min(max(kl / kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * completions / horizon)
-
-
-def partition(lengths: torch.Tensor, num_minibatches: int, micro_batch_size: int) -> list[list[torch.Tensor]]:
-    """Rows in random minibatches, each cut into micro-batches of like length, so that little of them is padding."""
-    minibatches = torch.randperm(len(lengths)).tensor_split(min(num_minibatches, len(lengths)))
-    by_length = (rows[lengths[rows].argsort(descending=True, stable=True)] for rows in minibatches)
-    return [list(rows.split(micro_batch_size)) for rows in by_length]
-
-
 class PPOTrainer(Trainer):
     """PPO on a `prompt` column (text or chat) with any reward function or reward-model directory.
 
@@ -223,6 +86,8 @@ class PPOTrainer(Trainer):
     start from (default: the reward model where it stands on the same weights and tokenizer, otherwise the policy with a
     zero head); peft_config: train a LoRA adapter; ptx_dataset: `prompt, completion` rows for `ptx_coef`.
     """
+
+    control: Any  # Trainer's
 
     def __init__(
         self,
@@ -243,9 +108,8 @@ class PPOTrainer(Trainer):
             ("eval_dataset", eval_dataset, ["prompt"]),
             ("ptx_dataset", ptx_dataset, ["prompt", "completion"]),
         ):
-            missing = [] if dataset is None else [c for c in columns if c not in dataset.column_names]
-            if missing:
-                raise ValueError(f"{name}: no column {missing[0]!r}; it has {', '.join(dataset.column_names)}")
+            if dataset is not None and (missing := set(columns) - set(dataset.column_names)):
+                raise ValueError(f"{name}: no column {max(missing)!r}; it has {', '.join(dataset.column_names)}")
         if (args.ptx_coef > 0) != (ptx_dataset is not None):
             raise ValueError("ptx_coef and ptx_dataset go together: give both or neither")
         set_seed(args.seed)  # new adapters are drawn before Trainer would set it
@@ -259,7 +123,7 @@ class PPOTrainer(Trainer):
         self.stop_ids = stop_ids(self.policy, tokenizer)
         self.policy.generation_config.eos_token_id = self.stop_ids  # what is saved must know where to stop
         self.kl_coef = args.kl_coef
-        self.ptx_dataset = ptx_dataset
+        self.ptx_dataset: Any = ptx_dataset
         self._metrics: dict[str, list[float]] = defaultdict(list)
         super().__init__(
             model=self.roles,
@@ -275,7 +139,7 @@ class PPOTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """One update (steps 1 to 4 above); the gradient of its last minibatch is left to Trainer, which steps and logs."""
+        """One update (steps 1 to 4 above); its last minibatch's gradient is left to Trainer, which steps and logs."""
         started = time.perf_counter()
         self.roles.eval()
         tokens = self.rollout(inputs["rows"])
@@ -303,7 +167,7 @@ class PPOTrainer(Trainer):
 
     # 1. Roll out ---------------------------------------------------------------------------------------------------
 
-    def rollout(self, rows: list[Mapping[str, Any]]) -> Tokens:
+    def rollout(self, rows: list[dict[str, Any]]) -> Tokens:
         """A completion from the policy for each row's prompt: Tokens (B, P + C) on the CPU."""
         prompts = encode_prompts(self.processing_class, [row["prompt"] for row in rows])
         policy = self.roles.use("policy")
@@ -320,7 +184,7 @@ class PPOTrainer(Trainer):
 
     @torch.no_grad()
     def score(
-        self, rows: list[Mapping[str, Any]], tokens: Tokens, minibatches: list[list[torch.Tensor]]
+        self, rows: list[dict[str, Any]], tokens: Tokens, minibatches: list[list[torch.Tensor]]
     ) -> tuple[Trajectory, dict[str, float]]:
         """Everything the loss needs about the completions, and metrics of the rollout.
 
@@ -347,7 +211,7 @@ class PPOTrainer(Trainer):
             "reward": rewards.mean(),
             "kl": ((logprobs - reference_logprobs) * mask).sum(1).mean(),
             "objective": per_token.sum(1).mean(),
-            "entropy": masked_mean(entropy, mask),
+            "entropy": self._summed(entropy.sum()) / self._summed(mask.sum()),
             "completion_length": mask.sum(1).float().mean(),
             "unfinished": unfinished.float().mean(),
             "explained_variance": explained_variance(values, returns, mask),
@@ -357,7 +221,7 @@ class PPOTrainer(Trainer):
         means = self._summed(torch.stack(list(metrics.values()))) / args.world_size
         return trajectory, dict(zip(metrics, means.tolist(), strict=True)) | {"kl_coef": self.kl_coef}
 
-    def rewards(self, rows: list[Mapping[str, Any]], tokens: Tokens) -> torch.Tensor:
+    def rewards(self, rows: list[dict[str, Any]], tokens: Tokens) -> torch.Tensor:
         """r(x, y) (B,) of the completions' texts; the reward also gets the rows' other columns."""
         prompts = [row["prompt"] for row in rows]
         texts: list[Any] = decode_completions(self.processing_class, tokens)
@@ -397,7 +261,7 @@ class PPOTrainer(Trainer):
     def accumulate_gradient(self, trajectory: Trajectory, minibatch: list[torch.Tensor]) -> torch.Tensor:
         """Gradient of one minibatch, a mean over its tokens however it is cut into micro-batches and among processes.
 
-        Returns (loss, policy loss, value loss, approximate KL, clip fraction, max |ratio - 1|), each a token mean but the last.
+        Returns loss, policy loss, value loss, approximate KL, clip fraction (token means) and max |ratio - 1|: (6,).
         """
         args = self.args
         n_tokens = self._summed(trajectory.tokens.completion_mask[torch.cat(minibatch)].sum()).item()
@@ -426,13 +290,14 @@ class PPOTrainer(Trainer):
             totals[0] += args.ptx_coef * self.accumulate_ptx_gradient(sum(map(len, minibatch)))
         if args.world_size > 1:
             for _, parameter in self.roles.trainable_parameters():
-                parameter.grad = self._summed(parameter.grad)
+                if parameter.grad is not None:
+                    parameter.grad = self._summed(parameter.grad)
         totals[:5] = self._summed(totals[:5])
         totals[5] = self.accelerator.gather(totals[5:].to(args.device)).max()
         return totals
 
     def accumulate_ptx_gradient(self, n: int) -> float:
-        """Gradient of ptx_coef times the mean token NLL of `n` demonstrations (PPO-ptx, 2203.02155, eq. 2); returns the NLL."""
+        """Gradient of ptx_coef times the mean token NLL of `n` demonstrations (2203.02155, eq. 2); returns this NLL."""
         rows = self.ptx_dataset[torch.randint(len(self.ptx_dataset), (n,)).tolist()]
         tokens = encode_pairs(self.processing_class, rows["prompt"], rows["completion"])
         n_tokens, total = self._summed(tokens.completion_mask.sum()).item(), 0.0
@@ -478,7 +343,7 @@ class PPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Reward, KL, entropy, length on the evaluation prompts, with the same random numbers each time; training is untouched."""
+        """Reward, KL, entropy, length on the evaluation prompts, with the same random numbers each time."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise ValueError("evaluate: no eval_dataset here and none given to the trainer")
@@ -491,9 +356,8 @@ class PPOTrainer(Trainer):
                 rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
                 tokens = self.rollout(rows)
                 _, metrics = self.score(rows, tokens, [list(torch.arange(len(rows)).split(self.args.micro_batch_size))])
-                metrics["entropy"] *= metrics[
-                    "completion_length"
-                ]  # a mean over tokens, not over batches: divided below
+                # A mean over tokens, not over batches: divided again below.
+                metrics["entropy"] *= metrics["completion_length"]
                 for name in ("reward", "kl", "objective", "entropy", "completion_length", "unfinished"):
                     totals[f"{metric_key_prefix}_{name}"] += metrics[name] * len(rows) / len(dataset)
         totals[f"{metric_key_prefix}_entropy"] /= totals[f"{metric_key_prefix}_completion_length"]
@@ -510,7 +374,7 @@ class PPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the policy, its tokenizer and generation config to `output_dir`, the value model to its folder `value`."""
+        """Write the policy, tokenizer and generation config to `output_dir`, the value model to its folder `value`."""
         out = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             out.mkdir(parents=True, exist_ok=True)
