@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 a mistake that the person can mend, 130 interrupted."""
     options = _parser().parse_args(arguments)
-    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     try:
         return int(options.run(options) or 0)
     except KeyboardInterrupt:
@@ -45,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--set", action="append", default=[], metavar="STAGE.SETTING=VALUE", help="e.g. ppo.kl_coef=0.2")
     demo.add_argument("--fresh", action="store_true", help="make every stage again instead of keeping finished ones")
-    demo.add_argument("--threads", type=int, help="CPU threads (default: both of two cores; OMP_NUM_THREADS counts)")
+    demo.add_argument(
+        "--threads", type=int, help="CPU threads (default: OMP_NUM_THREADS, else two; give 1 on a busy machine)"
+    )
     demo.set_defaults(run=_demo)
     return parser
 
@@ -69,6 +69,8 @@ def _demo(options: argparse.Namespace) -> int:
         preset = replace(preset, base_model=options.base_model)
     out = options.out or results("demo-data" if options.data else "demo")
     quiet()
+    if options.threads is None and "OMP_NUM_THREADS" not in os.environ:
+        options.threads = min(2, os.cpu_count() or 1)
     set_threads(options.threads)
     pipeline = Pipeline(preset, out, options.fresh)
     pipeline.scores()

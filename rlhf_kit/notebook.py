@@ -30,11 +30,14 @@ def setup(preset: str = "pocket", seed: int = 0, threads: int | None = None) -> 
 
 
 def set_threads(threads: int | None = None) -> None:
-    """CPU threads: as given, else as OMP_NUM_THREADS says, else at most two, all that pocket-size models can use."""
+    """CPU threads: as given, else as OMP_NUM_THREADS says, else one.
+
+    Two that wait for each other are many times slower than one as soon as anything else runs on a two-core machine.
+    """
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads or min(2, os.cpu_count() or 1))
+        torch.set_num_threads(threads or 1)
 
 
 def results(name: str) -> Path:

@@ -15,6 +15,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from rlhf_kit import statistics
@@ -285,6 +286,7 @@ def training(metrics: pd.DataFrame, columns: Sequence[str] | None = None, x: str
             axes.plot(part[x], part[column], color=colour, linewidth=1.8, label=text, marker=marker)
         axes.set_xlabel(label(x), fontsize=12)
         axes.set_ylabel(label(column), fontsize=12)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     texts, handles = _unique(panels[0])
     if len(texts) > 1:
         figure.legend(handles, texts, loc="outside lower center", ncols=min(5, len(texts)), frameon=False)

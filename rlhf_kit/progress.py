@@ -30,6 +30,7 @@ def quiet() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|peft|accelerate|bitsandbytes|datasets)(\.|$)")
 
 

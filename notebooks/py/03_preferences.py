@@ -44,7 +44,7 @@ import rlhf_kit as rk
 
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
-flow = rk.Pipeline(preset, rk.results("book"))
+flow = rk.Pipeline(preset, rk.results("book") / f"{PRESET}-{SEED}")
 work = rk.workspace("03_preferences")
 world = preset.task
 pd.options.display.max_colwidth = None

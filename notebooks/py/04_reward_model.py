@@ -23,8 +23,8 @@
 # `results/book`, where they are made first if they are missing. It trains a reward model into
 # `results/notebooks/04_reward_model`, which is emptied at the start.
 #
-# **How long it takes.** About a minute and a half on a CPU with two cores, and two minutes more if the earlier models
-# are missing. A GPU is used where there is one, though a model this small will gain little from it; that has not been
+# **How long it takes.** About two and a half minutes on a CPU with two cores, and one more if the earlier models are
+# missing. A GPU is used where there is one, though a model this small will gain little from it; that has not been
 # timed.
 
 # %% tags=["parameters"]
@@ -45,7 +45,7 @@ import rlhf_kit as rk
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
 world = preset.task
-flow = rk.Pipeline(preset, rk.results("book"))
+flow = rk.Pipeline(preset, rk.results("book") / f"{PRESET}-{SEED}")
 work = rk.workspace("04_reward_model")
 pd.set_option("display.max_colwidth", None)
 
@@ -105,9 +105,9 @@ rk.plots.training(history, ["loss", "accuracy"], x="step")
 
 # %% [markdown]
 # **What you should have seen.** The loss starts near log 2 = 0.69 and the accuracy near one half, as a coin would
-# have it. The loss falls fast while the model finds the easy differences, then flattens far above zero, because part
-# of each judgment is noise. Accuracy here is on training batches, which is the wrong place to ask how good the model
-# is.
+# have it. From there the one falls and the other rises. Where they do so in a step, a new pass over the same pairs
+# has begun, and the model recognises them: part of the fall is learning by heart. So accuracy on training batches is
+# the wrong place to ask how good the model is.
 #
 # Now the same arithmetic as above on a real pair. Rewards come out shifted and scaled, with mean 0 and variance 1
 # over the judged completions; multiplying by `scale` gives back log-odds.
@@ -123,8 +123,8 @@ display(
         f"- chosen: *{pair['chosen'].strip()}* gets {r_chosen:+.2f}\n"
         f"- rejected: *{pair['rejected'].strip()}* gets {r_rejected:+.2f}\n\n"
         f"Margin {r_chosen - r_rejected:+.2f}, times the scale {reward.scale:.2f}: {log_odds:+.2f} in log-odds. So the "
-        f"model expected this choice with probability {1 / (1 + np.exp(-log_odds)):.2f}, and the loss is "
-        f"{np.log1p(np.exp(-log_odds)):.2f}."
+        f"model expected this choice with probability {1 / (1 + np.exp(-log_odds)):.3f}, and the loss is "
+        f"{np.log1p(np.exp(-log_odds)):.3f}."
     )
 )
 

@@ -46,7 +46,7 @@ import rlhf_kit as rk
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
 world = preset.task
-flow = rk.Pipeline(preset, rk.results("book"))
+flow = rk.Pipeline(preset, rk.results("book") / f"{PRESET}-{SEED}")
 work = rk.workspace("05_ppo")
 pd.set_option("display.max_colwidth", None)
 
@@ -162,7 +162,7 @@ for t in reversed(range(len(one))):
     inherited = surprise + args.gamma * args.gae_lambda * inherited
     by_hand.insert(0, inherited)
 largest = np.abs(np.array(by_hand) - one["advantage"]).max()
-Markdown(f"Largest difference between the recursion by hand and the trainer's advantages: {largest:.1e} (rounding).")
+Markdown(f"Largest difference between the recursion by hand and the trainer's advantages: {largest:.1e}.")
 
 # %% [markdown]
 # ## What must hold
@@ -315,8 +315,9 @@ shown.map("{:.1%}".format)
 # %% [markdown]
 # **What you should have seen.** A mean can rise for bad reasons, such as refusing everything that sounds dangerous,
 # so look at the shares. The row *skill right* is special: copying and reversing words is practised in SFT and never
-# rewarded in PPO. What is lost there is the *alignment tax*. `PPOConfig(ptx_coef=...)` with a `ptx_dataset` of
-# demonstrations mixes a little SFT into every step (PPO-ptx of InstructGPT) and is the usual way to pay it back.
+# rewarded in PPO. What a run loses there is the *alignment tax*; a short run may lose nothing.
+# `PPOConfig(ptx_coef=...)` with a `ptx_dataset` of demonstrations mixes a little SFT into every step (PPO-ptx of
+# InstructGPT) and is the usual way to pay it back.
 #
 # ## What the KL coefficient does
 #

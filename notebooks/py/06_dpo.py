@@ -47,7 +47,7 @@ import rlhf_kit as rk
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
 world = preset.task
-flow = rk.Pipeline(preset, rk.results("book"))
+flow = rk.Pipeline(preset, rk.results("book") / f"{PRESET}-{SEED}")
 work = rk.workspace("06_dpo")
 pd.set_option("display.max_colwidth", None)
 

@@ -23,7 +23,7 @@
 # **What it reads and writes.** It takes the models of all chapters and the scores of their answers from
 # `results/book`, where they are made first if they are missing. It writes nothing else.
 #
-# **How long it takes.** Under a minute if the book's models are there, otherwise about five minutes on a CPU with two
+# **How long it takes.** Under a minute if the book's models are there, otherwise about six minutes on a CPU with two
 # cores. A GPU is used where there is one, though models this small will gain little from it; that has not been timed.
 
 # %% tags=["parameters"]
@@ -44,7 +44,7 @@ import rlhf_kit as rk
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
 world = preset.task
-flow = rk.Pipeline(preset, rk.results("book"))
+flow = rk.Pipeline(preset, rk.results("book") / f"{PRESET}-{SEED}")
 pd.set_option("display.max_colwidth", None)
 
 # %% [markdown]
@@ -172,12 +172,12 @@ rk.plots.reward_against_kl(frontier)
 
 # %%
 points = frontier[frontier["model"].isin(["SFT", "PPO", "DPO"])]
-display(points[["model", "step", "kl", "proxy", "gold"]].round(2).set_index("model"))
+display(points[["model", "step", "kl", "proxy", "gold"]].astype({"step": int}).round(2).set_index("model"))
 reach = points.groupby("model")["kl"].agg(["min", "max"])
 told = [f"{name} from {reach.loc[name, 'min']:.2f} to {reach.loc[name, 'max']:.2f} nats" for name in ("PPO", "DPO")]
 overlap = reach.loc[["PPO", "DPO"], "min"].max() <= reach.loc[["PPO", "DPO"], "max"].min()
 Markdown(
-    f"The checkpoints reach {' and '.join(told)}. "
+    f"How far from SFT the checkpoints lie: {', '.join(told)}. "
     + (
         "The ranges overlap: there the two curves can be compared at equal distance."
         if overlap
@@ -342,7 +342,8 @@ Markdown("\n".join(said))
 #
 # ## Three exercises
 #
-# 1. Run the book with `SEED = 1` and `rk.results("book-1")`. Which of the sentences above change?
+# 1. Set `SEED = 1` in the parameters cell and run this chapter again (it makes models of its own). Which of the
+#    sentences above change?
 # 2. Draw `rk.plots.length_against_reward(final)`. Did either method get its reward by length? What would you expect
 #    of a rater who likes long answers?
 # 3. Split the evaluation by `seen`: facts that the judgments touched, and facts that they never did. Whose gain
