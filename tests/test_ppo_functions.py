@@ -81,6 +81,16 @@ def test_extra_padding_changes_nothing(batch: dict[str, torch.Tensor]) -> None:
         assert torch.allclose(long[:, :6], short, atol=1e-14) and (long[:, 6:] == 0).all()
 
 
+def test_values_behind_the_end_play_no_part(batch: dict[str, torch.Tensor]) -> None:
+    garbage = batch["values"] + 1e6 * (1 - batch["mask"])
+    for ours, clean in zip(
+        gae(batch["rewards"], garbage, batch["mask"], 0.99, 0.9),
+        gae(batch["rewards"], batch["values"], batch["mask"], 0.99, 0.9),
+        strict=True,
+    ):
+        assert torch.equal(ours, clean)
+
+
 def test_whitening_is_masked(batch: dict[str, torch.Tensor]) -> None:
     garbage = batch["values"] + 1e6 * (1 - batch["mask"])
     white = whiten(garbage, batch["mask"])
