@@ -47,6 +47,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizer
     return models
 
 
-@pytest.fixture(params=["full", "lora", "4bit"])
+# Everything that could go wrong in LoRA alone can go wrong over 4 bits too: the quick run takes the two ends.
+@pytest.fixture(params=["full", pytest.param("lora", marks=pytest.mark.slow), "4bit"])
 def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -191,6 +191,7 @@ def test_policy_equal_to_reference_gives_a_kl_of_exactly_zero(
     assert first["kl"] == 0.0 and second["kl"] != 0.0
 
 
+@pytest.mark.slow
 def test_checkpointing_gives_the_same_run(zoo: Zoo, mode: str, tmp_path: Path) -> None:
     runs = []
     for checkpointing in (False, True):
@@ -405,6 +406,7 @@ def test_optimizer_steps_are_updates_times_epochs_times_minibatches(
     assert trainer.state.global_step == 3
 
 
+@pytest.mark.slow
 def test_the_gradient_norm_is_clipped_in_every_step(zoo: Zoo, mode: str, tmp_path: Path) -> None:
     free, clipped = Steps(), Steps()
     make(zoo, mode, tmp_path, callbacks=[free], max_grad_norm=1e9).train()
@@ -414,11 +416,12 @@ def test_the_gradient_norm_is_clipped_in_every_step(zoo: Zoo, mode: str, tmp_pat
     assert clipped.norms == pytest.approx([0.05] * 8, rel=1e-3)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["off", "reentrant", "not reentrant"])
 def test_every_trainable_parameter_moves_and_every_frozen_one_is_bit_identical(
-    zoo: Zoo, mode: str, checkpointing: bool, tmp_path: Path
+    zoo: Zoo, mode: str, checkpointing: str, tmp_path: Path
 ) -> None:
-    trainer = make(zoo, mode, tmp_path, gradient_checkpointing=checkpointing, max_steps=1)
+    way = {"gradient_checkpointing_kwargs": {"use_reentrant": checkpointing == "reentrant"}}
+    trainer = make(zoo, mode, tmp_path, gradient_checkpointing=checkpointing != "off", max_steps=1, **way)
     trajectory, minibatches, _ = rolled_out(trainer)
     gradient = gradients(trainer, trajectory, [torch.cat(minibatches[0])])
     assert gradient.keys() == weights(trainer).keys()
@@ -450,6 +453,7 @@ def test_the_reference_has_not_moved_with_the_policy(zoo: Zoo, mode: str, tmp_pa
     assert (moved[0] - expected).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_target_kl_ends_an_update_without_the_step_that_was_too_far(zoo: Zoo, mode: str, tmp_path: Path) -> None:
     """A stop at minibatch m is the same run as m - 1 epochs of one minibatch each."""
     common = {"max_steps": 1, "num_minibatches": 1, "learning_rate": 0.02, "weight_decay": 0.1}
@@ -516,6 +520,7 @@ def test_the_ptx_gradient_is_the_hand_computed_nll_gradient(zoo: Zoo, mode: str,
     close(expected, ours, relative=1e-4)
 
 
+@pytest.mark.slow
 def test_ptx_raises_the_likelihood_of_demonstrations_in_a_run(zoo: Zoo, tmp_path: Path) -> None:
     def nll(trainer: PPOTrainer) -> float:
         tokens = models.encode_pairs(
@@ -568,6 +573,7 @@ def test_resume_at_update_k_is_bit_exact_with_the_uninterrupted_run(
     assert all(torch.equal(states[0][i][name], states[1][i][name]) for i in states[0] for name in states[0][i])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(zoo: Zoo, mode: str, tmp_path: Path) -> None:
     runs = []
     for seed in (3, 3, 4):
@@ -588,6 +594,7 @@ def test_a_fresh_adapter_is_drawn_from_the_seed(zoo: Zoo, tmp_path: Path) -> Non
     assert same(drawn[0], drawn[1]) and not same(drawn[0], drawn[2])
 
 
+@pytest.mark.slow
 def test_evaluate_changes_nothing(zoo: Zoo, mode: str, tmp_path: Path) -> None:
     dataset = Dataset.from_list(rows_of(PROMPTS[:5]))
     trainer = make(zoo, mode, tmp_path, eval_dataset=dataset, per_device_eval_batch_size=2)
@@ -638,6 +645,7 @@ def test_evaluate_without_prompts_says_so(zoo: Zoo, tmp_path: Path) -> None:
         make(zoo, "full", tmp_path).evaluate()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_loaded_at_the_end(zoo: Zoo, mode: str, tmp_path: Path) -> None:
     evaluations = iter([1.0, 3.0, 2.0])
 

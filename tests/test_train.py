@@ -292,6 +292,7 @@ def test_a_fresh_adapter_over_full_weights_starts_every_stage_where_they_are(zoo
             assert models.base_of(out) == zoo["full"] and models.read_notes(out)["load_in_4bit"] == load_in_4bit
 
 
+@pytest.mark.slow
 def test_with_learning_rate_zero_a_stage_gives_back_its_start_bit_for_bit(zoo: Zoo, mode: str, tmp_path: Path) -> None:
     """Over a 4-bit base too, where TRL rounds what it trains to bf16."""
     (file,) = Path(zoo[mode]).glob("*.safetensors")
@@ -369,6 +370,7 @@ def test_wrong_models_are_refused_in_one_sentence(zoo: Zoo, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_chat_rows_train_like_the_same_text(zoo: Zoo, tmp_path: Path) -> None:
     def chat(row: dict[str, str]) -> dict[str, Any]:
         turns: dict[str, Any] = {"prompt": [{"role": "user", "content": row["prompt"]}]}

@@ -77,7 +77,6 @@ class Roles(nn.Module):
         model: Any
         for model in self.models:
             model.activation_checkpointing_enable(**kwargs)
-            model.enable_input_require_grads()  # or the first layers' adapters get no gradient
 
     def values(self, tokens: Tokens) -> torch.Tensor:
         """V(x, y_<t) (B, C) in fp32, 0 where masked: index t has seen only the tokens before t."""

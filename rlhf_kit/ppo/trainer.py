@@ -281,7 +281,7 @@ class PPOTrainer(Trainer):
             squared = (errors * mask).sum() / n_tokens
             self.accelerator.backward(args.vf_coef * squared)
             with torch.no_grad():
-                k3 = ((ratio - 1 - log_ratio) * mask).sum() / n_tokens
+                k3 = (log_ratio.expm1() - log_ratio).sum() / n_tokens  # r - 1 - log r, also where r is nearly 1
                 clipped = (((ratio - 1).abs() > args.clip_range) * mask).sum() / n_tokens
                 loss = surrogate - args.entropy_coef * entropy.sum() / n_tokens + args.vf_coef * squared
                 totals[:5] += torch.stack([loss, surrogate, squared, k3, clipped]).float().cpu()
