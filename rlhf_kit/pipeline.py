@@ -6,6 +6,7 @@ own data:  data -> base -> preferences, sft -> reward_model -> ppo, dpo -> score
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -126,7 +127,7 @@ class Pipeline:
         """Preferences as train.parquet and test.parquet: raters on the SFT model's samples, or a person's own pairs."""
         if self.preset.task is None:
             source = self.own_data()
-            longest = self.preset.reward_model["max_length"]
+            longest = min(self.preset.reward_model["max_length"], models.max_length(self.base()) or sys.maxsize)
             return self._stage(
                 "preferences",
                 {"max_length": longest},
@@ -249,7 +250,7 @@ class Pipeline:
             started = time.monotonic()
 
             def say_and_make(out: Path) -> None:
-                print(f"{name}: at work", flush=True)
+                print(f"{name}: at work{self._left(name)}", flush=True)
                 make(out)
 
             files = {
@@ -264,6 +265,15 @@ class Pipeline:
             )
             self.runs[name] = run
         return self.runs[name].directory
+
+    def _left(self, name: str) -> str:
+        """The time that is left from this stage on: the time spent so far, scaled by the preset's shares."""
+        made = [stage for stage, run in self.runs.items() if not run.reused and stage in self.preset.shares]
+        known = sum(self.preset.shares[stage] for stage in made)
+        ahead = sum(share for stage, share in self.preset.shares.items() if stage not in self.runs)
+        if name not in self.preset.shares or known == 0:
+            return ""
+        return f"; about {clock(sum(self.runs[stage].info['seconds'] for stage in made) / known * ahead)} left in all"
 
     def _training(self, out: Path, label: str, settings: Settings) -> Settings:
         return {"seed": self.preset.seed, "callbacks": [ProgressCallback(label), LogMetrics(out)], **settings}

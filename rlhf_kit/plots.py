@@ -43,6 +43,12 @@ LABELS = {
     "unfinished": "unfinished completions [share]",
     "finished": "finished completions [share]",
     "accuracy": "accuracy [share of pairs]",
+    "rewards/accuracies": "accuracy [share of pairs]",
+    "rewards/margins": "margin of implicit rewards",
+    "rewards/chosen": "implicit reward of chosen",
+    "rewards/rejected": "implicit reward of rejected",
+    "logps/chosen": "log-prob of chosen [nats/sequence]",
+    "logps/rejected": "log-prob of rejected [nats/sequence]",
     "loss": "loss [nats]",
     "step": "optimizer step",
 }
@@ -153,8 +159,9 @@ def reward_against_kl(frame: pd.DataFrame, rewards: Sequence[str] = ("gold", "pr
     """Mean reward against KL to SFT: a point per row of a summary, or a curve per model where it has several rows.
 
     Columns: `model`, `kl` and one per reward, with `_lo` and `_hi` where there are intervals; `beta`, `step` or `n`
-    orders a curve and is written at its ends; `seed` gives a curve per seed. Rows without `kl` but with `n` (best-of-n)
-    stand at the upper bound log n - (n-1)/n. Rows with neither are named in a corner.
+    orders a curve, whose last point is large. `seed` gives a curve per seed: where there are several, they show the
+    spread and the intervals are left out. Rows without `kl` but with `n` (best-of-n) stand at the upper bound
+    log n - (n-1)/n. Rows with neither are named in a corner.
     """
     frame = frame.copy()
     if "n" in frame:
@@ -172,12 +179,14 @@ def reward_against_kl(frame: pd.DataFrame, rewards: Sequence[str] = ("gold", "pr
         for model in drawn["model"].unique():
             rows = drawn[(drawn["model"] == model) & drawn[reward].notna()]
             name = model.removesuffix(BOUND)
-            look = {"color": colour[name], "marker": MARKERS.get(name, "o"), "label": model}
-            _curves(axes, rows, reward, look)
+            _curves(axes, rows, reward, {"color": colour[name], "marker": MARKERS.get(name, "o"), "label": model})
         axes.set(xlabel=label("kl"), ylabel=f"mean {label(reward)}")
-        axes.margins(0.12)
+        axes.margins(0.06)
     handles, texts = panels[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=min(len(texts), 5), frameon=False)
+    figure.legend(
+        handles, texts, loc="outside lower center", ncols=min(len(texts), 3), frameon=False,
+        title="large point: the last of its curve" if any(" to " in text for text in texts) else None,
+    )  # fmt: skip
     figure.suptitle("Reward against distance from the SFT model")
     if len(missing):
         note = f"not drawn, no KL: {', '.join(missing)}"
@@ -191,19 +200,15 @@ def _curves(axes: Axes, rows: pd.DataFrame, reward: str, look: dict[str, Any]) -
     seeds = [part for _, part in rows.groupby("seed", sort=False, dropna=False)] if "seed" in rows else [rows]
     for i, part in enumerate(seeds):
         part = part.sort_values(order) if order else part
-        errors: dict[str, Any] = {"xerr": _error(part, "kl"), "yerr": _error(part, reward)}
-        shown = look | {"label": look["label"] if i == 0 else "_nolegend_", "linestyle": "-" if order else "none"}
-        axes.errorbar(part["kl"], part[reward], **errors, **shown, markersize=8, capsize=3, elinewidth=1.5)
-        if order and i == 0:
-            for _, at in part.iloc[[0, -1]].iterrows():
-                first = at["kl"] == part["kl"].min()  # its label stands left of the curve, the other below
-                place: dict[str, Any] = (
-                    {"xytext": (-9, -4), "ha": "right"} if first else {"xytext": (0, -20), "ha": "center"}
-                )
-                text, point = f"{order} {at[order]:g}", (at["kl"], at[reward])
-                axes.annotate(
-                    text, point, **place, textcoords="offset points", fontsize=11, color=look["color"], zorder=6
-                )
+        span = f", {order} {part[order].iloc[0]:g} to {part[order].iloc[-1]:g}" if order else ""
+        text = look["label"] + span if i == 0 else "_nolegend_"
+        shown = look | {"label": text, "linestyle": "-" if order else "none"}
+        errors: dict[str, Any] = {"xerr": _error(part, "kl"), "yerr": _error(part, reward)} if len(seeds) == 1 else {}
+        size = 5 if order else 9
+        axes.errorbar(part["kl"], part[reward], **errors, **shown, markersize=size, capsize=3, elinewidth=1.5)
+        if order:
+            end = look | {"label": "_nolegend_", "markersize": 11, "markeredgecolor": "black", "zorder": 5}
+            axes.plot(part["kl"].iloc[-1], part[reward].iloc[-1], **end)
 
 
 def _error(rows: pd.DataFrame, column: str) -> NDArray[np.float64] | None:
@@ -240,7 +245,7 @@ def by_kind(scores: pd.DataFrame, value: str = "gold", models: Sequence[str] | N
     """Mean of `value` per kind of prompt and model, with 95% intervals over prompts (and seeds)."""
     _measured(scores, [value])
     models = _present(scores, models)
-    colour, kinds = colours(models), list(scores["kind"].unique())
+    colour, kinds = colours(models), sorted(scores["kind"].unique())
     figure, (axes,) = _panels(1, width=max(6.5, 1.5 * len(kinds)), height=4.8)
     for i, model in enumerate(models):
         rows = scores[scores["model"] == model]

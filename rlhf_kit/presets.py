@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_kit import pocket
@@ -16,7 +16,8 @@ class Preset:
 
     task: the pocket world, whose gold utility is known, or None with `data`: a person's own preferences (a file or hub
     id). base_model: a directory or hub id, or None to pretrain a small one on `data`. The dicts go to the stages as
-    they are, by the names of their own configs.
+    they are, by the names of their own configs. shares: what part of the whole run's time each stage took when it was
+    measured, to tell a person how long is left.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Preset:
     n_test_prompts: int = 400
     best_of: int = 16
     pretrain: Settings | None = None
+    shares: dict[str, float] = field(default_factory=dict)
 
     def override(self, assignment: str) -> Preset:
         """A copy with one setting changed, written as "ppo.kl_coef=0.2" or "seed=3"; ValueError says what is wrong."""
@@ -97,6 +99,14 @@ def _pocket(seed: int) -> Preset:
             "learning_rate": 3e-4,
             "kl_coef": 0.2,
             **_checkpoints(5),
+        },
+        shares={
+            "sft": 0.10,
+            "preferences": 0.13,
+            "reward_model": 0.22,
+            "ppo": 0.23,
+            "dpo": 0.10,
+            "scores": 0.22,
         },
     )
 

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from rlhf_kit import cli
+from rlhf_kit import cli, presets
+from rlhf_kit.pipeline import Pipeline
+from rlhf_kit.runs import Run
 
 TINY = [
     *("sft.max_steps=4", "reward_model.max_steps=4", "dpo.max_steps=4", "dpo.save_steps=2", "ppo.max_steps=2"),
@@ -81,6 +84,16 @@ def test_wrong_uses_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_exit_code_reaches_the_shell(tmp_path: Path) -> None:
     result = run(command("demo", "--preset", "galaxy"))
     assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+def test_the_time_left_in_all_is_the_time_spent_scaled_by_the_measured_shares(tmp_path: Path) -> None:
+    shares = {"sft": 0.2, "preferences": 0.1, "reward_model": 0.3, "ppo": 0.4}
+    pipeline = Pipeline(replace(presets.preset("pocket"), shares=shares), tmp_path)
+    assert pipeline._left("sft") == ""  # nothing is known of this machine yet
+    pipeline.runs["sft"] = Run(tmp_path / "sft", {"seconds": 999.0}, reused=True)
+    pipeline.runs["preferences"] = Run(tmp_path / "preferences", {"seconds": 10.0}, reused=False)
+    assert pipeline._left("reward_model") == "; about 1:10 left in all"
+    assert pipeline._left("a stage of its own") == ""
 
 
 @pytest.mark.slow

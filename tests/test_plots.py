@@ -161,13 +161,31 @@ def test_a_frontier_is_a_curve_per_model_and_seed_in_order_of_beta():
         for beta in (0.1, 0.5, 0.2)
     ]
     frame = pd.concat([pd.DataFrame(rows), pd.DataFrame({"model": ["best-of-n"] * 2, "n": [1, 4], "gold": [0.0, 1.0]})])
-    (axes,) = plots.reward_against_kl(frame, ["gold"]).axes
+    figure = plots.reward_against_kl(frame, ["gold"])
+    (axes,) = figure.axes
     lines = [container.lines[0] for container in axes.containers]
     assert len(lines) == 2 * 2 + 1  # best-of-n has no seed, and is drawn none the less
     assert lines[1].get_xdata() == pytest.approx([11, 6, 3])
     assert all(line.get_linestyle() == "-" for line in lines)
-    written = [text.get_text() for text in axes.texts]
-    assert written == ["beta 0.1", "beta 0.5"] * 2 + ["n 1", "n 4"]
+    last = [line.get_xdata()[0] for line in axes.lines if line.get_markersize() == 11]
+    assert last == pytest.approx([2, 3, 2, 3, statistics.best_of_n_kl(4)])
+    bound = "best-of-n (KL: upper bound), n 1 to 4"
+    assert texts_of(figure.legends[0]) == ["PPO, beta 0.1 to 0.5", "DPO, beta 0.1 to 0.5", bound]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_intervals_of_a_frontier_are_drawn_unless_several_seeds_show_the_spread(seeds):
+    rows = [
+        {"model": "PPO", "seed": seed, "step": step, "kl": step, "gold": step, "gold_lo": step - 1, "gold_hi": step + 2}
+        for seed in range(seeds)
+        for step in (1.0, 2.0)
+    ]
+    (axes,) = plots.reward_against_kl(pd.DataFrame(rows), ["gold"]).axes
+    bars = [bars for container in axes.containers for bars in container.lines[2]]
+    if seeds > 1:
+        assert not bars
+    else:
+        assert [segment[:, 1].tolist() for segment in bars[0].get_segments()] == [[0, 3], [1, 4]]
 
 
 def test_length_against_reward_shows_means_and_correlations(scores):
