@@ -184,7 +184,7 @@ def reward_against_kl(frame: pd.DataFrame, rewards: Sequence[str] = ("gold", "pr
         axes.margins(0.06)
     handles, texts = panels[0].get_legend_handles_labels()
     figure.legend(
-        handles, texts, loc="outside lower center", ncols=min(len(texts), 3), frameon=False,
+        handles, texts, loc="outside lower center", ncols=min(len(texts), 2 * len(panels)), frameon=False,
         title="large point: the last of its curve" if any(" to " in text for text in texts) else None,
     )  # fmt: skip
     figure.suptitle("Reward against distance from the SFT model")

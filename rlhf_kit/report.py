@@ -20,10 +20,11 @@ def write_report(pipeline: Pipeline) -> pd.DataFrame:
     final = scores[scores["final"]].drop(columns=["step", "n", "final"])
     summary = evaluate.summary(final).set_index("model").loc[list(MODELS)].reset_index()
     runs.write_summary(out, summary)
+    judged = accuracy(pipeline)
+    judged.to_csv(out / "reward_model_accuracy.csv", index=False)
     plots.style()
-    for name, figure in figures(pipeline, scores).items():
+    for name, figure in figures(pipeline, scores, judged).items():
         runs.save_figure(out, name, figure)
-    accuracy(pipeline).to_csv(out / "reward_model_accuracy.csv", index=False)
     if pipeline.preset.task is not None:
         effects = evaluate.side_effects(final, pipeline.preset.task)
         effects.to_csv(out / "side_effects.csv", index=False)
@@ -32,8 +33,8 @@ def write_report(pipeline: Pipeline) -> pd.DataFrame:
     return summary
 
 
-def figures(pipeline: Pipeline, scores: pd.DataFrame) -> dict[str, Figure]:
-    """The figures of a run by file name."""
+def figures(pipeline: Pipeline, scores: pd.DataFrame, judged: pd.DataFrame) -> dict[str, Figure]:
+    """The figures of a run by file name; `judged` is its reward model's `accuracy`."""
     final = scores[scores["final"]]
     metrics = pd.read_csv(pipeline.runs["ppo"].directory / "metrics.csv")
     columns = ["reward", "kl", "entropy", "completion_length", "value_loss", "clip_fraction"]
@@ -41,7 +42,7 @@ def figures(pipeline: Pipeline, scores: pd.DataFrame) -> dict[str, Figure]:
         "reward_shift": plots.reward_shift(final),
         "rlhf_vs_dpo": plots.reward_against_kl(evaluate.frontier(scores[scores["model"] != "base"])),
         "training": plots.training(metrics, columns),
-        "reward_model_accuracy": plots.accuracy(accuracy(pipeline)),
+        "reward_model_accuracy": plots.accuracy(judged),
     }
 
 
