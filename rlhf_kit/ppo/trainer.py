@@ -38,6 +38,7 @@ from rlhf_kit.models import (
     load_tokenizer,
     stop_ids,
 )
+from rlhf_kit.ppo.alarms import Alarms, repetition
 from rlhf_kit.ppo.casting import cast
 from rlhf_kit.ppo.config import PPOConfig
 from rlhf_kit.ppo.maths import (
@@ -125,6 +126,9 @@ class PPOTrainer(Trainer):
         self.ptx_dataset: Any = ptx_dataset
         self.samples = pd.DataFrame()  # the last rollouts: prompt, completion, reward, kl, n_tokens, finished
         self._metrics: dict[str, list[float]] = defaultdict(list)
+        callbacks = [ProgressCallback("PPO", every=1)] if callbacks is None else callbacks
+        alarms = next((callback for callback in callbacks if isinstance(callback, Alarms)), Alarms())
+        alarms.samples = lambda: self.samples
         super().__init__(
             model=self.roles,
             args=args,
@@ -132,7 +136,7 @@ class PPOTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[ProgressCallback("PPO", every=1)] if callbacks is None else callbacks,
+            callbacks=[*(callback for callback in callbacks if callback is not alarms), alarms],
         )
         self.remove_callback(PrinterCallback)
 
@@ -148,10 +152,6 @@ class PPOTrainer(Trainer):
         rolled_out = time.perf_counter()
         self.roles.train()
         loss, optimisation = self.optimise(trajectory, minibatches)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"PPO: the loss of update {self.state.global_step + 1} is {loss.item()}; {self._last_good()}"
-            )
         if self.args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef,
@@ -215,12 +215,15 @@ class PPOTrainer(Trainer):
             "unfinished": unfinished.float().mean(),
             "explained_variance": explained_variance(values, returns, mask, self._summed),
         }
+        self.samples = self.samples.assign(
+            kl=kl.sum(1).tolist(),
+            n_tokens=mask.sum(1).tolist(),
+            finished=(~unfinished).tolist(),
+            repetition=self.samples["completion"].map(repetition),
+        )
+        metrics["repetition"] = torch.tensor((self.samples["repetition"] > 0.5).mean())
         if "disagreement" in self.samples:
             metrics["disagreement"] = torch.tensor(self.samples["disagreement"].mean())
-        lengths = mask.sum(1)
-        self.samples = self.samples.assign(
-            kl=kl.sum(1).tolist(), n_tokens=lengths.tolist(), finished=(~unfinished).tolist()
-        )
         advantages = whiten(advantages, mask, self._summed)
         trajectory = Trajectory(tokens, logprobs, reference_logprobs, values, scores, advantages, returns)
         means = self._summed(torch.stack(list(metrics.values()))) / args.world_size
@@ -273,6 +276,7 @@ class PPOTrainer(Trainer):
                 if history:
                     self._optimizer_step()
                 statistics = self.accumulate_gradient(trajectory, minibatch)
+                self._refuse_nan(statistics[0])
                 if not history:
                     first_deviation = statistics[-1].item()
                 history.append(statistics)
@@ -413,12 +417,13 @@ class PPOTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
-    def _last_good(self) -> str:
-        checkpoints = sorted(
-            Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
-        )
-        return (
-            f"the last good checkpoint is {checkpoints[-1]}"
-            if checkpoints
-            else "no checkpoint was saved (save_strategy)"
-        )
+    def _refuse_nan(self, loss: torch.Tensor) -> None:
+        """Stop before a gradient that is not finite is applied, so that every checkpoint is a good one."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.roles.learning if p.grad is not None])
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            saved = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+            last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved (save_strategy)"
+            raise FloatingPointError(
+                f"PPO: update {self.state.global_step + 1} has a loss of {loss.item()} with a gradient of norm "
+                f"{norm.item()}; it was not applied, and {last}"
+            )
