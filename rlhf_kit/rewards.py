@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from rlhf_kit import pocket
 from rlhf_kit.models import (
     ModelPath,
     Prompt,
+    Roles,
     device,
     load_backbone,
     load_tokenizer,
@@ -35,19 +38,36 @@ def gold(world: pocket.World) -> Reward:
 class RewardModel:
     """A learned reward r(x, y): the score head on the hidden state of the last token of prompt + completion + EOS.
 
-    Scores text, so the policy may have another tokenizer. They are shifted and scaled as `normalise` left it.
+    Scores text, so the policy may have another tokenizer. They are shifted and scaled as `normalise` left it. The
+    weights are loaded when they are first needed, or not at all where it stands on a base that others use (`on`).
     """
 
     def __init__(self, path: ModelPath, load_in_4bit: bool | None = None, batch_size: int = 64) -> None:
         self.path = str(path)
+        self.load_in_4bit = load_in_4bit
         self.batch_size = batch_size
         self.tokenizer = load_tokenizer(path)
-        self.backbone = load_backbone(path, load_in_4bit).eval()
-        if not getattr(self.backbone, "is_loaded_in_4bit", False):
-            self.backbone.to(device())
-        self.head = read_score_head(path).to(self.backbone.device)
+        self.head = read_score_head(path)
         notes = read_notes(path)
         self.shift, self.scale = notes.get("shift", 0.0), notes.get("scale", 1.0)
+        self._backbone: Callable[[], PreTrainedModel] | None = None
+
+    def on(self, roles: Roles, role: str) -> RewardModel:
+        """The same reward, its adapter one of `roles`: no second copy of the base is held."""
+        shared = copy(self)
+        shared._backbone = lambda: roles.backbone(role)
+        return shared
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The transformer, this model's adapter switched on."""
+        if self._backbone is None:
+            with torch.random.fork_rng():  # loading draws numbers; a run's own must not depend on when it happens
+                loaded = load_backbone(self.path, self.load_in_4bit).eval()
+            if not getattr(loaded, "is_loaded_in_4bit", False):
+                loaded.to(device())
+            self._backbone = lambda: loaded
+        return self._backbone()
 
     @property
     def __name__(self) -> str:
@@ -76,13 +96,40 @@ class RewardModel:
     def _score(self, rows: list[list[int]]) -> torch.Tensor:
         """Raw scores (B,) in fp32 of token ids, padded on the right so that no position has to be shifted."""
         width = max(map(len, rows))
-        where = self.backbone.device
+        backbone = self.backbone
+        where = backbone.device
         ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=where)
         lengths = torch.tensor([len(row) for row in rows], device=where)
         mask = (torch.arange(width, device=where) < lengths[:, None]).long()
-        states = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        states = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         last = states[torch.arange(len(rows), device=where), lengths - 1]
-        return (last.float() @ self.head.T).squeeze(-1)
+        with torch.autocast(where.type, enabled=False):  # heads stay in fp32
+            return (last.float() @ self.head.to(where).T).squeeze(-1)
+
+
+class Ensemble:
+    """Several rewards as one: the mean, or the smallest (`min`), of what they give each completion.
+
+    Coste et al. 2023 (2310.02743): where they disagree, the policy has left what the judgments cover; `min` keeps it
+    from being paid for that.
+    """
+
+    def __init__(self, members: Sequence[Reward], combine: str = "mean") -> None:
+        if len(members) < 2 or combine not in ("mean", "min"):
+            raise ValueError(f"an ensemble has two or more members and combine 'mean' or 'min', not {combine!r}")
+        self.members = list(members)
+        self.combine = combine
+
+    def __call__(self, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float]:
+        return self.combined(self.each(prompts, completions, **columns)).tolist()
+
+    def each(self, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> torch.Tensor:
+        """What each member gives each completion: (K, B)."""
+        return torch.tensor([member(prompts, completions, **columns) for member in self.members])
+
+    def combined(self, each: torch.Tensor) -> torch.Tensor:
+        """(K, B) -> (B,)"""
+        return each.mean(0) if self.combine == "mean" else each.amin(0)
 
 
 def normalise(path: ModelPath, prompts: list[Prompt], completions: list[Completion]) -> None:

@@ -66,6 +66,11 @@ def read_notes(model: ModelPath) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def is_4bit(model: ModelPath, load_in_4bit: bool | None) -> bool:
+    """Whether `model` is to be loaded in 4 bits: as asked, or (None) as its directory remembers."""
+    return bool(read_notes(model).get("load_in_4bit", False)) if load_in_4bit is None else load_in_4bit
+
+
 def write_notes(model: ModelPath, **notes: Any) -> None:
     """Add `notes` to what a model directory remembers."""
     (Path(model) / NOTES).write_text(json.dumps({**read_notes(model), **notes}, indent=2) + "\n")
@@ -99,10 +104,8 @@ def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: b
 
 def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bit: bool | None, **kwargs: Any) -> Any:
     """The full model under `model` through any Auto class's `from_pretrained`: fp32, or NF4 (QLoRA, 2305.14314)."""
-    if load_in_4bit is None:
-        load_in_4bit = bool(read_notes(model).get("load_in_4bit", False))
     base = base_of(model)
-    if not load_in_4bit:
+    if not is_4bit(model, load_in_4bit):
         return _load(from_pretrained, base, dtype=torch.float32, **kwargs)
     compute = torch.bfloat16 if device().type == "cuda" else torch.float32
     quantization = BitsAndBytesConfig(

@@ -1,8 +1,8 @@
-"""PPO's policy, reference and value model behind one interface: separate models, or adapters over one base."""
+"""PPO's policy, reference, value and reward models behind one interface: separate models, or adapters over one base."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_kit.models.loading import (
     Model,
@@ -34,9 +34,10 @@ VALUE_HEAD = "value_head.safetensors"
 
 
 class Roles(nn.Module):
-    """Policy, reference and value model; each role is a module and, where modules are shared, the adapter to switch on.
+    """The models of PPO by role: `policy`, `reference`, `value` and, where they stand on the same base, `reward_0`, ...
 
-    A trainer asks for log-probs and values by role and cannot tell separate models from adapters over one base.
+    Each role is a module and, where modules are shared, the adapter to switch on. A trainer asks for log-probs and
+    values by role and cannot tell separate models from adapters over one base.
     """
 
     def __init__(self, parts: dict[str, tuple[Any, str | None]], value_head: nn.Linear) -> None:
@@ -45,22 +46,26 @@ class Roles(nn.Module):
         self.models = nn.ModuleList(dict.fromkeys(module for module, _ in parts.values()))
         self.value_head = value_head.float()
         self.accepts_loss_kwargs = False  # read by transformers.Trainer
+        self.learning = [parameter for _, parameter in self.trainable_parameters()]
+        self.set_trainable()
         self.use("policy")
 
     def use(self, role: str) -> Model:
         """The module that plays `role`, its adapter switched on: run forward AND backward before using another role."""
         module, adapter = self.parts[role]
-        if adapter is not None:
-            module.set_adapter(adapter)
-            # Switching flips requires_grad: a role that is trained later would silently get no gradient.
-            self.set_trainable()
+        if adapter is not None and module.active_adapter != adapter:
+            # Switching freezes every adapter but the one switched on: the roles that learn are made to learn again, or
+            # an optimizer built now would miss one of them and its gradient would be lost without an error.
+            module.set_adapter(adapter, inference_mode=True)
+            for parameter in self.learning:
+                parameter.requires_grad_(True)
         return module
 
     def set_trainable(self) -> None:
         """Policy and value learn, everything else is frozen."""
-        learning = {id(parameter) for _, parameter in self.trainable_parameters()}
-        for parameter in self.parameters():
-            parameter.requires_grad_(id(parameter) in learning)
+        self.requires_grad_(False)
+        for parameter in self.learning:
+            parameter.requires_grad_(True)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that learns."""
@@ -72,6 +77,11 @@ class Roles(nn.Module):
         for name, parameter in self.value_head.named_parameters():
             yield f"value_head.{name}", parameter
 
+    def backbone(self, role: str) -> PreTrainedModel:
+        """The transformer of a role without its head, its adapter switched on: token ids in, hidden states out."""
+        module = self.use(role)
+        return decoder(module) if self.parts[role][1] is not None else module
+
     def activation_checkpointing_enable(self, **kwargs: object) -> None:
         """Recompute activations in the backward pass; called by transformers.Trainer."""
         model: Any
@@ -80,9 +90,9 @@ class Roles(nn.Module):
 
     def values(self, tokens: Tokens) -> torch.Tensor:
         """V(x, y_<t) (B, C) in fp32, 0 where masked: index t has seen only the tokens before t."""
-        backbone = self.use("value")
-        hidden = completion_hidden(decoder(backbone) if self.parts["value"][1] else backbone, tokens)
-        return self.value_head(hidden.float()).squeeze(-1) * tokens.completion_mask
+        hidden = completion_hidden(self.backbone("value"), tokens)
+        with torch.autocast(hidden.device.type, enabled=False):  # heads stay in fp32
+            return self.value_head(hidden.float()).squeeze(-1) * tokens.completion_mask
 
     def save(self, out: ModelPath) -> None:
         """Write the policy to `out` and the value model with its head to `out`/value, each a directory of its own."""
@@ -115,17 +125,20 @@ def load_roles(
     value: ModelPath | None = None,
     lora: LoraConfig | None = None,
     load_in_4bit: bool | None = None,
+    rewards: Sequence[ModelPath] = (),
 ) -> Roles:
     """Policy and its frozen copy, the reference (by default the same directory), and a value model.
 
     `value` is a saved value model or a reward model; its head becomes the value head. Without one, the value model
-    starts from the policy with a zero head. With an adapter as policy, or `lora`, all three are adapters over one base.
+    starts from the policy with a zero head. With an adapter as policy, or `lora`, all roles are adapters over one base,
+    and so are `rewards`, reward-model adapters of that base (their heads stay with `rlhf_kit.rewards`).
     """
     if is_adapter(policy) or lora is not None:
-        roles = _adapter_roles(policy, reference, value, lora, load_in_4bit)
+        roles = _adapter_roles(policy, reference, value, lora, load_in_4bit, rewards)
+    elif rewards:
+        raise ModelError(f"{policy}: full weights share nothing, so reward models cannot stand on them")
     else:
         roles = _separate_roles(policy, reference, value, load_in_4bit)
-    roles.set_trainable()
     _switch_off_dropout(roles)
     check_logprobs(roles.use("policy"))
     return roles
@@ -148,9 +161,10 @@ def _adapter_roles(
     value: ModelPath | None,
     lora: LoraConfig | None,
     load_in_4bit: bool | None,
+    rewards: Sequence[ModelPath],
 ) -> Roles:
-    """Three named adapters over one base; a fresh adapter (`lora`) over full weights starts as the identity."""
-    for other in (reference, value):
+    """Named adapters over one base, loaded once; a fresh adapter (`lora`) over full weights starts as the identity."""
+    for other in (reference, value, *rewards):
         if other is not None and not same_base(other, policy):
             raise ModelError(
                 f"{other}: stands on {base_of(other)}, the policy on {base_of(policy)}; adapters need one base"
@@ -171,7 +185,10 @@ def _adapter_roles(
         )  # the identity, which is what a full `source` is over itself
         if source is None:
             set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="policy"), role)
-    return Roles({role: (model, role) for role in ("policy", "reference", "value")}, _value_head(model, value))
+    names = [f"reward_{i}" for i in range(len(rewards))]
+    for name, source in zip(names, rewards, strict=True):
+        model.load_adapter(str(source), name)
+    return Roles({role: (model, role) for role in ("policy", "reference", "value", *names)}, _value_head(model, value))
 
 
 def _value_head(backbone: Model, value: ModelPath | None) -> nn.Linear:

@@ -67,6 +67,8 @@ class PPOConfig(TrainingArguments):
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"PPOConfig: {name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.fp16:
+            raise ValueError("PPOConfig: fp16 overflows in the ratio of a policy; use bf16=True, or fp32")
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 "PPOConfig: gradient_accumulation_steps must stay 1; micro_batch_size is what saves memory here"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 
+# Adds a tensor up over processes, where there are several.
+Summed: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
-def whiten(
-    values: torch.Tensor, mask: torch.Tensor, summed: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
-) -> torch.Tensor:
-    """Values (B, C) moved to mean 0 and variance 1 over real tokens; padding stays 0 and plays no part.
 
-    `summed` adds a tensor up over processes, where there are several.
-    """
+def whiten(values: torch.Tensor, mask: torch.Tensor, summed: Summed = lambda x: x) -> torch.Tensor:
+    """Values (B, C) moved to mean 0 and variance 1 over real tokens; padding stays 0 and plays no part."""
     count = summed(mask.sum())
     centred = (values - summed((values * mask).sum()) / count) * mask
     return centred * torch.rsqrt(summed((centred**2).sum()) / count + 1e-8)
@@ -58,10 +57,17 @@ def value_loss(
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def explained_variance(
+    values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, summed: Summed = lambda x: x
+) -> torch.Tensor:
     """1 - Var(returns - values) / Var(returns) over real tokens: 1 perfect, 0 no better than a constant."""
-    real = mask.bool()
-    return 1 - (returns - values)[real].var() / (returns[real].var() + 1e-8)
+    return 1 - _variance(returns - values, mask, summed) / (_variance(returns, mask, summed) + 1e-8)
+
+
+def _variance(values: torch.Tensor, mask: torch.Tensor, summed: Summed) -> torch.Tensor:
+    count = summed(mask.sum())
+    mean = summed((values * mask).sum()) / count
+    return summed((((values - mean) * mask) ** 2).sum()) / count
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, kl_target: float, completions: int, horizon: int) -> float:

@@ -16,9 +16,11 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -33,12 +35,11 @@ from rlhf_kit.models import (
     encode_prompts,
     finished,
     generate,
-    is_adapter,
-    load_roles,
     load_tokenizer,
-    same_base,
     stop_ids,
 )
+from rlhf_kit.ppo.alarms import Alarms, repetition
+from rlhf_kit.ppo.casting import cast
 from rlhf_kit.ppo.config import PPOConfig
 from rlhf_kit.ppo.maths import (
     adapt_kl_coef,
@@ -51,7 +52,7 @@ from rlhf_kit.ppo.maths import (
     whiten,
 )
 from rlhf_kit.progress import ProgressCallback
-from rlhf_kit.rewards import Reward, RewardModel
+from rlhf_kit.rewards import Ensemble, Reward
 
 STATE = "ppo_state.json"
 
@@ -82,9 +83,11 @@ class Trajectory(NamedTuple):
 class PPOTrainer(Trainer):
     """PPO on a `prompt` column (text or chat) with any reward function or reward-model directory.
 
-    model: the SFT model's directory or hub id; ref_model: the reference (default: the same); value_model: where values
-    start from (default: the reward model where it stands on the same weights and tokenizer, otherwise the policy with a
-    zero head); peft_config: train a LoRA adapter; ptx_dataset: `prompt, completion` rows for `ptx_coef`.
+    model: the SFT model's directory or hub id; reward: a function, a reward model's directory or several (an ensemble);
+    ref_model: the reference (default: the same); value_model: where values start from (default: the reward model where
+    it stands on the same weights and tokenizer, otherwise the policy with a zero head); peft_config: train a LoRA
+    adapter; ptx_dataset: `prompt, completion` rows for `ptx_coef`. With adapters, reward models over the same base
+    become adapters beside policy, reference and value: the base is held once.
     """
 
     control: Any  # Trainer's
@@ -92,7 +95,7 @@ class PPOTrainer(Trainer):
     def __init__(
         self,
         model: ModelPath,
-        reward: Reward | ModelPath,
+        reward: Reward | ModelPath | Sequence[Reward | ModelPath],
         args: PPOConfig,
         train_dataset: Dataset,
         eval_dataset: Dataset | None = None,
@@ -113,18 +116,19 @@ class PPOTrainer(Trainer):
         if (args.ptx_coef > 0) != (ptx_dataset is not None):
             raise ValueError("ptx_coef and ptx_dataset go together: give both or neither")
         set_seed(args.seed)  # new adapters are drawn before Trainer would set it
-        self.reward = reward if callable(reward) else RewardModel(reward)
         tokenizer = processing_class or load_tokenizer(model)
         tokenizer.padding_side = "left"
-        if value_model is None and isinstance(self.reward, RewardModel):
-            value_model = self.reward.path if _fits(self.reward, model, tokenizer, peft_config is not None) else None
-        self.roles = load_roles(model, ref_model, value_model, peft_config, args.load_in_4bit)
+        self.roles, self.reward = cast(model, reward, ref_model, value_model, peft_config, args.load_in_4bit, tokenizer)
         self.policy = self.roles.use("policy")
         self.stop_ids = stop_ids(self.policy, tokenizer)
         self.policy.generation_config.eos_token_id = self.stop_ids  # what is saved must know where to stop
         self.kl_coef = args.kl_coef
         self.ptx_dataset: Any = ptx_dataset
+        self.samples = pd.DataFrame()  # the last rollouts: prompt, completion, reward, kl, n_tokens, finished
         self._metrics: dict[str, list[float]] = defaultdict(list)
+        callbacks = [ProgressCallback("PPO", every=1)] if callbacks is None else callbacks
+        alarms = next((callback for callback in callbacks if isinstance(callback, Alarms)), Alarms())
+        alarms.samples = lambda: self.samples
         super().__init__(
             model=self.roles,
             args=args,
@@ -132,7 +136,7 @@ class PPOTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[ProgressCallback("PPO", every=1)] if callbacks is None else callbacks,
+            callbacks=[*(callback for callback in callbacks if callback is not alarms), alarms],
         )
         self.remove_callback(PrinterCallback)
 
@@ -148,10 +152,6 @@ class PPOTrainer(Trainer):
         rolled_out = time.perf_counter()
         self.roles.train()
         loss, optimisation = self.optimise(trajectory, minibatches)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"PPO: the loss of update {self.state.global_step + 1} is {loss.item()}; {self._last_good()}"
-            )
         if self.args.kl_target is not None:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef,
@@ -171,9 +171,10 @@ class PPOTrainer(Trainer):
         """A completion from the policy for each row's prompt: Tokens (B, P + C) on the CPU."""
         prompts = encode_prompts(self.processing_class, [row["prompt"] for row in rows])
         policy = self.roles.use("policy")
-        tokens = generate(
-            policy, self.processing_class, prompts, self.args.max_completion_length, self.args.temperature
-        )
+        with self.accelerator.autocast():
+            tokens = generate(
+                policy, self.processing_class, prompts, self.args.max_completion_length, self.args.temperature
+            )
         return tokens.to(torch.device("cpu"))
 
     def partition(self, tokens: Tokens) -> list[list[torch.Tensor]]:
@@ -195,46 +196,72 @@ class PPOTrainer(Trainer):
         for index in (index for minibatch in minibatches for index in minibatch):
             micro = tokens.rows(index).to(self.policy.device)
             width = micro.completion_mask.shape[1]
-            ours = completion_logprobs(self.roles.use("policy"), micro, args.temperature, with_entropy=True)
-            theirs, _ = completion_logprobs(self.roles.use("reference"), micro, args.temperature)
-            for out, part in zip(
-                (logprobs, entropy, reference_logprobs, values), (*ours, theirs, self.roles.values(micro)), strict=True
-            ):
+            parts = (*self.logprobs("policy", micro, True), self.logprobs("reference", micro)[0], self.values(micro))
+            for out, part in zip((logprobs, entropy, reference_logprobs, values), parts, strict=True):
                 out[index, :width] = part.float().cpu()
 
-        rewards = self.rewards(rows, tokens)
+        self.samples = self.rewards(rows, tokens)
+        rewards, kl = torch.tensor(self.samples["reward"], dtype=torch.float32), (logprobs - reference_logprobs) * mask
         unfinished = ~finished(tokens, self.stop_ids)
         scores = rewards - args.missing_eos_penalty * unfinished
         per_token = token_rewards(scores, logprobs, reference_logprobs, mask, self.kl_coef)
         advantages, returns = gae(per_token, values, mask, args.gamma, args.gae_lambda)
         metrics = {
             "reward": rewards.mean(),
-            "kl": ((logprobs - reference_logprobs) * mask).sum(1).mean(),
+            "kl": kl.sum(1).mean(),
             "objective": per_token.sum(1).mean(),
             "entropy": self._summed(entropy.sum()) / self._summed(mask.sum()),
             "completion_length": mask.sum(1).float().mean(),
             "unfinished": unfinished.float().mean(),
-            "explained_variance": explained_variance(values, returns, mask),
+            "explained_variance": explained_variance(values, returns, mask, self._summed),
         }
+        self.samples = self.samples.assign(
+            kl=kl.sum(1).tolist(),
+            n_tokens=mask.sum(1).tolist(),
+            finished=(~unfinished).tolist(),
+            repetition=self.samples["completion"].map(repetition),
+        )
+        metrics["repetition"] = torch.tensor((self.samples["repetition"] > 0.5).mean())
+        if "disagreement" in self.samples:
+            metrics["disagreement"] = torch.tensor(self.samples["disagreement"].mean())
         advantages = whiten(advantages, mask, self._summed)
         trajectory = Trajectory(tokens, logprobs, reference_logprobs, values, scores, advantages, returns)
         means = self._summed(torch.stack(list(metrics.values()))) / args.world_size
         return trajectory, dict(zip(metrics, means.tolist(), strict=True)) | {"kl_coef": self.kl_coef}
 
-    def rewards(self, rows: list[dict[str, Any]], tokens: Tokens) -> torch.Tensor:
-        """r(x, y) (B,) of the completions' texts; the reward also gets the rows' other columns."""
+    def rewards(self, rows: list[dict[str, Any]], tokens: Tokens) -> pd.DataFrame:
+        """`prompt, completion, reward` of each row and, of an ensemble, `disagreement`: its standard deviation.
+
+        The reward is a function of the texts; it also gets the rows' other columns.
+        """
         prompts = [row["prompt"] for row in rows]
         texts: list[Any] = decode_completions(self.processing_class, tokens)
+        found = pd.DataFrame({"prompt": prompts, "completion": texts})
         if not isinstance(prompts[0], str):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        rewards = torch.tensor(self.reward(prompts, texts, **columns), dtype=torch.float32)
+        if isinstance(self.reward, Ensemble):
+            each = self.reward.each(prompts, texts, **columns)
+            rewards = self.reward.combined(each)
+            found["disagreement"] = each.std(0).tolist()
+        else:
+            rewards = torch.tensor(self.reward(prompts, texts, **columns), dtype=torch.float32)
         if rewards.shape != (len(rows),) or not torch.isfinite(rewards).all():
             raise ValueError(
                 f"the reward function gave {list(rewards.shape)} values for {len(rows)} completions, "
                 f"{int((~torch.isfinite(rewards)).sum())} of them not finite; it must give one finite number each"
             )
-        return rewards
+        return found.assign(reward=rewards.tolist())
+
+    def logprobs(self, role: str, tokens: Tokens, with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of the completions under a role and, if asked, entropies: (B, C) each, in nats."""
+        with self.accelerator.autocast():  # Trainer would do this for a model it calls itself; here roles are called
+            return completion_logprobs(self.roles.use(role), tokens, self.args.temperature, with_entropy)
+
+    def values(self, tokens: Tokens) -> torch.Tensor:
+        """V(x, y_<t) (B, C)."""
+        with self.accelerator.autocast():
+            return self.roles.values(tokens)
 
     # 4. Optimise ---------------------------------------------------------------------------------------------------
 
@@ -249,6 +276,7 @@ class PPOTrainer(Trainer):
                 if history:
                     self._optimizer_step()
                 statistics = self.accumulate_gradient(trajectory, minibatch)
+                self._refuse_nan(statistics[0])
                 if not history:
                     first_deviation = statistics[-1].item()
                 history.append(statistics)
@@ -270,14 +298,12 @@ class PPOTrainer(Trainer):
             t = trajectory.rows(index, self.policy.device)
             mask = t.tokens.completion_mask
             # Backward before the roles change: with adapters, switching first would lose the policy's gradient.
-            logprobs, entropy = completion_logprobs(
-                self.roles.use("policy"), t.tokens, args.temperature, with_entropy=args.entropy_coef > 0
-            )
+            logprobs, entropy = self.logprobs("policy", t.tokens, with_entropy=args.entropy_coef > 0)
             log_ratio = (logprobs - t.logprobs) * mask
             ratio = log_ratio.exp()
             surrogate = (policy_loss(ratio, t.advantages, args.clip_range) * mask).sum() / n_tokens
             self.accelerator.backward(surrogate - args.entropy_coef * entropy.sum() / n_tokens)
-            errors = value_loss(self.roles.values(t.tokens), t.values, t.returns, args.value_clip_range)
+            errors = value_loss(self.values(t.tokens), t.values, t.returns, args.value_clip_range)
             squared = (errors * mask).sum() / n_tokens
             self.accelerator.backward(args.vf_coef * squared)
             with torch.no_grad():
@@ -302,7 +328,8 @@ class PPOTrainer(Trainer):
         tokens = encode_pairs(self.processing_class, rows["prompt"], rows["completion"])
         n_tokens, total = self._summed(tokens.completion_mask.sum()).item(), 0.0
         for index in torch.arange(n).split(self.args.micro_batch_size):
-            logprobs, _ = completion_logprobs(self.roles.use("policy"), tokens.rows(index).to(self.policy.device))
+            with self.accelerator.autocast():
+                logprobs, _ = completion_logprobs(self.roles.use("policy"), tokens.rows(index).to(self.policy.device))
             nll = -logprobs.sum() / n_tokens
             self.accelerator.backward(self.args.ptx_coef * nll)
             total += nll.item()
@@ -390,21 +417,13 @@ class PPOTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
-    def _last_good(self) -> str:
-        checkpoints = sorted(
-            Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
-        )
-        return (
-            f"the last good checkpoint is {checkpoints[-1]}"
-            if checkpoints
-            else "no checkpoint was saved (save_strategy)"
-        )
-
-
-def _fits(reward: RewardModel, model: ModelPath, tokenizer: PreTrainedTokenizerBase, adapters: bool) -> bool:
-    """Whether values can start from the reward model: same tokens, and the same base where roles are adapters."""
-    if reward.tokenizer.get_vocab() != tokenizer.get_vocab():
-        return False
-    if adapters or is_adapter(model):
-        return is_adapter(reward.path) and same_base(reward.path, model)
-    return not is_adapter(reward.path)
+    def _refuse_nan(self, loss: torch.Tensor) -> None:
+        """Stop before a gradient that is not finite is applied, so that every checkpoint is a good one."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.roles.learning if p.grad is not None])
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            saved = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+            last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved (save_strategy)"
+            raise FloatingPointError(
+                f"PPO: update {self.state.global_step + 1} has a loss of {loss.item()} with a gradient of norm "
+                f"{norm.item()}; it was not applied, and {last}"
+            )
