@@ -53,7 +53,8 @@ def test_the_file_tree_names_what_is_there_and_nothing_else() -> None:
     top, _, rooms = tree.partition("    rlhf_kit/   ")
     named = {line.split()[0] for line in top.splitlines()}
     assert [name for name in named if not (ROOT / name).exists()] == []
-    listed = {line.split()[0].rstrip("/") for line in rooms.splitlines()[1:] if line.strip()}
+    entries = [line for line in rooms.splitlines()[1:] if line.startswith(" " * 6) and line[6:7].strip()]
+    listed = {line.split()[0].rstrip("/") for line in entries}
     package = ROOT / "rlhf_kit"
     there = {path.name for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
     assert listed == there - {"__init__.py"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -140,24 +139,11 @@ def naive_logprobs(
     return torch.stack([torch.log_softmax(logits[t] / temperature, -1)[token] for t, token in enumerate(completion)])
 
 
-def in_a_new_process(script: str, argument: object, processes: int = 1) -> Any:
-    """What a script, given `argument` as JSON, prints after ANSWERS as JSON; of several processes the first one's."""
+def in_a_new_process(script: str, argument: object) -> Any:
+    """What a script, given `argument` as JSON, prints after ANSWERS as JSON."""
     root = str(Path(__file__).parent.parent)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--no-python"]
-    command = [
-        sys.executable,
-        *([*launcher, sys.executable] if processes > 1 else []),
-        "-c",
-        script,
-        json.dumps(argument),
-    ]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as child:  # type: ignore[call-overload]
-        try:
-            answer, errors = child.communicate(timeout=180)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # with the processes it launched
-            raise
-    assert child.returncode == 0, errors
-    return json.loads(answer.split("ANSWERS")[1])
+    command = [sys.executable, "-c", script, json.dumps(argument)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("ANSWERS")[1])

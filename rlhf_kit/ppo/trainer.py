@@ -139,6 +139,8 @@ class PPOTrainer(Trainer):
             callbacks=[*(callback for callback in callbacks if callback is not alarms), alarms],
         )
         self.remove_callback(PrinterCallback)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("PPO shares prompts out, not weights: FSDP and DeepSpeed do not work here, so use DDP")
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
