@@ -441,6 +441,18 @@ def test_every_trainable_parameter_moves_and_every_frozen_one_is_bit_identical(
     assert len(held) == len(learning) and {id(p) for p in held} == learning
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_8bit_adam_is_an_option(zoo: Zoo, tmp_path: Path) -> None:
+    trainer = make(zoo, "full", tmp_path, optim="paged_adamw_8bit", max_steps=2)
+    before = weights(trainer)
+    trainer.train()
+    states = {id(p): state for p, state in trainer.optimizer.state.items()}
+    moments = {name: states[id(p)]["state1"].dtype for name, p in trainer.roles.trainable_parameters()}
+    assert moments["policy.model.layers.0.mlp.up_proj.weight"] == torch.uint8
+    assert all(torch.isfinite(p).all() for p in trainer.roles.parameters())
+    assert not any(torch.equal(before[name], p) for name, p in trainer.roles.trainable_parameters())
+
+
 def test_the_reference_has_not_moved_with_the_policy(zoo: Zoo, mode: str, tmp_path: Path) -> None:
     trainer = make(zoo, mode, tmp_path, learning_rate=1e-2)
     trainer.train()
