@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import Any, TypeAlias
 
 import torch
@@ -54,9 +55,8 @@ def ppo(job: Job, ledger: Ledger) -> tuple[int, Phases]:
         completion_logprobs(use("policy"), micro, with_entropy=True)
         completion_logprobs(use("reference"), micro)
         value_head(completion_hidden(backbone("value"), micro).float())
-        rows = torch.empty(min(job.rollout, REWARD_BATCH), job.length, dtype=torch.long)
         for i in range(job.ensemble):
-            backbone(f"reward_{i}")(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False)
+            _score(job, backbone(f"reward_{i}"), job.rollout)
     for module in roles.values():
         module.train()
     _hold_gradients(ledger, trained, job.rollout > job.micro_batch)
@@ -87,11 +87,7 @@ def _roles(job: Job, ledger: Ledger) -> dict[str, Any]:
         roles = dict.fromkeys(("policy", "reference", "value", *shared), policy)
     for role in rewards:
         if role not in roles:
-            # As load_backbone: an adapter's base is loaded as a causal LM, then its output head is dropped.
-            if job.lora is None:
-                roles[role] = shaped(job, AutoModel, job.reward_config)
-            else:
-                roles[role] = decoder(get_peft_model(shaped(job, AutoModelForCausalLM, job.reward_config), job.lora))
+            roles[role] = _reward_backbone(job)
             ledger.hold("reward models", stored(roles[role]))
     for module in roles.values():
         switch_off_dropout(module)
@@ -135,14 +131,33 @@ def sft(job: Job, ledger: Ledger) -> tuple[int, Phases]:
 
 
 def reward_model(job: Job, ledger: Ledger) -> tuple[int, Phases]:
-    """Forward and backward of one batch of pairs through a model with a score head."""
+    """Forward and backward of one batch of pairs, then the normalisation, for which the result is loaded once more."""
     model, cast = _trl_model(job, ledger, AutoModelForSequenceClassification)
-    rows = torch.empty(2 * job.micro_batch, job.length, dtype=torch.long)
+    ids = torch.empty(2 * job.micro_batch, job.length, dtype=torch.long)
 
     def loss() -> torch.Tensor:
-        return model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits.float().sum()
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().sum()
 
-    return _trl_step(job, ledger, model, cast, loss)
+    trained, phases = _trl_step(job, ledger, model, cast, loss)
+    model.zero_grad(set_to_none=True)
+    copy = _reward_backbone(job)
+    ledger.hold("reloaded model", stored(copy))
+    with ledger.phase() as phases["normalise"], torch.no_grad():
+        _score(job, copy.eval(), REWARD_BATCH)
+    return trained, phases
+
+
+def _reward_backbone(job: Job) -> Any:
+    """As load_backbone: an adapter's base is loaded as a causal LM, then its output head is dropped."""
+    config = job.reward_config
+    if job.lora is None:
+        return shaped(job, AutoModel, config)
+    return decoder(get_peft_model(shaped(job, AutoModelForCausalLM, config), deepcopy(job.lora)))
+
+
+def _score(job: Job, backbone: Any, rows: int) -> None:
+    ids = torch.empty(min(rows, REWARD_BATCH), job.length, dtype=torch.long)
+    backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 
 def dpo(job: Job, ledger: Ledger) -> tuple[int, Phases]:
