@@ -4,8 +4,9 @@
     python experiments/ppo_memory.py --shape tiny --scratch /tmp/shapes             # seconds, on a CPU
 
 The shapes are those of real models; the weights are random, which says everything about memory and nothing else. SFT,
-reward model, DPO and PPO run a few steps through the kit's own functions; the peak is torch's own count. An estimate
-within 10% of the measurement counts as right.
+reward model, DPO and PPO run two steps through the kit's own functions; the peak is torch's own count, and `load_gib`
+that of loading the base alone: where it is as high as the peak, the stage itself took less. An estimate within 10% of
+the measurement counts as right. Written before the run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,15 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from rlhf_kit import PPOConfig, PPOTrainer, memory, models, plots, runs, train
 from rlhf_kit.notebook import set_threads
 from rlhf_kit.progress import quiet
 from rlhf_kit.runs import provenance
 
+# On a CPU the trace sees this thread's allocations only, and transformers would load weights in others.
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 OUT = Path("results/ppo-memory")
 STAGES = ("sft", "reward_model", "dpo", "ppo")
 EOS, PAD = "<eos>", "<pad>"
@@ -39,36 +44,28 @@ SHARD_GIB = 2.0
 PAIRS = 32  # twice as many rows fill one batch of the reward model that scores them
 
 
-def qwen(hidden: int, layers: int, heads: int, kv: int, wide: int, vocab: int, tied: bool) -> Qwen2Config:
-    return Qwen2Config(
+def llama(hidden: int, layers: int, heads: int, kv: int, wide: int, vocab: int, **more: Any) -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv,
         intermediate_size=wide,
         vocab_size=vocab,
-        tie_word_embeddings=tied,
         max_position_embeddings=32768,
+        **more,
     )
 
 
-SHAPES: dict[str, PreTrainedConfig] = {
-    "tiny": LlamaConfig(
-        hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, vocab_size=512
-    ),
-    "qwen2.5-0.5b": qwen(896, 24, 14, 2, 4864, 151936, True),
-    "qwen2.5-1.5b": qwen(1536, 28, 12, 2, 8960, 151936, True),
-    "qwen2.5-7b": qwen(3584, 28, 28, 4, 18944, 152064, False),
-    "llama-3.1-8b": LlamaConfig(
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        intermediate_size=14336,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        tie_word_embeddings=False,
-    ),
+# Qwen2.5 in Llama's classes, with one bias a layer more than it has: for a directory of type qwen2 transformers takes
+# Qwen's own tokenizer whatever lies there, and the random one below could not be used.
+BIAS = {"attention_bias": True}
+SHAPES: dict[str, LlamaConfig] = {
+    "tiny": llama(128, 3, 4, 4, 256, 512),
+    "qwen2.5-0.5b": llama(896, 24, 14, 2, 4864, 151936, tie_word_embeddings=True, **BIAS),
+    "qwen2.5-1.5b": llama(1536, 28, 12, 2, 8960, 151936, tie_word_embeddings=True, **BIAS),
+    "qwen2.5-7b": llama(3584, 28, 28, 4, 18944, 152064, **BIAS),
+    "llama-3.1-8b": llama(4096, 32, 32, 8, 14336, 128256),
 }
 
 
@@ -94,7 +91,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     set_threads(options.threads)
     config = SHAPES[options.shape]
     if options.layers is not None:
-        config = type(config)(**{**config.to_dict(), "num_hidden_layers": options.layers, "layer_types": None})
+        config = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": options.layers})
     base = write_base(config, options.scratch / f"{options.shape}-{config.num_hidden_layers}")
     # Reward model and DPO start from the SFT model, PPO from that and the reward model: what is asked for needs them.
     needed = {"dpo": {"sft"}, "ppo": {"sft", "reward_model"}, "reward_model": {"sft"}, "sft": set()}
@@ -107,11 +104,15 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     runs.write_summary(options.out, table)
     for (shape, layers, mode), part in table.groupby(["shape", "layers", "mode"], sort=False):
         runs.save_figure(options.out, f"{shape}-{layers}-layers-{mode}", figure(part))
-    print(table[["shape", "layers", "mode", "stage", "estimate_gib", "measured_gib", "ratio"]].round(3).to_string())
+    print(
+        table[["shape", "layers", "mode", "stage", "estimate_gib", "measured_gib", "ratio", "load_gib"]]
+        .round(3)
+        .to_string()
+    )
     return table
 
 
-def write_base(config: PreTrainedConfig, out: Path) -> str:
+def write_base(config: LlamaConfig, out: Path) -> str:
     """Random bf16 weights in shards, drawn shard by shard so that the whole model is never in memory; written once."""
     if (out / "model.safetensors.index.json").is_file():
         return str(out)
@@ -122,7 +123,7 @@ def write_base(config: PreTrainedConfig, out: Path) -> str:
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(EOS, special=True), AddedToken(PAD, special=True)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD).save_pretrained(out)
-    config.architectures = [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.model_type]]
+    config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(out)
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(config).state_dict()
@@ -135,10 +136,10 @@ def write_base(config: PreTrainedConfig, out: Path) -> str:
         is_scale = name.endswith("norm.weight")
         shard[name] = torch.ones(shape.shape) if is_scale else torch.randn(shape.shape, dtype=torch.bfloat16) * 0.02
         shard[name] = shard[name].bfloat16()
-        index[name] = f"model-{len(set(index.values())):05d}.safetensors" if len(shard) == 1 else index[previous]
-        previous = name
         if name == list(shapes)[-1] or sum(t.nbytes for t in shard.values()) > SHARD_GIB * 2**30:
-            save_file(shard, out / index[name], metadata={"format": "pt"})
+            file = f"model-{len(set(index.values())):05d}.safetensors"
+            save_file(shard, out / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(shard, file)
             shard = {}
     size = {"total_size": sum(2 * shape.numel() for shape in shapes.values())}
     with runs.replacing(out / "model.safetensors.index.json") as temporary:  # last: it says that all is there
@@ -147,7 +148,7 @@ def write_base(config: PreTrainedConfig, out: Path) -> str:
 
 
 def measured_run(
-    options: argparse.Namespace, config: PreTrainedConfig, base: str, stage: str, made: dict[str, Path]
+    options: argparse.Namespace, config: LlamaConfig, base: str, stage: str, made: dict[str, Path]
 ) -> Path:
     """Run one stage, unless it was measured before; returns the model it made."""
     on_gpu = models.device().type == "cuda"
@@ -167,6 +168,10 @@ def measured_run(
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
+        with memory.measure() as loading:
+            base_alone = models.load_causal(base, load_in_4bit=options.mode == "4bit")
+        del base_alone
+        gc.collect()
         before = torch.cuda.memory_allocated() / 2**30 if on_gpu else 0.0
         started = time.perf_counter()
         with memory.measure() as measured:
@@ -181,16 +186,22 @@ def measured_run(
             max_completion_length=options.completion,
             rollout=options.rollout,
             micro_batch_size=options.micro_batch,
-            reward_model=None if shared else type(config)(**config.to_dict()),
+            reward_model=None if shared else deepcopy(config),
         )
         row = {"measured_gib": measured.gib, "estimate_gib": estimate.peak, "ratio": estimate.peak / measured.gib}
-        row |= {"held_before_gib": before, "seconds": seconds, "peak_phase": estimate.peak_phase}
+        row |= {
+            "load_gib": loading.gib,
+            "held_before_gib": before,
+            "seconds": seconds,
+            "peak_phase": estimate.peak_phase,
+        }
         row |= {f"estimate {part}": gib for part, gib in estimate.parts.items()}
         versions = provenance.versions() | {"bitsandbytes": __import__("bitsandbytes").__version__}
         runs.append_metrics(directory, {"shared_reward_base": str(shared), **row, **versions})
 
     device = "gpu" if on_gpu else "cpu"
-    name = f"{options.shape}-{config.num_hidden_layers}-{options.mode}-{stage}-{device}-{options.prompt}-{options.completion}"
+    lengths = f"{options.prompt}-{options.completion}"
+    name = f"{options.shape}-{config.num_hidden_layers}-{options.mode}-{stage}-{device}-{lengths}"
     print(f"{name}: at work", flush=True)
     return runs.stage(options.out, name, settings, {}, function, fresh=options.fresh).directory / "model"
 
@@ -198,7 +209,11 @@ def measured_run(
 def run(options: argparse.Namespace, base: str, stage: str, out: Path, made: dict[str, Path]) -> bool:
     """Two steps of a stage; whether its reward model stands on the policy's base."""
     shape: dict[str, Any] = {"max_steps": 2, "gradient_checkpointing": True}
-    trl = {**shape, "per_device_train_batch_size": options.micro_batch, "max_length": options.prompt + options.completion}
+    trl = {
+        **shape,
+        "per_device_train_batch_size": options.micro_batch,
+        "max_length": options.prompt + options.completion,
+    }
     start = {"model": base, "lora": None, "load_in_4bit": None}
     if options.mode != "full":
         start |= {"lora": models.lora(), "load_in_4bit": options.mode == "4bit"}

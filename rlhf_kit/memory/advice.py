@@ -38,6 +38,20 @@ class Advice:
         """The first knob that makes it fit; None where nothing has to be turned, or nothing helps."""
         return None if self.fits else next((turn.knob for turn in self.turns if turn.fits), None)
 
+    def sentence(self) -> str:
+        """The verdict in words and, where it does not fit, a line for each knob."""
+        peak = f"{self.estimate.peak:.1f} GiB at the peak ({self.estimate.peak_phase})"
+        left = f"the {room(self.gib):.1f} GiB that {self.gib:g} GiB leave for tensors"
+        if self.fits:
+            return f"It fits: {peak}, within {left}."
+        lines = [f"It does not fit: {peak}, above {left}."]
+        lines += (
+            [f"Turn first: {self.knob}"] if self.knob else ["No knob suffices; take a smaller model or a larger GPU."]
+        )
+        for turn in self.turns:
+            lines.append(f"  {turn.estimate.peak:6.1f} GiB {'fits' if turn.fits else '    '}  {turn.knob}")
+        return "\n".join(lines)
+
 
 def room(gib: float) -> float:
     """GiB that tensors can have of a GPU with `gib`."""

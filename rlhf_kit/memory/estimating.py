@@ -1,4 +1,4 @@
-"""What a stage will need, from the model's config alone: the stage's own steps run on the meta device and are counted."""
+"""What a stage will need, from the model's config alone: its own steps run on the meta device and are counted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from rlhf_kit.memory.ledger import DYNAMIC, STATIC, Ledger
+from rlhf_kit.memory.ledger import DYNAMIC, STATIC, Ledger, fused_attention
 from rlhf_kit.memory.shapes import Job
 from rlhf_kit.memory.stages import STAGES, TRL_TILE, Phases
 from rlhf_kit.models import ModelError, ModelPath, device, is_adapter, load_config, read_notes, same_base
@@ -26,7 +26,7 @@ class Estimate:
     stage: str
     trained_parameters: int
     static: dict[str, float]
-    phases: dict[str, dict[str, float]] 
+    phases: dict[str, dict[str, float]]
 
     @property
     def peak_phase(self) -> str:
@@ -78,7 +78,7 @@ def estimate(
     `model` is); load_in_4bit: None means as the directory remembers; prompt_length, max_completion_length: tokens;
     rollout: completions that PPO generates at once; micro_batch_size: rows (of preferences: pairs) in one forward pass;
     reward_model: the reward models stand on this model, not on the policy's base; ensemble: how many of them.
-    The precision is the kit's on that device. Outside of the count: the CUDA context and what fragmentation costs.
+    The precision is the kit's on that device. Not counted: the CUDA context, fragmentation, and the loading itself.
     Raises ValueError on settings that make no stage, ModelError where there is no such model.
     """
     if stage not in STAGES:
@@ -109,7 +109,7 @@ def estimate(
         prompt=prompt_length,
         completion=max_completion_length,
         rollout=rollout,
-        micro_batch=micro_batch_size,
+        micro_batch=min(micro_batch_size, rollout) if stage == "ppo" else micro_batch_size,
         checkpointing=gradient_checkpointing,
         optim=optim,
         reward_config=None if reward_model is None or _same(model, reward_model) else _config(reward_model),
@@ -123,11 +123,13 @@ def estimate(
             "positions; shorten the prompts or the completions"
         )
     depth = job.config.get_text_config().num_hidden_layers
-    # Every layer adds the same, so two small depths tell the large one; but where all weights learn, gradients take over
-    # from activations somewhere on the way down, and every layer has to be run.
-    shallow = (2, 4) if depth > 4 and lora is not None and _uniform(job) else (depth,)
-    runs = [_run(stage, _cut(job, layers)) for layers in shallow]
-    trained, phases = runs[-1] if len(runs) == 1 else _extrapolate(*runs, (depth - 4) / 2)
+    # Every layer adds the same, so two small depths tell the large one; but where all weights learn, gradients take
+    # over from activations somewhere on the way down, and every layer has to be run.
+    if depth > 4 and lora is not None and _uniform(job):
+        two, four = (_run(stage, _cut(job, layers)) for layers in (2, 4))
+        trained, phases = _extrapolate(two, four, (depth - 4) / 2)
+    else:
+        trained, phases = _run(stage, job)
     first = next(iter(phases.values()))
     return Estimate(
         stage,
@@ -138,12 +140,9 @@ def estimate(
 
 
 def _run(stage: str, job: Job) -> tuple[int, Phases]:
-    # A single row is never padded; several are, up to the longest.
     widths = (job.config.get_text_config().vocab_size, TRL_TILE[1])
-    with torch.device("meta"):
-        # peft writes the modules it finds into the settings, so each model gets its own.
-        job = replace(job, lora=deepcopy(job.lora))
-        return STAGES[stage](job, Ledger(padded=job.micro_batch > 1, vocab_sizes=widths))
+    with torch.device("meta"), fused_attention(job.on_gpu):
+        return STAGES[stage](job, Ledger(vocab_sizes=widths))
 
 
 def _cut(job: Job, layers: int) -> Job:

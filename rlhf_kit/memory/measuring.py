@@ -32,9 +32,9 @@ def device_memory(device: torch.device | str | None = None) -> float:
 
 @contextmanager
 def measure(device: torch.device | str | None = None) -> Iterator[Measured]:
-    """Measure the peak of torch's allocator in a block; on a CPU each allocation is traced, so keep it to a few updates.
+    """Measure the peak of torch's allocator in a block; on a CPU each allocation is traced, so keep it short.
 
-    What torch does not allocate is not seen: the CUDA context, and files that are mapped into memory.
+    What torch does not allocate is not seen: the CUDA context, files mapped into memory; nor, on a CPU, other threads.
     """
     where = torch.device(device) if device is not None else models.device()
     measured = Measured()
@@ -45,7 +45,7 @@ def measure(device: torch.device | str | None = None) -> Iterator[Measured]:
         return
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         yield measured
-    results = trace.profiler.kineto_results  # type: ignore[union-attr]
+    results = trace.profiler.kineto_results
     changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
     total = peak = 0
     for _, change in sorted(changes, key=lambda event: event[0]):

@@ -59,6 +59,7 @@ def shaped(job: Job, auto: Any, config: PreTrainedConfig | None = None) -> Any:
     with torch.device("cpu"):
         # bitsandbytes makes this code book once, on the device that asks first: a meta one would spoil all real loads.
         bitsandbytes.functional.name2qmap.setdefault("dynamic", bitsandbytes.functional.create_dynamic_map())
+    module: Any
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.weight._quantize(torch.device("meta"))
@@ -76,7 +77,7 @@ def stored(model: nn.Module) -> Iterator[torch.Tensor]:
             state = state.state2
 
 
-def optimizer_bytes(parameters: Iterable[nn.Parameter], embeddings: Iterable[nn.Parameter], optim: str) -> int:
+def optimizer_bytes(parameters: Iterable[nn.Parameter], embeddings: Iterable[torch.Tensor], optim: str) -> int:
     """Bytes of Adam's state: two fp32 numbers a parameter and a step a tensor, or two bytes and their block scales.
 
     Raises ValueError for an optimizer of unknown size.
@@ -118,7 +119,9 @@ def mixed_precision(model: nn.Module) -> dict[int, torch.Tensor]:
             return weight
         if not (weight.requires_grad and weight.is_leaf) or torch._C._current_graph_task_id() != -1:
             return weight.bfloat16()
-        return cache.setdefault(id(weight), weight.bfloat16())
+        if id(weight) not in cache:
+            cache[id(weight)] = weight.bfloat16()
+        return cache[id(weight)]
 
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -128,5 +131,5 @@ def mixed_precision(model: nn.Module) -> dict[int, torch.Tensor]:
                 assert weight is not None
                 return nn.functional.linear(x.bfloat16(), weight, cast(module.bias))
 
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward  # type: ignore[method-assign, assignment]
     return cache

@@ -51,16 +51,17 @@ def ppo(job: Job, ledger: Ledger) -> tuple[int, Phases]:
     for module in roles.values():
         module.eval()
     phases = _generate(job, ledger, use("policy"))
-    with ledger.phase() as phases["score"], torch.no_grad():
+    with ledger.phase(job.micro_batch) as phases["score"], torch.no_grad():
         completion_logprobs(use("policy"), micro, with_entropy=True)
         completion_logprobs(use("reference"), micro)
         value_head(completion_hidden(backbone("value"), micro).float())
+        ledger.padded = job.rollout > 1
         for i in range(job.ensemble):
             _score(job, backbone(f"reward_{i}"), job.rollout)
     for module in roles.values():
         module.train()
     _hold_gradients(ledger, trained, job.rollout > job.micro_batch)
-    with ledger.phase() as phases["optimise"]:
+    with ledger.phase(job.micro_batch) as phases["optimise"]:
         logprobs, _ = completion_logprobs(use("policy"), micro)
         torch.autograd.backward(logprobs.sum())
         del logprobs
@@ -79,7 +80,7 @@ def _roles(job: Job, ledger: Ledger) -> dict[str, Any]:
         ledger.hold("reference", stored(roles["reference"]))
         ledger.hold("value model", stored(roles["value"]))
     else:
-        policy = get_peft_model(policy, job.lora, adapter_name="policy")
+        policy = get_peft_model(policy, deepcopy(job.lora), adapter_name="policy")
         shared = rewards if job.reward_config is None else []
         for role in ("reference", "value", *shared):
             policy.add_adapter(role, policy.peft_config["policy"])
@@ -111,12 +112,12 @@ def _generate(job: Job, ledger: Ledger, policy: Any) -> Phases:
 
     phases: Phases = {}
     with torch.no_grad():
-        with ledger.phase() as phases["prefill"]:
+        with ledger.phase(job.rollout) as phases["prefill"]:
             step(Cache(config=inner.config), job.prompt, job.prompt)
         cache = Cache(config=inner.config)
         with Ledger():  # answers what the meta device cannot; what it counts is not asked for
             step(cache, job.length - 1, job.length - 1)
-        with ledger.phase() as phases["generate"]:
+        with ledger.phase(job.rollout) as phases["generate"]:
             step(cache, 1, job.length)
     return phases
 
@@ -127,7 +128,8 @@ def _generate(job: Job, ledger: Ledger, policy: Any) -> Phases:
 def sft(job: Job, ledger: Ledger) -> tuple[int, Phases]:
     """Forward and backward of one batch of demonstrations."""
     model, cast = _trl_model(job, ledger, AutoModelForCausalLM)
-    return _trl_step(job, ledger, model, cast, lambda: _trl_logprobs(job, model, job.micro_batch).sum())
+    rows = job.micro_batch
+    return _trl_step(job, ledger, model, cast, rows, lambda: _trl_logprobs(job, model, rows).sum())
 
 
 def reward_model(job: Job, ledger: Ledger) -> tuple[int, Phases]:
@@ -138,11 +140,11 @@ def reward_model(job: Job, ledger: Ledger) -> tuple[int, Phases]:
     def loss() -> torch.Tensor:
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().sum()
 
-    trained, phases = _trl_step(job, ledger, model, cast, loss)
+    trained, phases = _trl_step(job, ledger, model, cast, 2 * job.micro_batch, loss)
     model.zero_grad(set_to_none=True)
     copy = _reward_backbone(job)
     ledger.hold("reloaded model", stored(copy))
-    with ledger.phase() as phases["normalise"], torch.no_grad():
+    with ledger.phase(REWARD_BATCH) as phases["normalise"], torch.no_grad():
         _score(job, copy.eval(), REWARD_BATCH)
     return trained, phases
 
@@ -180,7 +182,7 @@ def dpo(job: Job, ledger: Ledger) -> tuple[int, Phases]:
             _trl_logprobs(job, reference, 2 * job.micro_batch)
         return logprobs.sum()
 
-    return _trl_step(job, ledger, model, cast, loss)
+    return _trl_step(job, ledger, model, cast, 2 * job.micro_batch, loss)
 
 
 def _trl_model(job: Job, ledger: Ledger, auto: Any) -> tuple[Any, dict[int, torch.Tensor]]:
@@ -188,7 +190,7 @@ def _trl_model(job: Job, ledger: Ledger, auto: Any) -> tuple[Any, dict[int, torc
     model = shaped(job, auto)
     ledger.hold("base", stored(model))
     if job.lora is not None:
-        config = job.lora
+        config = deepcopy(job.lora)  # peft writes the modules that it finds into it
         if auto is AutoModelForSequenceClassification:
             config = type(config)(
                 r=config.r, target_modules=config.target_modules, task_type="SEQ_CLS", modules_to_save=["score"]
@@ -203,14 +205,14 @@ def _trl_model(job: Job, ledger: Ledger, auto: Any) -> tuple[Any, dict[int, torc
 
 
 def _trl_step(
-    job: Job, ledger: Ledger, model: Any, cast: dict[int, torch.Tensor], loss: Callable[[], torch.Tensor]
+    job: Job, ledger: Ledger, model: Any, cast: dict[int, torch.Tensor], rows: int, loss: Callable[[], torch.Tensor]
 ) -> tuple[int, Phases]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _prepare(job, ledger, trained, [model])
     _hold_gradients(ledger, trained, False)
     model.train()
     phases: Phases = {}
-    with ledger.phase() as phases["optimise"]:
+    with ledger.phase(rows) as phases["optimise"]:
         value = loss()
         cast.clear()  # autocast forgets its copies at the end of the forward pass
         torch.autograd.backward(value)
@@ -275,9 +277,7 @@ def _train_only(trained: list[nn.Parameter], models: Iterable[nn.Module]) -> Non
         parameter.requires_grad_(True)
 
 
-def _prepare(
-    job: Job, ledger: Ledger, trained: list[nn.Parameter], models: Iterable[Any]
-) -> None:
+def _prepare(job: Job, ledger: Ledger, trained: list[nn.Parameter], models: Iterable[Any]) -> None:
     """Gradient checkpointing on, the optimizer's state held."""
     embeddings = []
     for module in dict.fromkeys(models):
