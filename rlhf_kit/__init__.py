@@ -22,6 +22,7 @@ _ROOMS = (
     "data",
     "evaluate",
     "feedback",
+    "memory",
     "models",
     "notebook",
     "pipeline",

@@ -1,4 +1,7 @@
-"""The command line: `rlhf-kit demo` runs the whole flow; mistakes end in one sentence and exit code 2."""
+"""The command line: `rlhf-kit demo` runs the whole flow, `rlhf-kit memory` says what will fit.
+
+Mistakes end in one sentence and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,28 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=int, help="CPU threads (default: OMP_NUM_THREADS, else two; give 1 on a busy machine)"
     )
     demo.set_defaults(run=_demo)
+    memory = commands.add_parser(
+        "memory", help="the GPU memory that a stage will need, part by part, before anything is loaded"
+    )
+    memory.add_argument("model", metavar="MODEL", help="a model directory (its config.json is enough) or a hub id")
+    memory.add_argument("--stage", default="ppo", choices=("sft", "reward_model", "dpo", "ppo"))
+    memory.add_argument("--gpu", type=float, metavar="GIB", help="memory of the GPU (default: this machine's)")
+    trained = memory.add_mutually_exclusive_group()
+    trained.add_argument("--full", action="store_true", help="train all weights, not an adapter")
+    trained.add_argument("--lora", type=int, metavar="R", default=16, help="rank of the adapters (default: 16)")
+    memory.add_argument(
+        "--4bit", action=argparse.BooleanOptionalAction, dest="load_in_4bit", help="the base in NF4 (default with LoRA)"
+    )
+    lengths = (("prompt", 512, "tokens"), ("completion", 512, "tokens"), ("rollout", 8, "completions at once, in PPO"))
+    for name, default, unit in (*lengths, ("micro-batch", 1, "rows, or pairs of them, in a forward pass")):
+        memory.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{unit} (default: {default})")
+    memory.add_argument(
+        "--reward-model", metavar="MODEL", help="the base of the reward models, where it is another one"
+    )
+    memory.add_argument("--ensemble", type=int, default=1, metavar="K", help="reward models (default: 1)")
+    memory.add_argument("--8bit-adam", action="store_true", dest="adam_8bit", help='optim="paged_adamw_8bit"')
+    memory.add_argument("--no-checkpointing", action="store_true", help="keep every layer's activations")
+    memory.set_defaults(run=_memory)
     return parser
 
 
@@ -87,6 +112,38 @@ def _demo(options: argparse.Namespace) -> int:
         path for path in out.rglob("*") if path.suffix in (".csv", ".png", ".md") and "runs" not in path.parts
     ):
         print(f"  {path}")
+    return 0
+
+
+def _memory(options: argparse.Namespace) -> int:
+    import logging
+
+    from rlhf_kit import memory, models
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if options.full and options.load_in_4bit:
+        raise ValueError("--full does not go with --4bit: 4-bit weights cannot be trained; leave one out")
+    if options.lora < 1:
+        raise ValueError(f"--lora {options.lora}: the rank of an adapter is at least 1")
+    adapter = models.is_adapter(options.model)
+    settings = {
+        "lora": None if options.full or adapter else models.lora(r=options.lora),
+        "load_in_4bit": not options.full if options.load_in_4bit is None else options.load_in_4bit,
+        "prompt_length": options.prompt,
+        "max_completion_length": options.completion,
+        "rollout": options.rollout,
+        "micro_batch_size": options.micro_batch,
+        "gradient_checkpointing": not options.no_checkpointing,
+        "optim": "paged_adamw_8bit" if options.adam_8bit else "adamw_torch_fused",
+        "reward_model": options.reward_model,
+        "ensemble": options.ensemble,
+        "on_gpu": options.gpu is not None or models.device().type == "cuda",
+    }
+    gib = memory.device_memory() if options.gpu is None else options.gpu
+    advice = memory.advise(options.model, options.stage, gib, **settings)
+    print(advice.estimate.table())
+    print()
+    print(advice.sentence())
     return 0
 
 

@@ -20,6 +20,7 @@ ROOMS |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 MAY_IMPORT: dict[str, set[str]] = {
     "pocket": set(),
     "models": set(),
+    "memory": {"models"},
     "progress": set(),
     "statistics": set(),
     "runs": set(),

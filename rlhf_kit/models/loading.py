@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -163,9 +164,14 @@ def read_score_head(reward_model: ModelPath) -> torch.Tensor:
     raise ModelError(f"{reward_model}: no `score.weight` in its safetensors; it is not a reward model of a causal LM")
 
 
+def load_config(model: ModelPath) -> PreTrainedConfig:
+    """The architecture of a model or of an adapter's base; a directory with a config.json and no weights will do."""
+    return _load(AutoConfig.from_pretrained, base_of(model))
+
+
 def max_length(model: ModelPath) -> int | None:
     """How many tokens the model can attend to, where its config says."""
-    return getattr(_load(AutoConfig.from_pretrained, base_of(model)).get_text_config(), "max_position_embeddings", None)
+    return getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
 
 
 def _load(from_pretrained: Callable[..., Any], model: ModelPath, **kwargs: Any) -> Any:
