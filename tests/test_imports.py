@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"models", "rewards"},
     "feedback": {"pocket", "rewards"},
     "train": {"models", "rewards", "progress"},
-    "ppo": {"models", "rewards", "progress"},
+    "ppo": {"models", "memory", "rewards", "progress"},
     "evaluate": {"pocket", "models", "rewards", "sampling", "statistics"},
     "presets": {"pocket"},
     "notebook": {"models", "presets", "plots", "runs", "feedback", "progress"},

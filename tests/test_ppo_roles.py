@@ -11,7 +11,7 @@ from test_ppo import PROMPTS, Zoo, make, rolled_out, rows_of, updates, vowels
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit import models
-from rlhf_kit.ppo import PPOTrainer
+from rlhf_kit.ppo import PPOTrainer, casting
 from rlhf_kit.rewards import Ensemble, RewardModel
 
 ADAPTERS = ["lora", "4bit"]
@@ -163,3 +163,15 @@ def test_bf16_is_honoured_and_heads_stay_in_fp32(zoo: Zoo, tmp_path: Path) -> No
     assert set(head) == {torch.float32}
     assert {p.dtype for p in trainer.roles.parameters()} == {torch.float32}
     assert all(row["first_ratio_deviation"] == 0 for row in updates(trainer))
+
+
+def test_a_run_that_would_not_fit_is_refused_before_anything_is_loaded_and_a_knob_named(
+    zoo: Zoo, rewards: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = {"micro_batch_size": 8, "optim": "adamw_torch"}
+    make(zoo, "lora", tmp_path / "fits", reward=rewards["lora-0"], max_memory_gib=2.0, **args)
+    loaded = []
+    monkeypatch.setattr(casting, "load_roles", lambda *a, **k: loaded.append(a))
+    with pytest.raises(ValueError, match="does not fit: .* GiB at the peak(.|\n)*micro_batch_size=1") as refused:
+        make(zoo, "lora", tmp_path / "out", reward=rewards["lora-0"], max_memory_gib=0.79, **args)
+    assert "max_memory_gib" in str(refused.value) and not loaded

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from rlhf_kit.memory.ledger import DYNAMIC, STATIC, Ledger, fused_attention
 from rlhf_kit.memory.shapes import Job
 from rlhf_kit.memory.stages import STAGES, TRL_TILE, Phases
-from rlhf_kit.models import ModelError, ModelPath, device, is_adapter, load_config, read_notes, same_base
+from rlhf_kit.models import ModelError, ModelPath, device, is_4bit, is_adapter, load_config, same_base
 
 GIB = 2**30
 Shape: TypeAlias = ModelPath | PreTrainedConfig
@@ -77,7 +77,8 @@ def estimate(
     model: a directory, a hub id or a transformers config; lora: train adapters (None: all weights, or the adapter that
     `model` is); load_in_4bit: None means as the directory remembers; prompt_length, max_completion_length: tokens;
     rollout: completions that PPO generates at once; micro_batch_size: rows (of preferences: pairs) in one forward pass;
-    reward_model: the reward models stand on this model, not on the policy's base; ensemble: how many of them.
+    reward_model: the reward models stand on this model, not on the policy's base; ensemble: how many of them (0: the
+    reward is a function).
     The precision is the kit's on that device. Not counted: the CUDA context, fragmentation, and the loading itself.
     Raises ValueError on settings that make no stage, ModelError where there is no such model.
     """
@@ -91,15 +92,15 @@ def estimate(
         "ensemble": ensemble,
     }
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        least = 0 if name == "ensemble" else 1
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     if not isinstance(model, PreTrainedConfig):
         if is_adapter(model):
             if lora is not None:
                 raise ModelError(f"{model}: is an adapter already, and is trained on as it is; leave `lora` out")
             lora = PeftConfig.from_pretrained(str(model))
-        if load_in_4bit is None:
-            load_in_4bit = bool(read_notes(model).get("load_in_4bit", False))
+        load_in_4bit = is_4bit(model, load_in_4bit)
     if load_in_4bit and lora is None:
         raise ModelError("4-bit weights cannot be trained; pass `lora=rlhf_kit.models.lora()` to train an adapter")
     job = Job(

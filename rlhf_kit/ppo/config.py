@@ -16,7 +16,8 @@ class PPOConfig(TrainingArguments):
     missing_eos_penalty: taken off the score of a completion that never ended; gamma, gae_lambda: of the advantages;
     clip_range, value_clip_range: of the two losses; vf_coef, entropy_coef, ptx_coef: weights beside the policy loss;
     ppo_epochs, num_minibatches: optimizer steps per update are their product; micro_batch_size: completions in one
-    forward pass (memory only, never the result); target_kl: nats per token of policy change that end an update early.
+    forward pass (memory only, never the result); target_kl: nats per token of policy change that end an update early;
+    max_memory_gib: a run that is estimated to need more is refused (None: the GPU's memory; no limit on a CPU).
     """
 
     per_device_train_batch_size: int = 64
@@ -47,6 +48,7 @@ class PPOConfig(TrainingArguments):
     micro_batch_size: int = 64
     target_kl: float | None = None
     load_in_4bit: bool | None = None
+    max_memory_gib: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +59,9 @@ class PPOConfig(TrainingArguments):
             "num_minibatches",
             "micro_batch_size",
         )
-        optional = tuple(name for name in ("kl_target", "target_kl") if getattr(self, name) is not None)
+        optional = tuple(
+            name for name in ("kl_target", "target_kl", "max_memory_gib") if getattr(self, name) is not None
+        )
         for name in (*positive, *optional, "temperature", "kl_horizon", "clip_range", "value_clip_range"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"PPOConfig: {name} must be above 0, got {getattr(self, name)}")

@@ -118,7 +118,9 @@ class PPOTrainer(Trainer):
         set_seed(args.seed)  # new adapters are drawn before Trainer would set it
         tokenizer = processing_class or load_tokenizer(model)
         tokenizer.padding_side = "left"
-        self.roles, self.reward = cast(model, reward, ref_model, value_model, peft_config, args.load_in_4bit, tokenizer)
+        self.roles, self.reward = cast(
+            model, reward, ref_model, value_model, peft_config, args, tokenizer, train_dataset
+        )
         self.policy = self.roles.use("policy")
         self.stop_ids = stop_ids(self.policy, tokenizer)
         self.policy.generation_config.eos_token_id = self.stop_ids  # what is saved must know where to stop
