@@ -126,9 +126,13 @@ def _memory(options: argparse.Namespace) -> int:
     if options.lora < 1:
         raise ValueError(f"--lora {options.lora}: the rank of an adapter is at least 1")
     adapter = models.is_adapter(options.model)
+    if options.full and adapter:
+        raise ValueError(f"--full does not go with {options.model}: it is an adapter, and is trained on as it is")
+    if options.load_in_4bit is None and not adapter:  # an adapter's directory remembers
+        options.load_in_4bit = not options.full
     settings = {
         "lora": None if options.full or adapter else models.lora(r=options.lora),
-        "load_in_4bit": not options.full if options.load_in_4bit is None else options.load_in_4bit,
+        "load_in_4bit": options.load_in_4bit,
         "prompt_length": options.prompt,
         "max_completion_length": options.completion,
         "rollout": options.rollout,

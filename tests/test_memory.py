@@ -182,6 +182,7 @@ def tokens(rows: int, padded: bool) -> Tokens:
     return Tokens(ids, mask, torch.ones(rows, 64, dtype=torch.long))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -264,6 +265,7 @@ def test_device_memory_of_a_cpu_is_its_ram() -> None:
 # An 8B model by hand ---
 
 
+@pytest.mark.slow
 def test_llama_8b_in_four_roles_by_hand() -> None:
     estimate = memory.estimate(LLAMA_8B, "ppo", **QLORA)
     linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
@@ -284,6 +286,7 @@ def test_llama_8b_in_four_roles_by_hand() -> None:
     assert estimate.phases["generate"]["KV cache"] == pytest.approx(8 * 1024 * 128 / 2**20, rel=2e-3)  # 128 KiB a token
 
 
+@pytest.mark.slow
 def test_a_reward_model_on_another_base_costs_that_base() -> None:
     shared = memory.estimate(LLAMA_8B, "ppo", **QLORA)
     other = memory.estimate(LLAMA_8B, "ppo", **QLORA, reward_model=LlamaConfig(**LLAMA_8B.to_dict()))
@@ -311,6 +314,7 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knob", KNOBS)
 def test_each_knob_turned_up_never_needs_less(knob: str) -> None:
     config = wide("llama", layers=4)
@@ -325,7 +329,8 @@ def test_each_knob_turned_up_never_needs_less(knob: str) -> None:
         assert all(a <= b for a, b in zip(less, more, strict=True)) and less != more
 
 
-def test_the_first_knob_named_makes_it_fit() -> None:
+@pytest.mark.slow
+def test_the_first_knob_named_makes_it_fit(zoo: Zoo) -> None:
     tight = memory.advise(LLAMA_8B, "sft", 24, **QLORA, micro_batch_size=8, gradient_checkpointing=False)
     assert not tight.fits and tight.knob is not None
     named = next(turn for turn in tight.turns if turn.knob == tight.knob)
@@ -337,6 +342,9 @@ def test_the_first_knob_named_makes_it_fit() -> None:
     earlier = tight.turns[: tight.turns.index(named)]
     assert not any(turn.fits for turn in earlier)
     assert memory.advise(LLAMA_8B, "sft", 80, **QLORA).fits
+    adapter = memory.advise(zoo["lora"], "dpo", 0.79, **SMALL)  # what is kept in reserve leaves half a MiB
+    assert not adapter.fits and "load_in_4bit=True" in {turn.knob for turn in adapter.turns}
+    assert not any("lora" in turn.knob for turn in adapter.turns)  # it is one already
     hopeless = memory.advise(LLAMA_8B, "sft", 4, **QLORA)
     assert hopeless.knob is None and hopeless.turns[-1].knob == "all of these"
 
@@ -364,6 +372,7 @@ def test_the_callers_settings_stay_as_they_were() -> None:
 # The command ---
 
 
+@pytest.mark.slow
 def test_the_command_prints_parts_peak_and_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     LLAMA_8B.save_pretrained(tmp_path)  # an architecture: no weights
     small = ["--prompt", "512", "--completion", "512", "--rollout", "8"]
@@ -391,6 +400,7 @@ def test_wrong_uses_of_the_command(zoo: Zoo, tmp_path: Path, capsys: pytest.Capt
         "too long": ([zoo["full"]], ["prompt_length=512", "64 positions"]),
         "4 bits in full": ([zoo["full"], "--full", "--4bit"], ["--full", "--4bit"]),
         "no GPU so small": ([zoo["full"], "--gpu", "0", "--prompt", "8", "--completion", "8"], ["GPU", "12"]),
+        "an adapter in full": ([zoo["4bit"], "--full"], ["--full", "adapter"]),
         "no rank": ([zoo["full"], "--lora", "0"], ["--lora 0", "at least 1"]),
         "no rollout": ([zoo["full"], "--rollout", "0"], ["rollout", "at least 1"]),
     }

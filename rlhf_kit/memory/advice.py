@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from rlhf_kit import models
 from rlhf_kit.memory.estimating import Estimate, Shape, estimate
 
@@ -66,7 +68,11 @@ def advise(model: Shape, stage: str, gib: float, **settings: Any) -> Advice:
     if needed.peak <= room(gib):
         return Advice(gib, needed, True, [])
     turns, all_turned = [], dict(settings)
-    for knob, change in _knobs(stage, settings):
+    known = {name: value for name, value in settings.items() if value is not None}
+    if not isinstance(model, PreTrainedConfig) and models.is_adapter(model):
+        remembered = bool(models.read_notes(model).get("load_in_4bit", False))
+        known = {"lora": models.lora(), "load_in_4bit": remembered, **known}
+    for knob, change in _knobs(stage, known):
         turned = estimate(model, stage, **{**settings, **change})
         all_turned |= change
         turns.append(Turn(knob, turned, turned.peak <= room(gib)))

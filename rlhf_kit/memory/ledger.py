@@ -102,8 +102,8 @@ class Ledger(TorchDispatchMode):
 def fused_attention(on_gpu: bool) -> Iterator[None]:
     """Make attention keep on the meta device what it keeps on a GPU or a CPU: no attention matrix, but for one case.
 
-    For meta tensors torch would choose plain matrix products. Elsewhere it does so for fp32 on a GPU with fewer key heads
-    than query heads: of its fused kernels some take no fp32 there, and the others no grouped heads.
+    For meta tensors torch would choose plain matrix products. Elsewhere it does so for fp32 on a GPU with fewer key
+    heads than query heads: of its fused kernels some take no fp32 there, and the others no grouped heads.
     """
     plain = F.scaled_dot_product_attention
 

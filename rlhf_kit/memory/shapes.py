@@ -59,9 +59,8 @@ def shaped(job: Job, auto: Any, config: PreTrainedConfig | None = None) -> Any:
     with torch.device("cpu"):
         # bitsandbytes makes this code book once, on the device that asks first: a meta one would spoil all real loads.
         bitsandbytes.functional.name2qmap.setdefault("dynamic", bitsandbytes.functional.create_dynamic_map())
-    module: Any
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if type(module).__name__ == "Linear4bit":
             module.weight._quantize(torch.device("meta"))
     model.is_loaded_in_4bit = True  # read by peft
     return model.requires_grad_(False)

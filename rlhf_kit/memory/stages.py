@@ -243,13 +243,13 @@ class _TiledHead(torch.autograd.Function):
 
     @staticmethod
     def tile(hidden: torch.Tensor, weight: torch.Tensor, on_gpu: bool) -> list[torch.Tensor]:
-        """One tile of logits; without Triton, on a CPU, it is worked on in about six fp32 copies."""
+        """One tile of logits; without Triton, on a CPU, it is worked on in seven fp32 copies."""
         rows, words = min(len(hidden), TRL_TILE[0]), min(len(weight), TRL_TILE[1])
         dtype = torch.bfloat16 if on_gpu else hidden.dtype
         held = [hidden.new_empty(rows, TRL_TILE[1], dtype=dtype)]
         if weight.dtype != dtype:
             held.append(weight[:words].to(dtype))
-        return held if on_gpu else [*held, *(hidden.new_empty(rows, words, dtype=torch.float32) for _ in range(6))]
+        return held if on_gpu else [*held, *(hidden.new_empty(rows, words, dtype=torch.float32) for _ in range(7))]
 
     @staticmethod
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
