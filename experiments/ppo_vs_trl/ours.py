@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from watch import Watch, read_settings
+from watch import PPO_SETTINGS, Watch, read_settings
 
 from rlhf_kit import models
 from rlhf_kit.ppo import PPOConfig, PPOTrainer
 from rlhf_kit.progress import quiet
-
-PPO = (
-    "max_steps", "seed", "per_device_train_batch_size", "ppo_epochs", "num_minibatches", "max_completion_length",
-    "temperature", "missing_eos_penalty", "kl_coef", "gamma", "gae_lambda", "clip_range", "value_clip_range", "vf_coef",
-    "learning_rate", "adam_epsilon", "max_grad_norm",
-)  # fmt: skip
 
 
 def main() -> None:
@@ -32,11 +26,11 @@ def main() -> None:
 
 
 def make_trainer(settings: dict[str, Any], out: Path, watch: Watch) -> PPOTrainer:
-    """The trainer of a run; a minibatch is one micro-batch, as it is for the peer."""
+    """The trainer of a run; micro-batches of completions of like length are part of it, and TRL has none."""
     args = PPOConfig(
         output_dir=str(out / "trainer"),
-        micro_batch_size=settings["per_device_train_batch_size"],
-        **{name: settings[name] for name in PPO},
+        micro_batch_size=settings["micro_batch_size"],
+        **{name: settings[name] for name in PPO_SETTINGS},
     )
     prompts = Dataset.from_dict({"prompt": json.loads(Path(settings["prompts"]).read_text())})
     lora = models.lora(r=settings["lora_r"], alpha=settings["lora_alpha"]) if settings["mode"] == "lora" else None

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
-from watch import Watch, read_settings
+from watch import PPO_SETTINGS, Watch, read_settings
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # a warning at import that the API may change: it did, it is gone
@@ -25,6 +25,7 @@ from transformers import PrinterCallback  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: E402
 
+# TRL's names where they are others than the kit's; `max_steps` has none.
 NAMES = {
     "max_completion_length": "response_length",
     "ppo_epochs": "num_ppo_epochs",
@@ -33,10 +34,6 @@ NAMES = {
     "clip_range": "cliprange",
     "value_clip_range": "cliprange_value",
 }
-SAME = (
-    "seed", "per_device_train_batch_size", "temperature", "missing_eos_penalty", "kl_coef", "gamma", "vf_coef",
-    "learning_rate", "adam_epsilon", "max_grad_norm",
-)  # fmt: skip
 
 
 def main() -> None:
@@ -56,8 +53,7 @@ def make_trainer(settings: dict[str, Any], out: Path, watch: Watch) -> PPOTraine
     batch = settings["per_device_train_batch_size"]
     args = PPOConfig(
         output_dir=str(out / "trainer"),
-        **{name: settings[name] for name in SAME},
-        **{theirs: settings[ours] for ours, theirs in NAMES.items()},
+        **{NAMES.get(name, name): settings[name] for name in PPO_SETTINGS if name != "max_steps"},
         total_episodes=settings["max_steps"] * batch,  # there is no other way to say how many updates
         # Its batch size per device is that of the rollout too; with gradient accumulation `num_mini_batches` would do
         # nothing, so there is none: a minibatch is one forward and backward pass and one step.

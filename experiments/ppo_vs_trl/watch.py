@@ -18,6 +18,13 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+# What both optimise by: the kit's names, which peer.py translates.
+PPO_SETTINGS = (
+    "max_steps", "seed", "per_device_train_batch_size", "ppo_epochs", "num_minibatches", "max_completion_length",
+    "temperature", "missing_eos_penalty", "kl_coef", "gamma", "gae_lambda", "clip_range", "value_clip_range", "vf_coef",
+    "learning_rate", "adam_epsilon", "max_grad_norm",
+)  # fmt: skip
+
 
 def read_settings(path: str) -> tuple[dict[str, Any], Path]:
     """The settings of a run, and the folder they lie in, which is where the run writes."""
@@ -34,7 +41,9 @@ class Watch(TrainerCallback):
     rewards: the names under which this trainer logs `objective` (reward, penalties and KL charged) and `kl`.
     """
 
-    def __init__(self, settings: dict[str, Any], out: Path, save: Callable[[Path], None], names: dict[str, str]) -> None:
+    def __init__(
+        self, settings: dict[str, Any], out: Path, save: Callable[[Path], None], names: dict[str, str]
+    ) -> None:
         self.settings, self.out, self.save, self.names = settings, out, save, names
         self.rows: dict[int, dict[str, float]] = {}
         self.before = resident_bytes()
