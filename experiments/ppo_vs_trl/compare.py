@@ -9,7 +9,7 @@ machine hits both; first in full, then for a few updates with LoRA, where only t
 checkpoints of the full runs answer held-out prompts. Rewards are compared at equal KL: at the smaller of the two final
 KLs of a seed, each prompt's mean reward is interpolated between the two checkpoints that first bracket it (the SFT
 model is the checkpoint of KL 0), in the root of KL, in which rewards are nearly straight (2210.10760). The intervals
-are 95%: over seeds for the ratios, over seeds and prompts for the differences.
+are 95%: over seeds for the ratios, over seeds and prompts for the differences (of one seed over its prompts only).
 
 Met if, written before the run:
 
@@ -187,18 +187,22 @@ def lora_reward_model(pipeline: Pipeline) -> tuple[str, str]:
             adapter,
             lora=models.lora(LORA["r"], LORA["alpha"]),
             seed=pipeline.preset.seed,
-            callbacks=[],
             **settings,
         )
-        whole = AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=1, dtype=torch.float32)
-        whole.merge_and_unload().save_pretrained(merged)
-        models.load_tokenizer(sft).save_pretrained(merged)
-        notes = models.read_notes(adapter)
-        models.write_notes(merged, shift=notes["shift"], scale=notes["scale"])
+        merge_reward_model(adapter, merged)
 
     config = {"seed": pipeline.preset.seed, **LORA, **settings}
     run = runs.stage(pipeline.out, "reward_model_lora", config, {"sft": sft, "preferences": pairs}, make)
     return str(run.directory / "adapter"), str(run.directory / "merged")
+
+
+def merge_reward_model(adapter: Path, out: Path) -> None:
+    """A reward adapter as a full reward model of the same scores."""
+    model = AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=1, dtype=torch.float32)
+    model.merge_and_unload().save_pretrained(out)
+    models.load_tokenizer(adapter).save_pretrained(out)
+    notes = models.read_notes(adapter)
+    models.write_notes(out, shift=notes["shift"], scale=notes["scale"])
 
 
 def held_out_scores(pipeline: Pipeline, out: Path, full: dict[str, runs.Run]) -> runs.Run:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import gc
 import json
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,14 +99,15 @@ def weights() -> dict[str, int]:
     return {"weight_bytes": sum(every.values()), "base_weight_bytes": base}
 
 
-def resident_bytes() -> int:
-    """Memory of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Memory of this process now, or its peak (VmHWM)."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
+    return int(line.split()[1]) * 1024
 
 
 def peak_bytes() -> int:
     """The most memory this process ever had; of a GPU's, where there is one, what its allocator gave out at once."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's ru_maxrss, in which a child process begins with its parent's peak.
+    return resident_bytes("VmHWM")
