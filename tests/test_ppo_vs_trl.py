@@ -174,7 +174,7 @@ def test_a_side_trains_saves_and_says_what_it_took(tmp_path: Path, zoo: dict[str
     prompts = [row["prompt"] for row in pocket.prompts(pocket.world(), "train")][:20]
     run = compare.train_policy(tmp_path, name, SETTINGS | {"mode": mode}, zoo["full"], zoo["full-reward"], prompts)
     assert [step for step, _ in compare.checkpoints(run.directory)] == [2, 3]
-    assert len(json.loads((tmp_path / "prompts" / "seed-0.json").read_text())) == 16
+    assert len(json.loads((run.directory / "prompts.json").read_text())) == 16
     metrics = pd.read_csv(run.directory / "metrics.csv")
     assert metrics["update"].tolist() == [1, 2, 3]
     assert metrics.notna().all(axis=None) and (metrics["seconds"] > 0).all()

@@ -27,6 +27,7 @@ draws prompts and tokens in another order.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=16, help="the kit's; changes its time, not its result")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--fresh", action="store_true", help="train and sample again, as after a change of the kit")
     options = parser.parse_args()
     if not PYTHONS[TRL].exists():
         parser.error(f"{PYTHONS[TRL].relative_to(ROOT)} is not there; make it first: make peer")
@@ -79,9 +81,8 @@ def main() -> None:
         print(f"seed {seed}: {i + 1} of {len(options.seeds)}{left}", flush=True)
         pipeline = Pipeline(presets.preset("pocket", seed), options.out / f"seed-{seed}")
         made = train_both(pipeline, options)
-        found = held_out_scores(
-            pipeline, options.out, {name: run for (mode, name), run in made.items() if mode == "full"}
-        )
+        full = {name: run for (mode, name), run in made.items() if mode == "full"}
+        found = held_out_scores(pipeline, options.out, full, options.fresh)
         base_bytes = sum(each.nbytes for each in models.load_causal(pipeline.sft()).parameters())
         for (mode, name), run in made.items():
             known = {"model": name, "mode": mode, "seed": seed}
@@ -115,12 +116,13 @@ def train_both(pipeline: Pipeline, options: argparse.Namespace) -> dict[tuple[st
     adapter, merged = lora_reward_model(pipeline)
     rewards = {"full": {KIT: reward, TRL: reward}, "lora": {KIT: adapter, TRL: merged}}
     updates = {"full": options.updates, "lora": options.lora_updates}
+    prompts = list(pipeline.prompts("train")["prompt"])
     made = {}
     for mode in ("full", "lora"):
         settings = ppo_settings(preset, mode, updates[mode], options.threads, options.micro_batch_size)
         for name in (KIT, TRL) if seed % 2 == 0 else (TRL, KIT):
             made[mode, name] = train_policy(
-                options.out, name, settings, sft, rewards[mode][name], list(pipeline.prompts("train")["prompt"])
+                options.out, name, settings, sft, rewards[mode][name], prompts, options.fresh
             )
     return made
 
@@ -140,17 +142,18 @@ def ppo_settings(preset: Preset, mode: str, updates: int, threads: int, micro_ba
     }
 
 
-def train_policy(out: Path, name: str, settings: Settings, sft: str, reward: str, prompts: Sequence[str]) -> runs.Run:
+def train_policy(
+    out: Path, name: str, settings: Settings, sft: str, reward: str, prompts: Sequence[str], fresh: bool = False
+) -> runs.Run:
     """One run of the kit or of TRL in a process of its own: checkpoint-*/, metrics.csv and measures.json."""
     batch = settings["per_device_train_batch_size"]
-    whole = list(prompts[: len(prompts) // batch * batch])  # TRL drops a last batch that is not full
-    given = out / "prompts" / f"seed-{settings['seed']}.json"
-    given.parent.mkdir(parents=True, exist_ok=True)
-    given.write_text(json.dumps(whole))
+    # TRL drops a last batch that is not full.
+    given = json.dumps(list(prompts[: len(prompts) // batch * batch]))
 
     def make(directory: Path) -> None:
         print(f"  {name}, {settings['mode']}: {settings['max_steps']} updates", flush=True)
-        asked = settings | {"sft": sft, "reward": reward, "prompts": str(given)}
+        (directory / "prompts.json").write_text(given)
+        asked = settings | {"sft": sft, "reward": reward, "prompts": str(directory / "prompts.json")}
         (directory / "settings.json").write_text(json.dumps(asked, indent=2) + "\n")
         environment = os.environ | {"OMP_NUM_THREADS": str(settings["threads"]), "HF_HUB_OFFLINE": "1"}
         # The kit's process gets this repository, whatever is installed; TRL's gets nothing but its own environment.
@@ -162,11 +165,9 @@ def train_policy(out: Path, name: str, settings: Settings, sft: str, reward: str
             last = (directory / "stderr.txt").read_text().strip().splitlines()[-8:]
             raise RuntimeError(f"{name} failed ({' '.join(command)}):\n" + "\n".join(last))
 
-    kind = SCRIPTS[name].removesuffix(".py")
-    inputs: dict[str, str | Path] = {"sft": sft, "reward": reward, "prompts": given}
-    run = runs.stage(
-        out, f"{kind}-{settings['mode']}-seed-{settings['seed']}", {"model": name, **settings}, inputs, make
-    )
+    kind = f"{SCRIPTS[name].removesuffix('.py')}-{settings['mode']}"
+    config = {"model": name, "prompts_sha256": hashlib.sha256(given.encode()).hexdigest(), **settings}
+    run = runs.stage(out, f"{kind}-seed-{settings['seed']}", config, {"sft": sft, "reward": reward}, make, fresh=fresh)
     if run.reused:
         print(f"  {name}, {settings['mode']}: done before, kept", flush=True)
     return run
@@ -193,6 +194,7 @@ def lora_reward_model(pipeline: Pipeline) -> tuple[str, str]:
 
     config = {"seed": pipeline.preset.seed, **LORA, **settings}
     run = runs.stage(pipeline.out, "reward_model_lora", config, {"sft": sft, "preferences": pairs}, make)
+    pipeline.runs["reward_model_lora"] = run  # its time counts with the pipeline's other stages
     return str(run.directory / "adapter"), str(run.directory / "merged")
 
 
@@ -205,7 +207,7 @@ def merge_reward_model(adapter: Path, out: Path) -> None:
     models.write_notes(out, shift=notes["shift"], scale=notes["scale"])
 
 
-def held_out_scores(pipeline: Pipeline, out: Path, full: dict[str, runs.Run]) -> runs.Run:
+def held_out_scores(pipeline: Pipeline, out: Path, full: dict[str, runs.Run], fresh: bool = False) -> runs.Run:
     """Held-out completions of the SFT model (step 0) and of every checkpoint of both full runs, scored."""
     sft, preset = pipeline.sft(), pipeline.preset
     inputs: dict[str, str | Path] = {"sft": sft, "reward": pipeline.reward_model()}
@@ -223,7 +225,7 @@ def held_out_scores(pipeline: Pipeline, out: Path, full: dict[str, runs.Run]) ->
         runs.write_samples(directory, pd.concat(parts, ignore_index=True))
 
     config = {"seed": preset.seed, "n": SAMPLES, "n_prompts": preset.n_test_prompts, **preset.sampling}
-    return runs.stage(out, f"scores-seed-{preset.seed}", config, inputs, make)
+    return runs.stage(out, f"scores-seed-{preset.seed}", config, inputs, make, fresh=fresh)
 
 
 def checkpoints(directory: Path) -> Iterator[tuple[int, Path]]:
