@@ -56,12 +56,21 @@ def test_rewards_at_a_kl_lie_between_the_checkpoints_that_bracket_it() -> None:
     assert compare.at_kl(rows, 0.0)["proxy"].tolist() == pytest.approx([0.0, 0.0])
 
 
-def test_a_kl_that_comes_twice_counts_when_it_is_first_reached() -> None:
-    rows = pd.concat([checkpoint("SFT", 0, 0.0, [0.0]), checkpoint("A", 5, 0.5, [1.0]), checkpoint("A", 9, 0.3, [5.0])])
-    assert compare.at_kl(rows, 0.5)["proxy"].tolist() == pytest.approx([1.0])
-    assert compare.at_kl(rows, 0.3)["proxy"].item() < 1.0
-    with pytest.raises(ValueError, match="reaches a KL of 0.6 nats; the last has 0.3"):
-        compare.at_kl(rows, 0.6)
+def test_a_checkpoint_that_another_beats_at_less_kl_is_not_on_the_frontier() -> None:
+    """Step 5 is as far as step 12 and earns less; step 9 is farther than step 15 and earns less."""
+    rows = pd.concat(
+        [
+            checkpoint("SFT", 0, 0.0, [0.0]),
+            checkpoint("A", 5, 0.5, [1.0]),
+            checkpoint("A", 9, 0.9, [2.5]),
+            checkpoint("A", 12, 0.5, [3.0]),
+            checkpoint("A", 15, 0.8, [4.0]),
+        ]
+    )
+    assert compare.frontier(rows).index.tolist() == [0, 12, 15]
+    assert compare.at_kl(rows, 0.5)["proxy"].tolist() == pytest.approx([3.0])
+    with pytest.raises(ValueError, match="ends at a KL of 0.8 nats and does not reach 0.9"):
+        compare.at_kl(rows, 0.9)
 
 
 def both_models(kit: float, trl: float) -> pd.DataFrame:
@@ -77,7 +86,7 @@ def both_models(kit: float, trl: float) -> pd.DataFrame:
 
 @pytest.mark.parametrize("kit, trl, verdict", [(1.0, 0.9, "met"), (1.0, 1.0, "met"), (1.0, 1.1, "not met")])
 def test_the_verdict_on_rewards_is_that_of_equal_kl_and_not_of_the_end(kit: float, trl: float, verdict: str) -> None:
-    table = compare.reward_table(both_models(kit, trl)).set_index("quantity")
+    table = compare.reward_table(both_models(kit, trl), kl_coef=0.2).set_index("quantity")
     equal = table.loc["proxy at equal KL"]
     assert (equal["kit"], equal["trl"]) == (pytest.approx(kit), pytest.approx(trl))
     assert (equal["value"], equal["lo"], equal["hi"]) == (pytest.approx(kit - trl),) * 3
@@ -85,6 +94,7 @@ def test_the_verdict_on_rewards_is_that_of_equal_kl_and_not_of_the_end(kit: floa
     assert table.loc["the equal KL [nats/sequence]", "kit"] == pytest.approx(1.0)
     at_the_end = table.loc["proxy at the end"]
     assert at_the_end["trl"] == pytest.approx(trl + 3) and at_the_end["bar"] == ""
+    assert table.loc["proxy - kl_coef KL at the end", "trl"] == pytest.approx(trl + 3 - 0.2 * 4.0)
 
 
 def costs(kit: list[float], trl: list[float], copies: tuple[float, float] = (1.0, 3.0)) -> pd.DataFrame:

@@ -6,9 +6,12 @@
 Each seed makes an SFT model and a reward model of the pocket preset. Then both optimise the same reward from the same
 weights on the same prompts at the same settings, each in a process of its own, turn by turn, so that noise of the
 machine hits both; first in full, then for a few updates with LoRA, where only time and memory are compared. The
-checkpoints of the full runs answer held-out prompts. Rewards are compared at equal KL: at the smaller of the two final
-KLs of a seed, each prompt's mean reward is interpolated between the two checkpoints that first bracket it (the SFT
-model is the checkpoint of KL 0), in the root of KL, in which rewards are nearly straight (2210.10760). The intervals
+checkpoints of the full runs answer held-out prompts. Rewards are compared at equal KL, on each run's frontier: those of
+its checkpoints that no other one of the run beats in proxy at less KL, the SFT model being one of KL 0. Of the two
+frontiers of a seed the one that ends at less KL says where; there each prompt's mean reward is interpolated between the
+two checkpoints that bracket this KL, in the root of KL, in which rewards are nearly straight (2210.10760). (In a first
+try of one seed KL reached its level within five updates while rewards went on rising: a checkpoint that merely comes
+first at a KL is an untrained one.) Beside it stands what both maximise, at the end: proxy - kl_coef KL. The intervals
 are 95%: over seeds for the ratios, over seeds and prompts for the differences (of one seed over its prompts only).
 
 Met if, written before the run:
@@ -29,6 +32,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -57,6 +61,7 @@ SCRIPTS = {KIT: "ours.py", TRL: "peer.py"}
 PYTHONS = {KIT: Path(sys.executable), TRL: ROOT / ".venv-trl-1.12" / "bin" / "python"}
 LORA = {"r": 16, "alpha": 32}
 REWARDS = ("proxy", "gold")
+OBJECTIVE = "proxy - kl_coef KL"
 SAMPLES = 4  # of each held-out prompt and checkpoint
 MIB = 2**20
 
@@ -90,13 +95,14 @@ def main() -> None:
             metrics.append(pd.read_csv(run.directory / "metrics.csv").assign(run=run.name, **known))
         scores.append(pd.read_parquet(found.directory / "samples.parquet").assign(seed=seed))
         spent += sum(run.info["seconds"] for run in (*pipeline.runs.values(), *made.values(), found))
-    table = pd.concat(
-        [cost_table(pd.DataFrame(costs)), reward_table(pd.concat(scores, ignore_index=True))], ignore_index=True
-    )
+    scored = pd.concat(scores, ignore_index=True)
+    rewards = reward_table(scored, presets.preset("pocket").ppo["kl_coef"])
+    table = pd.concat([cost_table(pd.DataFrame(costs)), rewards], ignore_index=True)
     runs.write_summary(options.out, table)
-    points = curves(pd.concat(scores, ignore_index=True))
+    points = curves(scored)
     points.to_csv(options.out / "curves.csv", index=False)
     plots.style()
+    plots.COLOURS.update({KIT: plots.COLOURS["PPO"], TRL: plots.OTHERS[2]})
     runs.save_figure(options.out, "reward_against_kl", plots.reward_against_kl(points, ("proxy", "gold")))
     lines = pd.concat(metrics, ignore_index=True).rename(columns={"seconds": "seconds_per_update"})
     runs.save_figure(options.out, "seconds", plots.training(lines[lines["mode"] == "full"], ["seconds_per_update"]))
@@ -272,13 +278,15 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
 COLUMNS = ["quantity", "mode", "kit", "trl", "compared", "value", "lo", "hi", "bar", "verdict"]
 
 
-def reward_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Rewards at equal KL, then KL and rewards after the last update: both means, and the kit's less TRL's."""
-    last = pd.concat(scores[scores["model"] == name].pipe(_last) for name in (KIT, TRL))
+def reward_table(scores: pd.DataFrame, kl_coef: float) -> pd.DataFrame:
+    """Rewards at equal KL, then objective, rewards and KL after the last update: both means, the kit's less TRL's."""
+    trained = scores[scores["model"] != "SFT"]
+    last = trained[trained["step"] == trained.groupby("model")["step"].transform("max")]
+    last = last.assign(**{OBJECTIVE: last["proxy"] - kl_coef * last["kl"]})
     table = []
     for suffix, rows, values in (
         (" at equal KL", at_equal_kl(scores), REWARDS),
-        (" at the end", last, ("kl", *REWARDS)),
+        (" at the end", last, (OBJECTIVE, *REWARDS, "kl")),
     ):
         for value in values:
             difference = statistics.paired_difference(rows, KIT, TRL, value)
@@ -292,30 +300,32 @@ def reward_table(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table, columns=COLUMNS)
 
 
-def _last(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows["step"] == rows["step"].max()]
-
-
 def at_equal_kl(scores: pd.DataFrame) -> pd.DataFrame:
-    """Each prompt's mean rewards at its seed's common KL, the smaller of both last: a row per (model, seed, prompt)."""
+    """Each prompt's mean rewards at its seed's common KL, where the nearer frontier ends: a row per model, prompt."""
     parts = []
     for seed, rows in scores.groupby("seed"):
         sides = {name: rows[rows["model"].isin([name, "SFT"])] for name in (KIT, TRL)}
-        kl = min(_last(side)["kl"].mean() for side in sides.values())
+        kl = min(frontier(side)["kl"].iloc[-1] for side in sides.values())
         parts += [at_kl(side, kl).assign(model=name, seed=seed, kl=kl) for name, side in sides.items()]
     return pd.concat(parts, ignore_index=True)
 
 
-def at_kl(rows: pd.DataFrame, kl: float) -> pd.DataFrame:
-    """Each prompt's mean rewards where the mean KL of one model's checkpoints (`step`) first reaches `kl` in nats.
+def frontier(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean `kl` and `proxy` by `step` of the checkpoints that no other beats in proxy at less KL, in order of both."""
+    curve = rows.groupby("step")[["kl", "proxy"]].mean().sort_values(["kl", "proxy"], ascending=[True, False])
+    return curve[curve["proxy"] > curve["proxy"].cummax().shift(fill_value=-math.inf)]
 
-    Between two checkpoints rewards are taken as straight in the root of KL. ValueError if no checkpoint gets that far.
+
+def at_kl(rows: pd.DataFrame, kl: float) -> pd.DataFrame:
+    """Each prompt's mean rewards where the frontier of one model's checkpoints reaches `kl` in nats.
+
+    Between two checkpoints rewards are taken as straight in the root of KL. ValueError if the frontier ends before.
     """
-    curve = rows.groupby("step")["kl"].mean()
+    curve = frontier(rows)["kl"]
     means = rows.groupby(["step", "prompt_id"])[list(REWARDS)].mean()
     reached = [i for i, each in enumerate(curve) if each >= kl]
     if not reached:
-        raise ValueError(f"no checkpoint reaches a KL of {kl:g} nats; the last has {curve.iloc[-1]:g}")
+        raise ValueError(f"the frontier ends at a KL of {curve.iloc[-1]:g} nats and does not reach {kl:g}")
     after = reached[0]
     if after == 0:
         return means.loc[curve.index[0]].reset_index()
