@@ -57,7 +57,7 @@ def test_rewards_at_a_kl_lie_between_the_checkpoints_that_bracket_it() -> None:
 
 
 def test_a_checkpoint_that_another_beats_at_less_kl_is_not_on_the_frontier() -> None:
-    """Step 5 is as far as step 12 and earns less; step 9 is farther than step 15 and earns less."""
+    """Step 5 is as far as step 12 and earns less; steps 9 and 18 are farther than step 15 and earn less."""
     rows = pd.concat(
         [
             checkpoint("SFT", 0, 0.0, [0.0]),
@@ -65,6 +65,7 @@ def test_a_checkpoint_that_another_beats_at_less_kl_is_not_on_the_frontier() -> 
             checkpoint("A", 9, 0.9, [2.5]),
             checkpoint("A", 12, 0.5, [3.0]),
             checkpoint("A", 15, 0.8, [4.0]),
+            checkpoint("A", 18, 1.0, [3.5]),
         ]
     )
     assert compare.frontier(rows).index.tolist() == [0, 12, 15]
