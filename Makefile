@@ -14,7 +14,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=fa
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lab notebooks check format lock clean
+.PHONY: help setup demo test test-fast lab notebooks check format lock peer clean
 
 help: ## what there is
 	@echo "usage: make TARGET"
@@ -77,6 +77,19 @@ lock: ## write requirements.lock anew from pyproject.toml, in a clean environmen
 	@rm -rf .venv-lock build rlhf_kit.egg-info
 	@echo "lock: requirements.lock has $$(grep -c '==' requirements.lock) packages; now: make test"
 
+# torch is pinned by the lock like everything else: only TRL is another.
+PEER := .venv-trl-1.12
+PEER_NEEDS := experiments/ppo_vs_trl/requirements.txt
+peer: $(PEER)/.installed ## make .venv-trl-1.12, the last TRL that has PPO, for experiments/ppo_vs_trl
+	@echo "peer: $(PEER) holds $$($(PEER)/bin/python -m pip freeze | grep -E '^(trl|torch|transformers)==' | xargs)"
+
+$(PEER)/.installed: requirements.lock $(PEER_NEEDS)
+	@echo "peer: installing $(PEER_NEEDS) into $(PEER), every other version as in requirements.lock"
+	@$(PYTHON) -m venv --clear $(PEER)
+	@grep -v '^trl==' requirements.lock > $(PEER)/constraints.txt
+	@$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check -c $(PEER)/constraints.txt -r $(PEER_NEEDS)
+	@touch $@
+
 clean: ## remove .venv and every cache; results/ stays
-	@rm -rf .venv .venv-lock build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-lock $(PEER) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -prune -exec rm -rf {} +
