@@ -365,8 +365,9 @@ def test_settings_that_make_no_stage_are_refused() -> None:
 
 def test_the_callers_settings_stay_as_they_were() -> None:
     settings = lora()
-    memory.estimate(wide("llama", layers=2), "sft", lora=settings, prompt_length=64, max_completion_length=64)
-    assert settings.target_modules == "all-linear"
+    for stage in memory.STAGES:
+        memory.estimate(wide("llama", layers=2), stage, lora=settings, prompt_length=64, max_completion_length=64)
+        assert settings.target_modules == "all-linear", stage
 
 
 # The command ---
