@@ -143,7 +143,7 @@ def estimate(
 def _run(stage: str, job: Job) -> tuple[int, Phases]:
     widths = (job.config.get_text_config().vocab_size, TRL_TILE[1])
     with torch.device("meta"), fused_attention(job.on_gpu):
-        return STAGES[stage](job, Ledger(vocab_sizes=widths))
+        return STAGES[stage](job, Ledger(vocab_sizes=widths, longest=job.length))
 
 
 def _cut(job: Job, layers: int) -> Job:

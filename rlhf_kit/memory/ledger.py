@@ -26,11 +26,13 @@ aten = torch.ops.aten
 class Ledger(TorchDispatchMode):
     """The bytes alive now and at the peak, by part, of what is held from the start and of what operations make.
 
-    vocab_sizes: a float tensor whose last dimension is one of these counts as logits.
+    vocab_sizes: a float tensor whose last dimension is one of these counts as logits. longest: tokens of the longest
+    row, for code that asks; meta tensors cannot answer.
     """
 
-    def __init__(self, vocab_sizes: Iterable[int] = ()) -> None:
+    def __init__(self, vocab_sizes: Iterable[int] = (), longest: int = 1) -> None:
         super().__init__()
+        self.longest = longest
         self.padded = False  # what code that asks "is any position padding?" is told: meta tensors cannot answer
         self.vocab_sizes = set(vocab_sizes)
         self.live = dict.fromkeys((*STATIC, *DYNAMIC), 0)
@@ -56,7 +58,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         on_meta = bool(args) and isinstance(args[0], torch.Tensor) and args[0].is_meta
         if on_meta and func is aten._local_scalar_dense.default:
-            return not self.padded if args[0].dtype == torch.bool else 1
+            return not self.padded if args[0].dtype == torch.bool else self.longest
         if on_meta and func is aten.index.Tensor:
             args = (args[0], _all_selected(args[1]))
         out = func(*args, **(kwargs or {}))

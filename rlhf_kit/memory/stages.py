@@ -51,7 +51,7 @@ def ppo(job: Job, ledger: Ledger) -> tuple[int, Phases]:
     for module in roles.values():
         module.eval()
     phases = _generate(job, ledger, use("policy"))
-    with ledger.phase(job.micro_batch) as phases["score"], torch.no_grad():
+    with ledger.phase(1) as phases["score"], torch.no_grad():
         completion_logprobs(use("policy"), micro, with_entropy=True)
         completion_logprobs(use("reference"), micro)
         value_head(completion_hidden(backbone("value"), micro).float())
@@ -61,7 +61,7 @@ def ppo(job: Job, ledger: Ledger) -> tuple[int, Phases]:
     for module in roles.values():
         module.train()
     _hold_gradients(ledger, trained, job.rollout > job.micro_batch)
-    with ledger.phase(job.micro_batch) as phases["optimise"]:
+    with ledger.phase(1) as phases["optimise"]:
         logprobs, _ = completion_logprobs(use("policy"), micro)
         torch.autograd.backward(logprobs.sum())
         del logprobs

@@ -53,12 +53,15 @@ def completion_mask(completion_ids: torch.Tensor, stop_ids: list[int]) -> torch.
 
 def completion_hidden(backbone: PreTrainedModel, tokens: Tokens) -> torch.Tensor:
     """Hidden states (B, C, D); index t has seen the prompt and the completion before token t, never token t."""
-    # Without explicit positions a left-padded row would be read at shifted positions.
-    positions = (tokens.attention_mask.cumsum(1) - 1).clamp(min=0)
-    states = backbone(
-        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, position_ids=positions, use_cache=False
-    ).last_hidden_state
-    return states[:, -tokens.completion_mask.shape[1] - 1 : -1]
+    width, length = tokens.completion_mask.shape[1], int(tokens.attention_mask.sum(1).max())
+    # Rows are moved to the left, so that padding comes last, where causal attention never looks: no mask is needed,
+    # positions count from 0 by themselves, and a batch is no wider than its longest row.
+    start = tokens.attention_mask.argmax(1, keepdim=True)
+    columns = torch.arange(length, device=start.device) + start
+    ids = tokens.input_ids.gather(1, columns.clamp(max=tokens.input_ids.shape[1] - 1))
+    states = backbone(input_ids=ids, use_cache=False).last_hidden_state
+    before = tokens.input_ids.shape[1] - width - start - 1 + torch.arange(width, device=start.device)
+    return states.gather(1, before.clamp(max=length - 1).unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
 
 def completion_logprobs(

@@ -183,7 +183,7 @@ class PPOTrainer(Trainer):
 
     def partition(self, tokens: Tokens) -> list[list[torch.Tensor]]:
         """The minibatches of one epoch, each as a list of micro-batches of row numbers."""
-        return partition(tokens.completion_mask.sum(1), self.args.num_minibatches, self.args.micro_batch_size)
+        return partition(tokens.attention_mask.sum(1), self.args.num_minibatches, self.args.micro_batch_size)
 
     # 2. Score, 3. estimate advantages ------------------------------------------------------------------------------
 
