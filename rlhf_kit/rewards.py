@@ -22,6 +22,7 @@ from rlhf_kit.models import (
     write_notes,
 )
 
+BATCH_TOKENS = 4096  # of one forward pass of a reward model, whatever its `batch_size`: long texts must not fill a GPU
 Completion = str | list[dict[str, str]]
 Reward = Callable[..., list[float]]
 
@@ -81,9 +82,10 @@ class RewardModel:
             return []
         ids = self.tokenizer(texts, add_special_tokens=isinstance(prompts[0], str))["input_ids"]
         scores = torch.empty(len(ids))
-        longest_first = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
-        for start in range(0, len(ids), self.batch_size):
-            rows = longest_first[start : start + self.batch_size]
+        waiting = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # longest first
+        while waiting:
+            fit = min(self.batch_size, max(1, BATCH_TOKENS // len(ids[waiting[0]])))
+            rows, waiting = waiting[:fit], waiting[fit:]
             scores[rows] = self._score([ids[row] for row in rows]).cpu()
         return [(score - self.shift) / self.scale for score in scores.tolist()]
 

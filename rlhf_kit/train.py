@@ -6,8 +6,10 @@ path. Settings not named here go to TRL's config by its own names (`max_steps`, 
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ def sft(
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=deepcopy(lora),  # peft writes the modules that it finds into it
         callbacks=_callbacks("SFT", callbacks),
     )
     _train(trainer, out, exact)
@@ -95,6 +97,11 @@ def reward_model(
         callbacks=_callbacks("reward model", callbacks),
     )
     _train(trainer, out, exact)
+    # What was written is loaded once more to be normalised: without this, weights would be held twice.
+    del trainer, start, exact
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     normalise(_partial(out), 2 * dataset["prompt"][:], dataset["chosen"][:] + dataset["rejected"][:])
     return _publish(out)
 
@@ -121,7 +128,7 @@ def dpo(
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=deepcopy(lora),
         callbacks=_callbacks("DPO", callbacks),
     )
     _train(trainer, out, exact)

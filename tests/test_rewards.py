@@ -69,6 +69,18 @@ def test_a_row_scores_the_same_in_any_company_and_order(zoo: Zoo, mode: str) -> 
     assert reward([], []) == []
 
 
+def test_long_texts_are_scored_in_batches_that_fit(zoo: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = RewardModel(zoo["full-reward"])
+    expected = reward(PROMPTS, COMPLETIONS)
+    widths: list[tuple[int, int]] = []
+    inner = reward._score
+    monkeypatch.setattr(reward, "_score", lambda rows: widths.append((len(rows), max(map(len, rows)))) or inner(rows))
+    monkeypatch.setattr(rewards, "BATCH_TOKENS", 30)
+    assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-5)
+    assert sum(rows for rows, _ in widths) == len(PROMPTS)
+    assert all(rows == 1 or rows * width <= 30 for rows, width in widths) and max(rows for rows, _ in widths) > 1
+
+
 def test_chat_and_text_agree(zoo: Zoo, mode: str) -> None:
     reward = RewardModel(zoo[f"{mode}-reward"])
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[2:]]

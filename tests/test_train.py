@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import math
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from tiny import in_a_new_process, naive_logprobs, save_llama
-from transformers import PreTrainedTokenizerBase
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf_kit import models, train
 from rlhf_kit.ppo import PPOConfig, PPOTrainer
@@ -339,6 +340,29 @@ def test_an_empty_directory_and_a_killed_attempts_leftovers_do_not_disturb(zoo: 
     train.sft(zoo["full"], DEMONSTRATIONS, out, max_steps=1, **COMMON)
     assert not partial.exists() and not (out / "adapter_config.json").exists()
     assert models.load_causal(out) is not None and len(train.history(out)) == 1
+
+
+def test_a_reward_model_is_normalised_when_its_trainer_is_gone(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are loaded once more to score: those that were trained must not still be held."""
+    alive = []
+
+    def count(*arguments: Any) -> None:
+        alive.append(sum(isinstance(each, LlamaForSequenceClassification) for each in gc.get_objects()))
+
+    gc.collect()
+    before = sum(isinstance(each, LlamaForSequenceClassification) for each in gc.get_objects())
+    monkeypatch.setattr(train, "normalise", count)
+    train.reward_model(zoo["full"], PREFERENCES, tmp_path / "reward", max_steps=1, lora=models.lora(r=2))
+    assert alive == [before]
+
+
+def test_lora_settings_are_not_written_into(zoo: Zoo, tmp_path: Path) -> None:
+    settings = models.lora(r=2)
+    train.sft(zoo["full"], DEMONSTRATIONS, tmp_path / "sft", max_steps=1, lora=settings)
+    models.load_roles(zoo["full"], lora=settings)
+    assert settings.to_dict() == models.lora(r=2).to_dict()
 
 
 def test_a_stage_that_fails_leaves_nothing_under_the_final_name(zoo: Zoo, tmp_path: Path) -> None:

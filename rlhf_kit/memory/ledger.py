@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 # Every part of an estimate, in the order of its table; the first ones are held from beginning to end.
 STATIC = ("base", "reference", "value model", "reward models", "adapters", "heads", "optimizer")
-DYNAMIC = ("gradients", "KV cache", "activations", "logits", "dequantisation", "reloaded model")
+DYNAMIC = ("gradients", "KV cache", "activations", "logits", "dequantisation")
 
 aten = torch.ops.aten
 

@@ -16,7 +16,7 @@ from rlhf_kit.memory.shapes import Job, mixed_precision, optimizer_bytes, shaped
 from rlhf_kit.models import Tokens, completion_hidden, completion_logprobs, decoder
 
 TRL_TILE = (4096, 32768)  # tokens and words of the vocabulary whose logits TRL's head holds at once
-REWARD_BATCH = 64  # rows that rlhf_kit.rewards.RewardModel scores at once
+REWARD_BATCH, REWARD_TOKENS = 64, 4096  # rows and tokens that rlhf_kit.rewards.RewardModel scores at once, at most
 Phases: TypeAlias = dict[str, dict[str, int]]  # bytes by part at the peak of each phase
 
 
@@ -133,7 +133,7 @@ def sft(job: Job, ledger: Ledger) -> tuple[int, Phases]:
 
 
 def reward_model(job: Job, ledger: Ledger) -> tuple[int, Phases]:
-    """Forward and backward of one batch of pairs, then the normalisation, for which the result is loaded once more."""
+    """Forward and backward of one batch of pairs, then the normalisation: the same weights, loaded again, score."""
     model, cast = _trl_model(job, ledger, AutoModelForSequenceClassification)
     ids = torch.empty(2 * job.micro_batch, job.length, dtype=torch.long)
 
@@ -142,10 +142,8 @@ def reward_model(job: Job, ledger: Ledger) -> tuple[int, Phases]:
 
     trained, phases = _trl_step(job, ledger, model, cast, 2 * job.micro_batch, loss)
     model.zero_grad(set_to_none=True)
-    copy = _reward_backbone(job)
-    ledger.hold("reloaded model", stored(copy))
     with ledger.phase(REWARD_BATCH) as phases["normalise"], torch.no_grad():
-        _score(job, copy.eval(), REWARD_BATCH)
+        _score(job, model.eval(), REWARD_BATCH)
     return trained, phases
 
 
@@ -158,7 +156,8 @@ def _reward_backbone(job: Job) -> Any:
 
 
 def _score(job: Job, backbone: Any, rows: int) -> None:
-    ids = torch.empty(min(rows, REWARD_BATCH), job.length, dtype=torch.long)
+    rows = min(rows, REWARD_BATCH, max(1, REWARD_TOKENS // job.length))
+    ids = torch.empty(rows, job.length, dtype=torch.long)
     backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def _adapter_roles(
     if lora is None:
         model = PeftModel.from_pretrained(base, str(policy), adapter_name="policy", is_trainable=True)
     else:
-        model = get_peft_model(base, lora, adapter_name="policy")
+        model = get_peft_model(base, deepcopy(lora), adapter_name="policy")  # peft writes what it finds into it
     for role, source in (("reference", reference), ("value", value)):
         if source is not None and is_adapter(source):
             model.load_adapter(str(source), role)
