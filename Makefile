@@ -13,6 +13,9 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=fa
 # Two threads that wait for each other are slower than one when anything else runs; the demo alone may use every core.
 ONE_THREAD := OMP_NUM_THREADS=1
 
+# A file's tests stay together, since what they share is made once in a process.
+TWO_AT_ONCE := --numprocesses 2 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast lab notebooks check format lock peer clean
 
@@ -44,10 +47,10 @@ demo: $(INSTALLED) ## run the whole pipeline at pocket size, offline, on the CPU
 	@$(OFFLINE) $(BIN)/rlhf-kit demo $(ARGS)
 
 test: $(INSTALLED) check ## check, then every test, the notebooks and the browser too
-	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest $(ARGS)
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest $(TWO_AT_ONCE) $(ARGS)
 
 test-fast: $(INSTALLED) ## the tests that run while one types
-	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -m "not slow and not browser" $(ARGS)
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slow and not browser" $(ARGS)
 
 check: $(INSTALLED) ## lint, format and types
 	@$(BIN)/ruff check .
