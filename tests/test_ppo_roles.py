@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from test_ppo import PROMPTS, Zoo, make, rolled_out, rows_of, updates, vowels
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_kit import models
-from rlhf_kit.ppo import PPOTrainer, casting
+from rlhf_kit import models, train
+from rlhf_kit.ppo import PPOConfig, PPOTrainer, casting
 from rlhf_kit.rewards import Ensemble, RewardModel
 
 ADAPTERS = ["lora", "4bit"]
@@ -60,6 +61,25 @@ def test_the_base_is_held_once_whatever_stands_on_it(zoo: Zoo, mode: str, reward
         head = 4 * (models.hidden_size(base) + 1)
         assert sum(held(trainer).values()) == sum(alone.values()) + (3 + k) * policy + head
         assert [role for role in trainer.roles.parts if role.startswith("reward")] == [f"reward_{i}" for i in range(k)]
+
+
+@pytest.mark.slow
+def test_stages_chain_onto_one_base(zoo: Zoo, tmp_path: Path) -> None:
+    """SFT adapter -> reward adapter that starts from it -> PPO over the same 4-bit base, as README shows it."""
+    rows = [{"prompt": prompt, "completion": " it lives by the river ."} for prompt in PROMPTS]
+    pairs = [{"prompt": p, "chosen": f" yes , the {i} .", "rejected": f" no {i}"} for i, p in enumerate(PROMPTS)]
+    few = {"max_steps": 2, "per_device_train_batch_size": 4, "max_length": 48}
+    lora = models.lora(r=4)
+    sft = train.sft(zoo["full"], Dataset.from_list(rows), tmp_path / "sft", lora=lora, load_in_4bit=True, **few)
+    reward = train.reward_model(sft, Dataset.from_list(pairs), tmp_path / "reward", **few)
+    args = PPOConfig(output_dir=str(tmp_path / "ppo"), max_steps=1, per_device_train_batch_size=4, micro_batch_size=1)
+    args.max_completion_length, args.gradient_checkpointing = 6, True
+    trainer = PPOTrainer(sft, reward, args, Dataset.from_list(rows), callbacks=[])
+    assert set(trainer.roles.parts) == {"policy", "reference", "value", "reward_0"} and len(trainer.roles.models) == 1
+    assert trainer.policy.get_base_model().is_loaded_in_4bit
+    trainer.train()
+    trainer.save_model(str(tmp_path / "ppo" / "model"))
+    assert models.base_of(tmp_path / "ppo" / "model") == zoo["full"]
 
 
 def test_in_full_the_same_interface_stands_on_separate_models(zoo: Zoo, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
+import rlhf_kit
 from rlhf_kit import cli, presets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,10 +62,19 @@ def test_the_file_tree_names_what_is_there_and_nothing_else() -> None:
     assert listed == there - {"__init__.py"}
 
 
+def test_every_name_in_the_readmes_code_exists() -> None:
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+    names = set(re.findall(r"\brk((?:\.\w+)+)", code))
+    assert len(names) > 10
+    for name in names:
+        attrgetter(name[1:])(rlhf_kit)
+
+
 @pytest.mark.slow
 def test_the_ten_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they stand, with a preset of the same shape and few steps."""
-    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    ten = README[README.index("## Ten lines") :]
+    [code] = re.findall(r"```python\n(.*?)```", ten, re.DOTALL)
     whole = presets.preset("pocket")
     few = {"max_steps": 2}
     tiny = replace(
