@@ -165,10 +165,9 @@ class Stopwatch:
 
         trainer.create_optimizer, trainer.training_step = create_optimizer, training_step  # type: ignore[method-assign]
         heads = [trainer.roles.value_head, trainer.policy.get_output_embeddings()]
-        for module in {*(trainer.roles.backbone(role) for role in trainer.roles.parts), *heads}:
+        for module in {*(models.decoder(module) for module, _ in trainer.roles.parts.values()), *heads}:
             self.handles.append(module.register_forward_pre_hook(self.begin))
             self.handles.append(module.register_forward_hook(lambda *_: self.end("forward")))
-        trainer.roles.use("policy")
 
     def stop(self) -> None:
         """Take the watch off the modules again."""

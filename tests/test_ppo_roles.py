@@ -190,6 +190,7 @@ def test_a_run_that_would_not_fit_is_refused_before_anything_is_loaded_and_a_kno
 ) -> None:
     args = {"micro_batch_size": 8, "optim": "adamw_torch"}
     make(zoo, "lora", tmp_path / "fits", reward=rewards["lora-0"], max_memory_gib=2.0, **args)
+    make(zoo, "lora", tmp_path / "function", reward=vowels, max_memory_gib=2.0, **args)
     loaded = []
     monkeypatch.setattr(casting, "load_roles", lambda *a, **k: loaded.append(a))
     with pytest.raises(ValueError, match="does not fit: .* GiB at the peak(.|\n)*micro_batch_size=1") as refused:

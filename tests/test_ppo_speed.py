@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
+
+from rlhf_kit import models
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import ppo_speed  # noqa: E402
@@ -38,6 +41,31 @@ def test_verdicts_on_hand_numbers() -> None:
     bad = ppo_speed.verdicts(table(ours=0.31, growth=1.2, one_pass=1.0))
     assert [line.endswith("not met") for line in bad[:5]] == [True, True, True, False, False]
     assert "(not worth its code)" in bad[5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "LoRA"])
+def test_each_roles_forward_pass_is_counted_as_one(mode: str, tmp_path: Path) -> None:
+    """Made slower by a known time, every decoder adds it to "forward", and not to the kit's own code."""
+    base = ppo_speed.random_base(tmp_path / "base")
+    trainer = ppo_speed.make(base, tmp_path, {"mode": mode, "rollouts": 4, "length": 2}, 2)
+    decoders = {models.decoder(module) for module, _ in trainer.roles.parts.values()}
+    calls = []
+    watch = ppo_speed.Stopwatch(trainer)
+
+    def slower(*_: object) -> None:
+        calls.append(watch.depth)
+        time.sleep(0.1)
+
+    for decoder in decoders:
+        decoder.register_forward_pre_hook(slower)
+    trainer.train()
+    watch.stop()
+    outside_generate = sum(depth == 1 for depth in calls) / 2  # in each of the two updates
+    first = watch.updates[0]
+    assert first["forward"] >= 0.1 * outside_generate - 0.05
+    assert outside_generate >= 3 + 2 * 4 * 2  # three roles scored, two optimised in each of eight steps
+    assert first[ppo_speed.OURS] < 0.1 * outside_generate / 2
 
 
 @pytest.mark.slow

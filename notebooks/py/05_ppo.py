@@ -137,7 +137,7 @@ llama_8b = LlamaConfig(
     hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336,
     vocab_size=128256, max_position_embeddings=8192,
 )  # fmt: skip
-sizes = {"rollout": 8, "prompt_length": 512, "max_completion_length": 512, "micro_batch_size": 1}
+sizes = {"rollout": 8, "prompt_length": 512, "max_completion_length": 512, "micro_batch_size": 1, "on_gpu": True}
 ways = {
     "full": {"lora": None, "load_in_4bit": False},
     "LoRA": {"lora": rk.models.lora(), "load_in_4bit": False},
@@ -410,8 +410,8 @@ rk.plots.reward_against_kl(sweep)
 # ## When something goes wrong
 #
 # Every update is checked, and what looks wrong is said with the samples that show it: KL running away, entropy
-# collapsing, length drifting, completions that repeat themselves or never end. To see it, we pay for words alone and
-# charge nothing for drift.
+# collapsing, length drifting, completions that repeat themselves or never end. To see it, we pay for words alone,
+# charge nothing for drift, and take steps three times as large.
 
 
 # %%
@@ -420,10 +420,11 @@ def wordy(prompts, completions, **columns):
     return [len(completion.split()) / 5 for completion in completions]
 
 
-careless = {**settings, "kl_coef": 0.0, "max_steps": 12, "save_strategy": "no", "missing_eos_penalty": 0.0}
+careless = {**settings, "kl_coef": 0.0, "missing_eos_penalty": 0.0, "learning_rate": 1e-3, "max_steps": 12}
+careless |= {"per_device_train_batch_size": half, "save_strategy": "no"}
 run = rk.PPOConfig(output_dir=str(work / "careless"), seed=SEED, **careless)
 rambling = rk.PPOTrainer(flow.sft(), wordy, run, prompts, callbacks=[])
-rambling.train()
+result = rambling.train()
 
 # %% [markdown]
 # **What you should have seen.** An alarm that says what changed, by how much and what to try, with the completions that

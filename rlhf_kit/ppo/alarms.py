@@ -47,11 +47,8 @@ def check(rows: Sequence[dict[str, float]], limits: Limits = Limits()) -> list[A
         found.append(Alarm(name, message, worst_by))
 
     if now["kl"] > limits.kl:
-        alarm(
-            "kl",
-            f"KL is {now['kl']:.1f} nats per sequence (limit {limits.kl:g}): raise kl_coef, or set kl_target",
-            "kl",
-        )
+        seen = f"KL is {now['kl']:.1f} nats per sequence (limit {limits.kl:g})"
+        alarm("kl", f"{seen}: raise kl_coef, set kl_target, or lower learning_rate", "kl")
     if now["entropy"] < limits.entropy * first["entropy"]:
         seen = f"entropy fell from {first['entropy']:.2f} to {now['entropy']:.2f} nats per token"
         alarm("entropy", f"{seen}: the policy hardly varies; raise kl_coef or entropy_coef", "reward")
