@@ -96,16 +96,6 @@ def optimizer_bytes(parameters: Iterable[nn.Parameter], embeddings: Iterable[tor
     return total
 
 
-def switch_off_dropout(model: nn.Module) -> None:
-    """As PPO does: dropout would keep its masks."""
-    module: Any
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-
-
 def mixed_precision(model: nn.Module) -> dict[int, torch.Tensor]:
     """Make linear layers compute in bf16 as under autocast, which knows no meta tensors; returns the cache of casts.
 

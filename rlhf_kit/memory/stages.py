@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 from rlhf_kit.memory.ledger import Ledger
-from rlhf_kit.memory.shapes import Job, mixed_precision, optimizer_bytes, shaped, stored, switch_off_dropout
-from rlhf_kit.models import Tokens, completion_hidden, completion_logprobs, decoder
+from rlhf_kit.memory.shapes import Job, mixed_precision, optimizer_bytes, shaped, stored
+from rlhf_kit.models import Tokens, completion_hidden, completion_logprobs, decoder, switch_off_dropout
 
 TRL_TILE = (4096, 32768)  # tokens and words of the vocabulary whose logits TRL's head holds at once
 REWARD_BATCH, REWARD_TOKENS = 64, 4096  # rows and tokens that rlhf_kit.rewards.RewardModel scores at once, at most

@@ -32,7 +32,7 @@ from rlhf_kit.models.loading import (
     write_notes,
 )
 from rlhf_kit.models.logprobs import Tokens, completion_hidden, completion_kl, completion_logprobs, completion_mask
-from rlhf_kit.models.roles import Roles, load_roles
+from rlhf_kit.models.roles import Roles, load_roles, switch_off_dropout
 
 __all__ = [
     "Model",
@@ -68,5 +68,6 @@ __all__ = [
     "read_score_head",
     "same_base",
     "stop_ids",
+    "switch_off_dropout",
     "write_notes",
 ]

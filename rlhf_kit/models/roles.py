@@ -140,7 +140,7 @@ def load_roles(
         raise ModelError(f"{policy}: full weights share nothing, so reward models cannot stand on them")
     else:
         roles = _separate_roles(policy, reference, value, load_in_4bit)
-    _switch_off_dropout(roles)
+    switch_off_dropout(roles)
     check_logprobs(roles.use("policy"))
     return roles
 
@@ -207,7 +207,7 @@ def _value_head(backbone: Model, value: ModelPath | None) -> nn.Linear:
     return head
 
 
-def _switch_off_dropout(model: nn.Module) -> None:
+def switch_off_dropout(model: nn.Module) -> None:
     """A policy that drops units while it is trained is not the policy that was sampled, and its ratio is never 1."""
     module: Any
     for module in model.modules():
