@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,13 @@ import compare  # noqa: E402
 import watch  # noqa: E402
 
 NEEDS_PEER = pytest.mark.skipif(not compare.PYTHONS[compare.TRL].exists(), reason="TRL 1.12 is not there: make peer")
+
+
+@pytest.fixture
+def zoo(zoo: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The zoo with reward models of its own, for these tests write notes into them."""
+    own = ("full-reward", "lora-reward")
+    return zoo | {name: str(shutil.copytree(zoo[name], tmp_path / "zoo" / name)) for name in own}
 
 
 def checkpoint(model: str, step: int, kl: float, rewards: list[float], seed: int = 0) -> pd.DataFrame:
