@@ -16,12 +16,12 @@ from typing import Any
 
 import pandas as pd
 from datasets import Dataset
-from transformers import LlamaConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import LlamaConfig, TrainerState
 
 from rlhf_kit import data, evaluate, feedback, models, pretrain, rewards, runs, sampling, train
 from rlhf_kit.ppo import PPOConfig, PPOTrainer
 from rlhf_kit.presets import Preset, Settings
-from rlhf_kit.progress import ProgressCallback, clock
+from rlhf_kit.progress import LossCallback, ProgressCallback, clock
 
 HELD_OUT_RATER_SEED = 1_000_003  # the held-out pairs are judged by another draw of the same rater
 
@@ -279,22 +279,14 @@ class Pipeline:
         return {"seed": self.preset.seed, "callbacks": [ProgressCallback(label), LogMetrics(out)], **settings}
 
 
-class LogMetrics(TrainerCallback):
+class LogMetrics(LossCallback):
     """Appends what a trainer logs to metrics.csv of its run, a row per log, as it goes."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs and "loss" in logs and state.is_world_process_zero:
-            runs.append_metrics(self.run, {"update": state.global_step, **logs})
+    def on_loss(self, state: TrainerState, logs: dict[str, float]) -> None:
+        runs.append_metrics(self.run, {"update": state.global_step, **logs})
 
 
 class _PretrainProgress:

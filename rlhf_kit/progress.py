@@ -46,7 +46,26 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-class ProgressCallback(TrainerCallback):
+class LossCallback(TrainerCallback):
+    """Is told of every log of a trainer that has a loss, once: evaluations, summaries and other processes are left out."""
+
+    def on_loss(self, state: TrainerState, logs: dict[str, float]) -> None:
+        """What to do with the log of `state.global_step`."""
+        raise NotImplementedError
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs and state.is_world_process_zero:
+            self.on_loss(state, logs)
+
+
+class ProgressCallback(LossCallback):
     """Says what a trainer is doing each `every` steps (default: ten times a run), and how long it will take yet."""
 
     def __init__(self, label: str, every: int | None = None) -> None:
@@ -63,16 +82,7 @@ class ProgressCallback(TrainerCallback):
         self.started, self.rows, self.handle = time.monotonic(), [], None
         self.first_step = self.next_shown = state.global_step
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or logs is None or "loss" not in logs:
-            return
+    def on_loss(self, state: TrainerState, logs: dict[str, float]) -> None:
         done = state.global_step
         if done < self.next_shown and done != state.max_steps:
             return

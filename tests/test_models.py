@@ -18,8 +18,6 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     PreTrainedTokenizerBase,
@@ -646,13 +644,10 @@ def test_policy_and_value_learn_and_the_rest_is_frozen_whoever_was_used_last(zoo
 
 
 def test_roles_have_no_dropout_left(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0.5, attn_pdrop=0.5
-    )
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    gpt2 = save_gpt2(tmp_path / "gpt2", tokenizer, dropout=0.5)
     tokens = layout(ROWS, 1, [EOS])
     for lora in (None, models.lora(4, 8, dropout=0.5)):
-        roles = models.load_roles(tmp_path / "gpt2", lora=lora).train()
+        roles = models.load_roles(gpt2, lora=lora).train()
         with torch.no_grad():
             first, _ = models.completion_logprobs(roles.use("policy"), tokens)
             again, _ = models.completion_logprobs(roles.use("policy"), tokens)

@@ -65,12 +65,13 @@ def save_llama(
     return str(out)
 
 
-def save_gpt2(out: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+def save_gpt2(out: Path, tokenizer: PreTrainedTokenizerBase, dropout: float = 0.0) -> str:
     """Absolute positions: the architecture that shows every mistake with left padding."""
     torch.manual_seed(0)
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, **special)
     config.initializer_range = 0.3
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
     GPT2LMHeadModel(config).save_pretrained(out)
     tokenizer.save_pretrained(out)
     return str(out)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pandas as pd
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from rlhf_kit.progress import LossCallback
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def repetition(text: str, n: int = 3) -> float:
     return sum(count for count in counts.values() if count > 1) / max(1, counts.total())
 
 
-class Alarms(TrainerCallback):
+class Alarms(LossCallback):
     """Checks every update of a PPO run and prints what is wrong with the samples that show it; on by default.
 
     An alarm that stays on is said again every `again` updates. All are kept in `raised` and in the trainer's log.
@@ -98,16 +100,7 @@ class Alarms(TrainerCallback):
     ) -> None:
         self.raised, self.last_said = [row for row in state.log_history if "alarm" in row], {}
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs or not state.is_world_process_zero:
-            return
+    def on_loss(self, state: TrainerState, logs: dict[str, float]) -> None:
         for alarm in check([row for row in state.log_history if "loss" in row], self.limits):
             if state.global_step - self.last_said.get(alarm.name, -self.again) < self.again:
                 continue
