@@ -21,7 +21,7 @@ from transformers import LlamaConfig, TrainerState
 from rlhf_kit import data, evaluate, feedback, models, pretrain, rewards, runs, sampling, train
 from rlhf_kit.ppo import PPOConfig, PPOTrainer
 from rlhf_kit.presets import Preset, Settings
-from rlhf_kit.progress import LossCallback, ProgressCallback, clock
+from rlhf_kit.progress import Countdown, LossCallback, ProgressCallback, clock
 
 HELD_OUT_RATER_SEED = 1_000_003  # the held-out pairs are judged by another draw of the same rater
 
@@ -88,8 +88,8 @@ class Pipeline:
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
-            progress = _PretrainProgress()
             steps, batch = settings["steps"], settings["batch_size"]
+            progress = Countdown("pretraining", steps)
             pretrain.pretrain(
                 texts,
                 tokenizer,
@@ -98,7 +98,7 @@ class Pipeline:
                 steps=steps,
                 batch_size=batch,
                 seed=self.preset.seed,
-                on_progress=progress,
+                on_progress=lambda step, _, loss: progress.at(step, loss=loss),
             )
 
         return str(self._stage("base", settings, {"data": source}, make) / "model")
@@ -287,18 +287,6 @@ class LogMetrics(LossCallback):
 
     def on_loss(self, state: TrainerState, logs: dict[str, float]) -> None:
         runs.append_metrics(self.run, {"update": state.global_step, **logs})
-
-
-class _PretrainProgress:
-    """Ten lines on the way, with the time left."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-
-    def __call__(self, step: int, steps: int, loss: float) -> None:
-        if step % max(1, steps // 10) == 0 or step == steps:
-            left = (time.monotonic() - self.started) / step * (steps - step)
-            print(f"  pretraining  step {step}/{steps}  left {clock(left)}  loss {loss:.3f}", flush=True)
 
 
 def _checkpoints(model: str) -> list[tuple[int, Path]]:

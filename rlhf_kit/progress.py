@@ -46,8 +46,24 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+class Countdown:
+    """Says ten times on the way how much of `total` is done, and how long the rest will take."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label = label
+        self.total = total
+        self.started = time.monotonic()
+
+    def at(self, done: int, **values: float) -> None:
+        """Called each time one more is done, with what there is to tell."""
+        if done % max(1, self.total // 10) == 0 or done == self.total:
+            left = (time.monotonic() - self.started) / done * (self.total - done)
+            told = "".join(f"  {name} {value:.3f}" for name, value in values.items())
+            print(f"  {self.label}  {done}/{self.total}  left {clock(left)}{told}", flush=True)
+
+
 class LossCallback(TrainerCallback):
-    """Is told of every log of a trainer that has a loss, once: evaluations, summaries and other processes are left out."""
+    """Is told of each log that has a loss, in one process: not of evaluations and summaries."""
 
     def on_loss(self, state: TrainerState, logs: dict[str, float]) -> None:
         """What to do with the log of `state.global_step`."""

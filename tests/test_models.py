@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import layout, naive_logits, naive_logprobs, save_llama, word_tokenizer
+from tiny import layout, naive_logits, naive_logprobs, save_gpt2, save_llama, word_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,

@@ -263,6 +263,12 @@ def test_demonstrations_are_better_than_the_corpus_and_both_have_the_stated_qual
 # ---- raters -------------------------------------------------------------------------------------------------------
 
 
+def prefers_first(rater: pocket.Rater, prompt: str, first: str, second: str, rng: np.random.Generator) -> bool:
+    """One judgment of a pair."""
+    felt = [pocket.utility(W, rater, prompt, completion) for completion in (first, second)]
+    return pocket.perceived_gap(rater, felt[0], felt[1], rng.random()) > 0
+
+
 def test_a_faultless_rater_judges_by_gold():
     rng = np.random.default_rng(0)
     rows = pocket.demonstrations(W, 200)
@@ -271,7 +277,7 @@ def test_a_faultless_rater_judges_by_gold():
         gap = pocket.gold(W, prompt, first) - pocket.gold(W, prompt, second)
         assert pocket.utility(W, GOLD_RATER, prompt, first) == pytest.approx(pocket.gold(W, prompt, first))
         if abs(gap) > 1e-9:
-            assert pocket.prefers_first(W, GOLD_RATER, prompt, first, second, rng) == (gap > 0)
+            assert prefers_first(GOLD_RATER, prompt, first, second, rng) == (gap > 0)
 
 
 def test_what_a_rater_cannot_check_looks_true():
@@ -320,7 +326,7 @@ def test_drawn_choices_have_the_stated_probability():
     expected = pocket.choice_probability(
         rater, *(pocket.utility(W, rater, ASK, " " + text) for text in (RIGHT, f"maybe {RIGHT}"))
     )
-    drawn = [pocket.prefers_first(W, rater, ASK, " " + RIGHT, f" maybe {RIGHT}", rng) for _ in range(4000)]
+    drawn = [prefers_first(rater, ASK, " " + RIGHT, f" maybe {RIGHT}", rng) for _ in range(4000)]
     assert np.mean(drawn) == pytest.approx(expected, abs=4 * math.sqrt(0.25 / 4000))
 
 

@@ -5,7 +5,15 @@ from pathlib import Path
 from .answers import CAREFUL, CARELESS, DEMONSTRATION, Quality, corpus, demonstrations
 from .facts import SPLITS, World, prompts, world
 from .language import KINDS, Prompt, parse_prompt
-from .raters import Rater, choice_probability, known_cells, prefers_first, utility
+from .raters import (
+    Rater,
+    choice_probability,
+    known_cells,
+    perceived_gap,
+    perceived_score,
+    perceived_scores,
+    utility,
+)
 from .scoring import GOLD_WEIGHTS, features, gold
 from .tokenizer import CHAT_TEMPLATE, EOS, PAD, pocket_tokenizer
 
@@ -33,8 +41,10 @@ __all__ = [
     "gold",
     "known_cells",
     "parse_prompt",
+    "perceived_gap",
+    "perceived_score",
+    "perceived_scores",
     "pocket_tokenizer",
-    "prefers_first",
     "prompts",
     "utility",
     "world",

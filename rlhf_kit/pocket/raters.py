@@ -1,13 +1,17 @@
 """Simulated raters: gold seen through what a person knows, likes and overlooks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 
 from .facts import Cell, World
 from .language import ANIMALS, ATTRIBUTES
 from .scoring import GOLD_WEIGHTS, features
+
+TINY = 1e-9  # of utility: less than any difference between two completions
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class Rater:
     temperature: float = 0.5  # Bradley-Terry temperature, in units of utility; 0 always prefers the better
     lapse: float = 0.05  # share of judgments made by a coin
     position_bias: float = 0.1  # log-odds added to whichever completion is shown first
+    indifference: float = 0.0  # a felt gap below this is called a tie, in units of utility
+    standard: float = 1.0  # the utility above which a completion is called good
     seed: int = 0  # which facts are known
     name: str = "rater"
 
@@ -66,7 +72,44 @@ def choice_probability(rater: Rater, first: float, second: float) -> float:
     return float((1 - rater.lapse) * decided + rater.lapse / 2)
 
 
-def prefers_first(world: World, rater: Rater, prompt: str, first: str, second: str, rng: np.random.Generator) -> bool:
-    """Draw one judgment: does the rater prefer the completion shown first?"""
-    utilities = [utility(world, rater, prompt, completion) for completion in (first, second)]
-    return bool(rng.random() < choice_probability(rater, *utilities))
+def perceived_gap(rater: Rater, first: float, second: float, uniform: float) -> float:
+    """How much better the first of two completions feels in one judgment, in units of utility; positive: preferred.
+
+    One uniform draw decides: its outer ends, `lapse` in all, are lapses, which feel anything; the rest is logistic
+    noise. So P(gap > 0) is `choice_probability`.
+    """
+    if uniform < rater.lapse / 2 or uniform >= 1 - rater.lapse / 2:  # a lapse: the side is a coin, the size anything
+        ahead = uniform < rater.lapse / 2
+        size = (uniform if ahead else 1 - uniform) / (rater.lapse / 2)
+        return (1 if ahead else -1) * 3 * size
+    gap = first - second
+    if rater.temperature == 0:
+        return gap or (rater.position_bias or (uniform < 0.5) - 0.5) * TINY
+    rest = (uniform - rater.lapse / 2) / (1 - rater.lapse)
+    noise = np.log(rest / (1 - rest)) if rest > 0 else -np.inf
+    return float(rater.temperature * (gap / rater.temperature + rater.position_bias - noise))
+
+
+def perceived_scores(rater: Rater, utilities: Sequence[float], rng: np.random.Generator) -> list[float]:
+    """How good each of several completions shown feels in one ranking: Plackett-Luce with lapses, ties by indifference.
+
+    Utilities over temperature, the position bias on the first, plus Gumbel noise; of two this is Bradley-Terry (Luce
+    1959). Scores closer to the next higher one than `indifference` are made equal to it.
+    """
+    if rng.random() < rater.lapse:
+        return list(rng.permutation(len(utilities)).astype(float))
+    scale = rater.temperature or TINY
+    scores = np.array(utilities, dtype=float) + scale * rng.gumbel(size=len(utilities))
+    scores[0] += scale * rater.position_bias
+    order = np.argsort(-scores)
+    for above, below in pairwise(order):
+        if scores[above] - scores[below] < rater.indifference:
+            scores[below] = scores[above]
+    return list(scores)
+
+
+def perceived_score(rater: Rater, felt: float, rng: np.random.Generator) -> float:
+    """How far above the rater's standard one completion feels in one judgment, in units of utility: good if above 0."""
+    if rng.random() < rater.lapse:
+        return float(rng.uniform(-4, 4))
+    return float(felt - rater.standard + rater.temperature * rng.logistic())

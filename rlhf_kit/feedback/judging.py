@@ -1,0 +1,184 @@
+"""What is judged and what is said of it: items, questions, answers, and the raters who give them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal, Protocol, get_args
+
+import pandas as pd
+
+from rlhf_kit.models import Prompt
+from rlhf_kit.rewards import Completion
+
+Question = Literal["rank", "good/bad", "1-7"]
+QUESTIONS: tuple[Question, ...] = get_args(Question)
+SCALES: dict[Question, range] = {"good/bad": range(2), "1-7": range(1, 8)}  # of ratings; good is 1, bad 0
+STRENGTHS = ("slightly", "clearly", "much")  # how much better the preferred one of a pair is
+MOST = 9  # completions of one ranking: each has a key
+
+
+# What a frame of judgments has, a row each: `ask` and `Store.judgments` give it, everything else takes it.
+COLUMNS = (
+    "judgment",  # a number that grows with time
+    "item",
+    "rater",
+    "question",
+    "ranks",  # of the item's completions in its own order, 1 the best; None: a rating, or skipped
+    "rating",  # NaN: a ranking, or skipped
+    "strength",
+    "note",
+    "shown",  # shown[place] is the index of the completion at that place of the page; empty: not known
+    "seconds",
+    "interface",  # where it was given, with version
+    "time",  # UTC, ISO 8601
+    "withdrawn",
+    "prompt",
+    "completions",
+    "columns",  # what else is known of the item
+)
+
+
+class FeedbackError(ValueError):
+    """Feedback that cannot be asked for, kept or read; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt with one completion to rate, or 2 to 9 different ones to rank; `columns` hold what else is known of it.
+
+    Raises FeedbackError where completions are missing, equal or too many.
+    """
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    columns: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        texts = [_canonical(each) for each in self.completions]
+        if not 1 <= len(texts) <= MOST:
+            raise FeedbackError(f"{self._where}: has {len(texts)} completions; an item has 1 to {MOST}")
+        for place, each in enumerate(self.completions):
+            if not isinstance(each, str | list):
+                raise FeedbackError(f"{self._where}: completion {place} is missing ({each!r}); give a text or a chat")
+        for place, text in enumerate(texts):
+            if text in texts[:place]:
+                same = texts.index(text)
+                raise FeedbackError(f"{self._where}: completions {same} and {place} are equal; there is nothing to ask")
+
+    @property
+    def id(self) -> str:
+        """A name of the content: the same prompt and completions in the same order are the same item everywhere."""
+        return hashlib.sha256(_canonical([self.prompt, *self.completions]).encode()).hexdigest()[:16]
+
+    @property
+    def _where(self) -> str:
+        prompt = self.prompt if isinstance(self.prompt, str) else _canonical(self.prompt)
+        return f"item {prompt[:60]!r}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a rater says: ranks (1 the best, equal ones tie), or a rating; neither means skipped.
+
+    Ranks follow the order in which completions were shown. Raises FeedbackError for what no question asks.
+    """
+
+    ranks: tuple[int, ...] | None = None
+    rating: int | None = None
+    strength: str | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.ranks is not None and self.rating is not None:
+            raise FeedbackError("an answer has ranks or a rating, not both")
+        if self.strength is not None and (self.strength not in STRENGTHS or len(set(self.ranks or ())) != 2):
+            raise FeedbackError(
+                f"strength {self.strength!r}: it is one of {', '.join(STRENGTHS)}, of a pair that is no tie"
+            )
+
+    @property
+    def skipped(self) -> bool:
+        return self.ranks is None and self.rating is None
+
+    def check(self, question: Question, n: int) -> None:
+        """FeedbackError unless this answers `question` about `n` completions."""
+        if self.skipped:
+            return
+        if question == "rank":
+            if self.ranks is None or len(self.ranks) != n or not all(1 <= rank <= n for rank in self.ranks):
+                raise FeedbackError(f"ranks {self.ranks}: a ranking of {n} completions is {n} numbers from 1 to {n}")
+        elif self.rating not in SCALES[question]:
+            scale = SCALES[question]
+            raise FeedbackError(f"rating {self.rating}: {question} is a number from {scale[0]} to {scale[-1]}")
+
+
+class Rater(Protocol):
+    """Anything that judges completions of one prompt, shown in this order: simulated, a language model, a person."""
+
+    name: str
+
+    def __call__(self, prompt: Prompt, completions: Sequence[Completion], question: Question) -> Answer: ...
+
+
+def dense_ranks(scores: Sequence[float]) -> tuple[int, ...]:
+    """Ranks of scores, the highest 1; equal scores tie and leave no gap: (3, 9, 3) -> (2, 1, 2)."""
+    levels = sorted(set(scores), reverse=True)
+    return tuple(levels.index(score) + 1 for score in scores)
+
+
+def ranks_of_item(ranks: Sequence[int] | None, shown: Sequence[int]) -> list[int] | None:
+    """Ranks given to completions as shown, in the item's own order."""
+    return None if ranks is None else [ranks[shown.index(i)] for i in range(len(shown))]
+
+
+def as_row(
+    judgment: int,
+    item: Item,
+    rater: str,
+    question: Question,
+    answer: Answer,
+    shown: Sequence[int],
+    seconds: float | None,
+    interface: str,
+) -> dict[str, Any]:
+    """A judgment made now as a row of COLUMNS; raises FeedbackError if the answer does not answer the question."""
+    answer.check(question, len(item.completions))
+    ranks = ranks_of_item(answer.ranks, shown)
+    said = (ranks, answer.rating, answer.strength, answer.note)
+    known = (item.prompt, list(item.completions), dict(item.columns))
+    row = (judgment, item.id, rater, question, *said, list(shown), seconds, interface, now(), False, *known)
+    return dict(zip(COLUMNS, row, strict=True))
+
+
+def judgments_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows of COLUMNS as a frame, with the same types whether they come from memory, a store or a file."""
+    frame = pd.DataFrame([dict(row) for row in rows], columns=list(COLUMNS))
+    numbers, lists = ["rating", "seconds"], ["ranks", "shown", "completions", "columns", "strength"]
+    frame[numbers] = frame[numbers].astype(float)
+    frame["withdrawn"] = frame["withdrawn"].astype(bool)
+    for name in lists:  # None, not NaN
+        frame[name] = pd.Series([row[name] for row in rows], index=frame.index, dtype=object)
+    return frame
+
+
+def now() -> str:
+    """The time, UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def check_question(question: str, items: Sequence[Item]) -> None:
+    """FeedbackError for an unknown question, or an item that it cannot be asked of."""
+    if question not in QUESTIONS:
+        raise FeedbackError(f"question {question!r}: there are {', '.join(QUESTIONS)}")
+    for item in items:
+        if (question == "rank") != (len(item.completions) > 1):
+            needs = "two or more completions" if question == "rank" else "one completion"
+            raise FeedbackError(f"{item._where}: has {len(item.completions)}; {question!r} asks about {needs}")
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
