@@ -181,6 +181,7 @@ def reward_against_kl(frame: pd.DataFrame, rewards: Sequence[str] = ("gold", "pr
             name = model.removesuffix(BOUND)
             _curves(axes, rows, reward, {"color": colour[name], "marker": MARKERS.get(name, "o"), "label": model})
         axes.set(xlabel=label("kl"), ylabel=f"mean {label(reward)}")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.margins(0.06)
     handles, texts = panels[0].get_legend_handles_labels()
     figure.legend(
@@ -281,12 +282,13 @@ def training(metrics: pd.DataFrame, columns: Sequence[str] | None = None, x: str
         _measured(metrics, [name])
     lines = [("", metrics)] if not keys else [(_text(key), part) for key, part in metrics.groupby(keys, sort=False)]
     shades = sns.color_palette("colorblind", len(lines)).as_hex()
+    known = colours(metrics["model"].astype(str)) if "model" in metrics else {}
     figure, panels = _panels(len(columns), width=4.4, height=3.4, across=2 if len(columns) in (2, 4) else 3)
     for axes, column in zip(panels, columns, strict=True):
         for shade, (name, part) in zip(shades, lines, strict=True):
             part = part[part[column].notna()].sort_values(x)
             model = str(part["model"].iloc[0]) if "model" in part and len(part) else None
-            colour, text = (colours([model])[model], model) if model else (shade, name)
+            colour, text = (known[model], model) if model else (shade, name)
             marker = "o" if len(part) == 1 else ""  # a line of one point would not be seen
             axes.plot(part[x], part[column], color=colour, linewidth=1.8, label=text, marker=marker)
         axes.set_xlabel(label(x), fontsize=12)

@@ -1,4 +1,4 @@
-"""Items, answers, raters, and the datasets that come of judgments: against hand-made rankings and stated probabilities."""
+"""Items, answers, raters, and the datasets that come of judgments: against rankings by hand and known probabilities."""
 
 from __future__ import annotations
 

@@ -271,3 +271,9 @@ def test_calibration_draws_used_bins_and_writes_the_error():
     assert dots == pytest.approx(np.array([[0.15, 0.5], [0.5, 0.5], [0.95, 1.0]]))
     error = statistics.expected_calibration_error(predicted, observed, bins=4)
     assert axes.get_legend().get_title().get_text() == f"calibration error {error:.3f}, 5 pairs"
+
+
+def test_training_tells_models_that_it_does_not_know_apart(metrics):
+    named = metrics.assign(model=metrics["run"].map({"ppo-0": "ours", "ppo-1": "theirs", "ppo-2": "PPO"}))
+    drawn = [line.get_color() for line in plots.training(named).axes[0].lines]
+    assert len(set(drawn)) == 3 and drawn[2] == plots.COLOURS["PPO"]

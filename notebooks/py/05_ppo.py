@@ -23,7 +23,7 @@
 # `results/book`, where they are made first if they are missing. It trains policies into `results/notebooks/05_ppo`,
 # which is emptied at the start.
 #
-# **How long it takes.** About three minutes on a CPU with two cores, and three more if the earlier models are
+# **How long it takes.** About five minutes on a CPU with two cores, and three more if the earlier models are
 # missing. A GPU is used where there is one, though a model this small will gain little from it; that has not been
 # timed.
 
@@ -95,9 +95,60 @@ judge = {
 pd.DataFrame([*rows, judge | {"learns": False}])
 
 # %% [markdown]
-# Two of them learn and two never change. This is why PPO is heavy for large models, and why larger set-ups share one
-# base among the four.
+# Two of them learn and two never change. Four copies of a model is why PPO is called heavy. It need not be: with LoRA
+# the four can be small adapters over *one* base, switched on in turn.
 #
+# ## Four roles, one base
+#
+# Here the reward model is trained as an adapter over the SFT model (briefly, it is only to be looked at), and PPO gets
+# a `peft_config`. Policy and value learn adapters of their own; the reference is the adapter the policy began as.
+
+# %%
+lora = rk.models.lora(r=8)
+pairs = rk.data.load(str(flow.preferences() / "train.parquet"))
+brief = {**preset.reward_model, "max_steps": 40}
+judge_adapter = rk.train.reward_model(flow.sft(), pairs, work / "reward_adapter", lora=lora, seed=SEED, **brief)
+shared = rk.PPOTrainer(flow.sft(), judge_adapter, args, prompts, peft_config=lora, callbacks=[])
+
+
+def megabytes(*modules):
+    """Weights in MB, each tensor counted once however many roles stand on it."""
+    weights = [weight.untyped_storage() for module in modules for weight in module.parameters()]
+    return sum({weight.data_ptr(): weight.nbytes() for weight in weights}.values()) / 1e6
+
+
+base = megabytes(rk.models.load_causal(flow.sft()))
+rows = {
+    "four models": [len(trainer.roles.models) + 1, megabytes(trainer.roles, proxy.backbone)],
+    "four adapters, one base": [len(shared.roles.models), megabytes(shared.roles, shared.reward.backbone)],
+}
+held = pd.DataFrame(rows, index=["models in memory", "weights [MB]"]).T
+held.assign(**{"bases' worth": held["weights [MB]"] / base, "roles": ["", ", ".join(shared.roles.parts)]}).round(2)
+
+# %% [markdown]
+# At this size an adapter is a sizeable part of the base; at 8 billion parameters it is one part in two hundred, and
+# the base can be held in 4 bits. What a run would need can be worked out from a model's configuration alone, before
+# anything is loaded (`rlhf-kit memory` does the same in a terminal, and PPO refuses to start where it would not fit).
+# This is arithmetic: it has not been measured on a GPU yet.
+
+# %%
+from transformers import LlamaConfig
+
+llama_8b = LlamaConfig(
+    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336,
+    vocab_size=128256, max_position_embeddings=8192,
+)  # fmt: skip
+sizes = {"rollout": 8, "prompt_length": 512, "max_completion_length": 512, "micro_batch_size": 1, "on_gpu": True}
+ways = {
+    "full": {"lora": None, "load_in_4bit": False},
+    "LoRA": {"lora": rk.models.lora(), "load_in_4bit": False},
+    "4-bit + LoRA": {"lora": rk.models.lora(), "load_in_4bit": True},
+}
+needs = {name: rk.memory.estimate(llama_8b, "ppo", **way, **sizes) for name, way in ways.items()}
+table = pd.DataFrame({name: need.parts | {"peak": need.peak} for name, need in needs.items()})
+table[(table > 0.005).any(axis=1)].rename_axis("GiB").round(2)
+
+# %% [markdown]
 # ## One update, taken apart
 #
 # An update begins with a *rollout*: the policy answers a batch of prompts, drawn at temperature 1, and everything the
@@ -300,13 +351,12 @@ shift = {value: rk.statistics.paired_difference(scores, "PPO", "SFT", value) for
 wins = rk.statistics.win_rate(scores, "PPO", "SFT", by="gold")
 verdict = "clear of zero" if shift["gold"].lo > 0 or shift["gold"].hi < 0 else "not clear of zero: one cannot tell"
 spent = rk.statistics.bootstrap(*(scores.loc[scores["model"] == "PPO", name] for name in ("kl", "prompt_id")))
-Markdown(
+told = (
     f"On {test.num_rows} held-out prompts PPO moves the proxy by **{shift['proxy']}** and gold by **{shift['gold']}** "
     f"({verdict}), at a KL of {spent} nats a completion. Its completions are {shift['n_tokens'].mean:+.1f} tokens "
     f"longer than SFT's, and by gold it wins against SFT with a rate of {wins}, ties counting half."
 )
-
-# %%
+display(Markdown(told))
 effects = rk.evaluate.side_effects(scores, world)
 shown = effects.pivot(index="effect", columns="model", values="share")[list(models)]
 shown["change"] = shown["PPO"] - shown["SFT"]
@@ -356,6 +406,29 @@ rk.plots.reward_against_kl(sweep)
 # same number of updates. Where the charge is small the proxy goes furthest, and it is worth asking whether gold went
 # along: the gap between the two panels is what the charge is there to limit. Ten updates are few; longer runs pull
 # the three further apart.
+#
+# ## When something goes wrong
+#
+# Every update is checked, and what looks wrong is said with the samples that show it: KL running away, entropy
+# collapsing, length drifting, completions that repeat themselves or never end. To see it, we pay for words alone,
+# charge nothing for drift, and take steps three times as large.
+
+
+# %%
+def wordy(prompts, completions, **columns):
+    """A reward for length, and for nothing else."""
+    return [len(completion.split()) / 5 for completion in completions]
+
+
+careless = {**settings, "kl_coef": 0.0, "missing_eos_penalty": 0.0, "learning_rate": 1e-3, "max_steps": 12}
+careless |= {"per_device_train_batch_size": half, "save_strategy": "no"}
+run = rk.PPOConfig(output_dir=str(work / "careless"), seed=SEED, **careless)
+rambling = rk.PPOTrainer(flow.sft(), wordy, run, prompts, callbacks=[])
+result = rambling.train()
+
+# %% [markdown]
+# **What you should have seen.** An alarm that says what changed, by how much and what to try, with the completions that
+# show it most. The trainer's log keeps them, and `trainer.samples` has the last rollouts as a frame.
 #
 # ## What could mislead you
 #
