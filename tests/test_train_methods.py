@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from tiny import naive_logprobs
+from tiny import naive_logprobs, save_llama, word_tokenizer
 from transformers import TrainerCallback
 
 from rlhf_kit import models, sampling, train
@@ -35,7 +35,7 @@ JUDGED = Dataset.from_list(
 PAIRS = Dataset.from_list(
     [{"prompt": prompt, "chosen": f" {prompt[:9]} it lives .", "rejected": " no ."} for prompt in QUESTIONS]
 )
-WORDS = Dataset.from_dict({"prompt": ["a c", "b d", "a", "b c d", "a e", "b", "a f g", "b h"]})
+WORDS = Dataset.from_dict({"prompt": [f"{first} {second}" for first in "ab" for second in "cdefghij"]})
 QUIET: dict[str, Any] = {"callbacks": [], "logging_steps": 1}
 KTO: dict[str, Any] = QUIET | {"per_device_train_batch_size": 8}
 ONLINE: dict[str, Any] = QUIET | {"per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 6}
@@ -60,6 +60,12 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of a few words that often comes to an end."""
+    return save_llama(tmp_path_factory.mktemp("speaker"), word_tokenizer(), hidden=32, eos_logit=1.0)
+
+
 class AtTheEnd(TrainerCallback):
     """Keeps the parameters of a trainer's model by name, the reference's clone among them."""
 
@@ -73,7 +79,8 @@ def run(method: str, model: str, out: Path, **settings: Any) -> str:
     """A stage on easy data: KTO from judged completions, the others by the share of c."""
     if method == "kto":
         return train.kto(model, JUDGED, out, **KTO | settings)
-    return getattr(train, method)(model, share_of_c, WORDS, out, **ONLINE | settings)
+    common = QUIET | {"max_completion_length": 6} if method == "rejection_sampling" else ONLINE
+    return getattr(train, method)(model, share_of_c, WORDS, out, **common | settings)
 
 
 # --- what each method promises ---------------------------------------------------------------------------------------
@@ -132,16 +139,11 @@ def test_kto_raises_what_is_wanted_above_what_is_not(zoo: Zoo, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rloo", "grpo", "rejection_sampling"])
-def test_the_policys_reward_rises(zoo: Zoo, method: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"per_device_train_batch_size": 64, "max_steps": 30, "learning_rate": 3e-3, "beta": 0.01}
-    if method == "rejection_sampling":
-        settings = {"per_device_train_batch_size": 8, "max_steps": 30, "learning_rate": 3e-3, "n": 16}
-        out = train.rejection_sampling(
-            zoo["words"], share_of_c, WORDS, tmp_path / "out", max_completion_length=6, **QUIET | settings
-        )
-    else:
-        out = run(method, zoo["words"], tmp_path / "out", **settings)
-    assert mean_reward(out) > mean_reward(zoo["words"]) + 0.2
+def test_the_policys_reward_rises(speaker: str, method: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 25, "learning_rate": 3e-3, "per_device_train_batch_size": 64}
+    settings |= {"n": 64} if method == "rejection_sampling" else {"beta": 0.01}
+    out = run(method, speaker, tmp_path / "out", **settings)
+    assert mean_reward(out) > mean_reward(speaker) + 0.1  # ten standard errors of 1024 samples
 
 
 @pytest.mark.slow
@@ -153,28 +155,12 @@ def test_learning_rate_zero_gives_back_the_start_bit_for_bit(zoo: Zoo, mode: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["kto", "rloo", "grpo", "rejection_sampling"])
-def test_the_same_seed_gives_the_same_weights(zoo: Zoo, method: str, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_weights(zoo: Zoo, speaker: str, method: str, tmp_path: Path) -> None:
     runs = []
     for number, seed in enumerate((1, 1, 2)):
         torch.manual_seed(number)
-        settings: dict[str, Any] = {"seed": seed, "max_steps": 2, "learning_rate": 1e-3}
-        if method == "rejection_sampling":
-            settings |= {"num_generations": None}
-            out = train.rejection_sampling(
-                zoo["words"],
-                share_of_c,
-                WORDS,
-                tmp_path / str(number),
-                n=2,
-                max_completion_length=6,
-                max_steps=2,
-                learning_rate=1e-3,
-                seed=seed,
-                **QUIET,
-            )
-        else:
-            out = run(method, zoo["full" if method == "kto" else "words"], tmp_path / str(number), **settings)
-        runs.append(weights(out))
+        start = zoo["full"] if method == "kto" else speaker
+        runs.append(weights(run(method, start, tmp_path / str(number), seed=seed, max_steps=2, learning_rate=1e-3)))
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
 
 
@@ -260,16 +246,29 @@ def test_a_reward_models_directory_is_a_reward(zoo: Zoo, method: str, tmp_path: 
 
 
 @pytest.mark.slow
-def test_rejection_sampling_trains_on_the_best_finished_sample_and_shows_it(zoo: Zoo, tmp_path: Path) -> None:
-    out = train.rejection_sampling(
-        zoo["words"], share_of_c, WORDS, tmp_path / "out", n=6, max_completion_length=12, max_steps=1, seed=4, **QUIET
+def test_rejection_sampling_trains_on_the_best_finished_sample_and_shows_it(speaker: str, tmp_path: Path) -> None:
+    out = run(
+        "rejection_sampling",
+        speaker,
+        tmp_path / "out",
+        n=6,
+        max_completion_length=12,
+        max_steps=1,
+        seed=4,
+        **{"per_device_train_batch_size": 16},
     )
     chosen = pd.read_parquet(Path(out) / "samples.parquet")
-    pool = sampling.sample(zoo["words"], WORDS, n=6, max_completion_length=12, seed=4)
+    pool = sampling.sample(speaker, WORDS, n=6, max_completion_length=12, seed=4)
     pool = sampling.score(pool[pool["finished"]], {"reward": share_of_c})
     assert chosen["reward"].tolist() == pool.groupby("prompt_id")["reward"].max().tolist()
     assert chosen["prompt"].tolist() == [WORDS["prompt"][i] for i in chosen["prompt_id"]]
-    assert chosen["finished"].all() and models.load_causal(out) is not None and len(train.history(out)) == 1
+    assert chosen["finished"].all() and len(train.history(out)) == 1
+    # its first loss, before any step, is the start's mean NLL of exactly these texts
+    tokenizer, model = models.load_tokenizer(speaker), models.load_causal(speaker).eval()
+    ids = [(tokenizer(row.prompt)["input_ids"], tokenizer(row.completion)["input_ids"]) for row in chosen.itertuples()]
+    total = sum(naive_logprobs(model, prompt, [*completion, EOS]).sum().item() for prompt, completion in ids)
+    count = sum(len(completion) + 1 for _, completion in ids)
+    assert train.history(out)["loss"][0] == pytest.approx(-total / count, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -303,15 +302,14 @@ def test_kto_refuses_labels_of_one_kind(zoo: Zoo, rows: Dataset, holds: str, tmp
 
 @pytest.mark.parametrize("method", ["kto", "rloo", "grpo", "rejection_sampling"])
 def test_what_every_stage_refuses_these_do_too(zoo: Zoo, method: str, tmp_path: Path) -> None:
-    settings = QUIET if method == "rejection_sampling" else {}
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("weights")
     with pytest.raises(FileExistsError, match="is there already"):
-        run(method, zoo["full"], tmp_path / "full", **settings)
+        run(method, zoo["full"], tmp_path / "full")
     with pytest.raises(models.ModelError, match="is an adapter already"):
-        run(method, zoo["lora"], tmp_path / "out", lora=models.lora(), **settings)
+        run(method, zoo["lora"], tmp_path / "out", lora=models.lora())
     with pytest.raises(models.ModelError, match="no such model directory"):
-        run(method, str(tmp_path / "absent"), tmp_path / "out", **settings)
+        run(method, str(tmp_path / "absent"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
@@ -334,18 +332,13 @@ def test_what_cannot_be_sampled_is_refused_in_one_sentence(zoo: Zoo, method: str
     assert not (tmp_path / "out").exists()
 
 
-def test_rejection_sampling_says_which_prompts_it_leaves_out(zoo: Zoo, tmp_path: Path) -> None:
-    def nothing(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        return [0.0] * len(prompts)
-
+def test_rejection_sampling_says_how_many_prompts_it_leaves_out(speaker: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"n": 4, "max_completion_length": 1, "max_steps": 1}
     with pytest.warns(
-        UserWarning, match=r"of \d+ of 8 prompts no completion ended in 1 tokens; these prompts are left"
+        UserWarning, match=r"of \d+ of 16 prompts no completion ended in 1 tokens; these prompts are left"
     ):
-        train.rejection_sampling(
-            zoo["words"], nothing, WORDS, tmp_path / "out", n=4, max_completion_length=1, max_steps=1, **QUIET
-        )
-    left = pd.read_parquet(tmp_path / "out" / "samples.parquet")
-    assert 0 < len(left) < 8
+        out = run("rejection_sampling", speaker, tmp_path / "out", **settings)
+    assert 0 < len(pd.read_parquet(Path(out) / "samples.parquet")) < 16
 
 
 # --- reward models: margins, and rankings ----------------------------------------------------------------------------
