@@ -195,7 +195,8 @@ def test_the_rewards_inputs_and_weights_are_what_was_asked_for(zoo: Zoo, tmp_pat
         seen.append((prompts, completions, columns))
         return [float(len(str(text))) for text in completions]
 
-    text = Dataset.from_dict({"prompt": QUESTIONS, "kind": list("abcdefgh")})
+    columns = {"prompt": QUESTIONS, "kind": list("abcdefgh"), "completion": [" no ."] * 8}
+    text = Dataset.from_dict(columns)
     chat = text.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
     histories = []
     for name, prompts in (("text", text), ("chat", chat)):
@@ -203,8 +204,8 @@ def test_the_rewards_inputs_and_weights_are_what_was_asked_for(zoo: Zoo, tmp_pat
             zoo["full"], watch, prompts, tmp_path / name, max_steps=1, missing_eos_penalty=2.0, seed=3, **ONLINE
         )
         histories.append(train.history(out).iloc[0])
-    (prompts_text, texts, columns), (prompts_chat, chats, _) = seen
-    assert set(columns) == {"kind"} and [QUESTIONS["abcdefgh".index(kind)] for kind in columns["kind"]] == prompts_text
+    (prompts_text, texts, given), (prompts_chat, chats, _) = seen
+    assert set(given) == {"kind"} and [QUESTIONS["abcdefgh".index(kind)] for kind in given["kind"]] == prompts_text
     assert all(prompts_text[i] == prompts_text[i - i % 4] for i in range(16)) and len(set(prompts_text)) == 4
     # The template of the tiny tokenizer renders a question as it is, so that the same ids are drawn.
     assert [prompt[0]["content"] for prompt in prompts_chat] == prompts_text
@@ -330,6 +331,14 @@ def test_what_cannot_be_sampled_is_refused_in_one_sentence(zoo: Zoo, method: str
             zoo["words"], lambda prompts, completions: [math.nan] * len(prompts), WORDS, tmp_path / "out", **ONLINE
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_setting_is_refused_before_anything_is_sampled(tmp_path: Path, speaker: str) -> None:
+    def never(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        raise AssertionError("sampled")
+
+    with pytest.raises(TypeError, match="learning_rat"):
+        train.rejection_sampling(speaker, never, WORDS, tmp_path / "out", learning_rat=1.0, **QUIET)
 
 
 def test_rejection_sampling_says_how_many_prompts_it_leaves_out(speaker: str, tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig
 
 from rlhf_kit import sampling
 from rlhf_kit.models import Model, ModelError, ModelPath, check_positions, encode_prompts, stop_ids, switch_off_dropout
 from rlhf_kit.rewards import Reward, RewardModel, checked
 from rlhf_kit.train.offline import fit_demonstrations
-from rlhf_kit.train.stage import exact_start, fit, partial, policy_start, prepare, publish, refuse, watched
+from rlhf_kit.train.stage import exact_start, fit, partial, policy_start, prepare, publish, watched
 
 SAMPLES = "samples.parquet"
 # PPOConfig's values under TRL's names, so that only the methods differ; a batch is 16 prompts, 4 completions of each.
@@ -99,8 +99,8 @@ def rejection_sampling(
     Chosen among those that ended, for SFT teaches an end; they lie beside the weights in samples.parquet with their
     `reward`. A prompt whose completions all ran on is left out with a warning; ValueError where that is every prompt.
     """
-    refuse(model, out, lora)
     _need_prompts(prompts)
+    prepare(model, out, SFTConfig, lora, seed, settings)  # what is refused is refused before the sampling
     chosen = _best(model, reward, prompts, n, temperature, max_completion_length, seed, load_in_4bit)
     is_text = isinstance(chosen["prompt"][0], str)
     demonstrations = [
@@ -177,8 +177,8 @@ def _on_policy(
 
     # TRL calls rewards with more than a reward function here knows of, and reads NaN as "not applicable".
     def score(prompts: list[Any], completions: list[Any], **given: Any) -> list[float]:
-        rewards = learned(prompts, completions, **{name: given[name] for name in columns})
-        return checked(rewards, len(prompts)).tolist()
+        known = {name: given[name] for name in columns if name in given}  # TRL itself drops a column `completion`
+        return checked(learned(prompts, completions, **known), len(prompts)).tolist()
 
     def unfinished(completion_ids: list[list[int]], **given: Any) -> list[float]:
         return [float(ids[-1] not in stops) for ids in completion_ids]

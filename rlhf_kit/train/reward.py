@@ -91,14 +91,14 @@ def reward_model(
     section 3.5). Raises ValueError where items are to be kept together over several processes.
     """
     tokenizer, args = prepare(model, out, RewardConfig, lora, seed, settings)
-    start = _with_score_head(model, lora, load_in_4bit, tokenizer, seed)
-    exact = exact_start(start)
     by_item = "item" in dataset.column_names
     if by_item and args.world_size > 1:
         raise ValueError(
             "reward_model: batches of whole items cannot be shared out among processes; train in one process, or "
             "remove the column `item`"
         )
+    start = _with_score_head(model, lora, load_in_4bit, tokenizer, seed)
+    exact = exact_start(start)
     trainer = (ItemRewardTrainer if by_item else RewardTrainer)(
         model=start,
         args=args,

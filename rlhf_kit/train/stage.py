@@ -15,21 +15,19 @@ from rlhf_kit.models import Model, ModelError, ModelPath, is_adapter, load_causa
 from rlhf_kit.progress import ProgressCallback
 
 
-def refuse(model: ModelPath, out: ModelPath, lora: LoraConfig | None) -> None:
-    """FileExistsError where `out` would be overwritten, ModelError where an adapter would be put on an adapter."""
+def prepare(
+    model: ModelPath, out: ModelPath, config: type[Any], lora: LoraConfig | None, seed: int, settings: dict[str, Any]
+) -> tuple[PreTrainedTokenizerBase, Any]:
+    """The tokenizer for training and TRL's config with this kit's defaults.
+
+    Raises FileExistsError where `out` would be overwritten, ModelError where an adapter would be put on an adapter.
+    """
     if Path(out).exists() and any(Path(out).iterdir()):
         raise FileExistsError(
             f"{out}: is there already; a trained model is never overwritten, so name another `out` or delete it"
         )
     if is_adapter(model) and lora is not None:
         raise ModelError(f"{model}: is an adapter already, and is trained on as it is; leave `lora` out")
-
-
-def prepare(
-    model: ModelPath, out: ModelPath, config: type[Any], lora: LoraConfig | None, seed: int, settings: dict[str, Any]
-) -> tuple[PreTrainedTokenizerBase, Any]:
-    """The tokenizer for training and TRL's config with this kit's defaults; refuses as `refuse` does."""
-    refuse(model, out, lora)
     tokenizer = load_tokenizer(model)
     tokenizer.padding_side = "right"
     on_gpu = torch.cuda.is_available()
