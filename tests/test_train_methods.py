@@ -35,7 +35,8 @@ JUDGED = Dataset.from_list(
 PAIRS = Dataset.from_list(
     [{"prompt": prompt, "chosen": f" {prompt[:9]} it lives .", "rejected": " no ."} for prompt in QUESTIONS]
 )
-WORDS = Dataset.from_dict({"prompt": [f"{first} {second}" for first in "ab" for second in "cdefghij"]})
+# Of two lengths, so that batches are padded.
+WORDS = Dataset.from_dict({"prompt": [f"{first} {second}" for first in ("a", "b c d") for second in "cdefghij"]})
 QUIET: dict[str, Any] = {"callbacks": [], "logging_steps": 1}
 KTO: dict[str, Any] = QUIET | {"per_device_train_batch_size": 8}
 ONLINE: dict[str, Any] = QUIET | {"per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 6}
@@ -96,7 +97,7 @@ def test_the_reference_is_the_starting_model(zoo: Zoo, mode: str, method: str, t
     first = train.history(out).iloc[0]
     assert first["kl"] == pytest.approx(0, abs=1e-6)
     if method == "kto":
-        # r = beta * log(pi / pi_ref) = 0 and z0 = 0, so every row's loss is 1 - sigmoid(0) (2402.01306, eq. 7)
+        # r = beta * log(pi / pi_ref) = 0 and z0 = 0, so every row's loss is 1 - sigmoid(0) (2402.01306, section 4.1)
         assert first["loss"] == pytest.approx(0.5, abs=1e-6)
         assert first["rewards/chosen"] == pytest.approx(0, abs=1e-6)
     if mode != "full":

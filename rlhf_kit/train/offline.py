@@ -91,7 +91,7 @@ def kto(
     callbacks: list[TrainerCallback] | None = None,
     **settings: Any,
 ) -> str:
-    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, 2402.01306, eq. 7) against a frozen copy of `model`.
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, 2402.01306, section 4.1) against a frozen copy of `model`.
 
     Learns from single completions that are wanted or not (`prompt, completion, label`, label a bool), shuffled once by
     the seed: a batch's KL is estimated from its own completions under each other's prompts. Raises ValueError where

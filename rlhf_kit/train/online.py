@@ -47,7 +47,7 @@ def rloo(
     callbacks: list[TrainerCallback] | None = None,
     **settings: Any,
 ) -> str:
-    """REINFORCE whose baseline is the mean reward of the prompt's other completions (2402.14740, section 2.2).
+    """REINFORCE whose baseline is the mean reward of the prompt's other completions (RLOO, 2402.14740).
 
     Maximises PPO's objective E[r - missing_eos_penalty * unfinished - beta * log(pi / pi_ref)], pi_ref being `model`,
     by the clipped ratio of whole completions. `per_device_train_batch_size` counts completions, `max_steps` optimizer
@@ -163,7 +163,7 @@ def _on_policy(
     """Train by TRL's RLOO or GRPO trainer."""
     _need_prompts(prompts)
     weights = {"reward_weights": [1.0, -missing_eos_penalty]}
-    tokenizer, args = prepare(model, out, config, lora, seed, {**LIKE_PPO, **settings, **weights})
+    tokenizer, args = prepare(model, out, config, lora, seed, {**LIKE_PPO, **weights, **settings})
     tokenizer.padding_side = "left"
     if len(prompts) < (needed := args.generation_batch_size // args.num_generations):
         raise ValueError(
