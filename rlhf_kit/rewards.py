@@ -36,6 +36,17 @@ def gold(world: pocket.World) -> Reward:
     return gold_reward
 
 
+def checked(rewards: list[float], count: int) -> torch.Tensor:
+    """What a reward function gave `count` completions, (count,) fp32; ValueError where that is not one number each."""
+    found = torch.tensor(rewards, dtype=torch.float32)
+    if found.shape != (count,) or not torch.isfinite(found).all():
+        raise ValueError(
+            f"the reward function gave {list(found.shape)} values for {count} completions, "
+            f"{int((~torch.isfinite(found)).sum())} of them not finite; it must give one finite number each"
+        )
+    return found
+
+
 class RewardModel:
     """A learned reward r(x, y): the score head on the hidden state of the last token of prompt + completion + EOS.
 

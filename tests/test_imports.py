@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rewards": {"pocket", "models"},
     "sampling": {"models", "rewards"},
     "feedback": {"pocket", "models", "rewards", "progress"},
-    "train": {"models", "rewards", "progress"},
+    "train": {"models", "rewards", "sampling", "progress"},
     "ppo": {"models", "memory", "rewards", "progress"},
     "evaluate": {"pocket", "models", "rewards", "sampling", "statistics"},
     "presets": {"pocket"},

@@ -353,7 +353,7 @@ def test_a_reward_model_is_normalised_when_its_trainer_is_gone(
 
     gc.collect()
     before = sum(isinstance(each, LlamaForSequenceClassification) for each in gc.get_objects())
-    monkeypatch.setattr(train, "normalise", count)
+    monkeypatch.setattr("rlhf_kit.train.reward.normalise", count)
     train.reward_model(zoo["full"], PREFERENCES, tmp_path / "reward", max_steps=1, lora=models.lora(r=2))
     assert alive == [before]
 

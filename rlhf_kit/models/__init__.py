@@ -2,6 +2,7 @@
 
 from rlhf_kit.models.generation import (
     Prompt,
+    check_positions,
     decode_completions,
     encode_pairs,
     encode_prompts,
@@ -42,6 +43,7 @@ __all__ = [
     "Roles",
     "Tokens",
     "base_of",
+    "check_positions",
     "completion_hidden",
     "completion_kl",
     "completion_logprobs",

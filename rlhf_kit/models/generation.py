@@ -69,6 +69,16 @@ def sampling_config(max_completion_length: int, temperature: float, stops: list[
     )
 
 
+def check_positions(model: Model, longest: int, max_completion_length: int) -> None:
+    """Raises ValueError where a prompt of `longest` tokens and its completion would not fit the model's positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest + max_completion_length > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_completion_length={max_completion_length} exceed the model's "
+            f"{limit} positions; shorten the prompts or the completions"
+        )
+
+
 @torch.no_grad()
 def generate(
     model: Model,
@@ -83,12 +93,7 @@ def generate(
     Raises ValueError where prompt and completion would not fit the model's positions.
     """
     longest = max(map(len, prompts))
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and longest + max_completion_length > limit:
-        raise ValueError(
-            f"a prompt of {longest} tokens and max_completion_length={max_completion_length} exceed the model's "
-            f"{limit} positions; shorten the prompts or the completions"
-        )
+    check_positions(model, longest, max_completion_length)
     stops = stop_ids(model, tokenizer)
     pad = tokenizer.pad_token_id
     batch = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]

@@ -52,7 +52,7 @@ from rlhf_kit.ppo.maths import (
     whiten,
 )
 from rlhf_kit.progress import ProgressCallback
-from rlhf_kit.rewards import Ensemble, Reward
+from rlhf_kit.rewards import Ensemble, Reward, checked
 
 STATE = "ppo_state.json"
 
@@ -246,16 +246,11 @@ class PPOTrainer(Trainer):
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         if isinstance(self.reward, Ensemble):
             each = self.reward.each(prompts, texts, **columns)
-            rewards = self.reward.combined(each)
+            rewards = self.reward.combined(each).tolist()
             found["disagreement"] = each.std(0).tolist()
         else:
-            rewards = torch.tensor(self.reward(prompts, texts, **columns), dtype=torch.float32)
-        if rewards.shape != (len(rows),) or not torch.isfinite(rewards).all():
-            raise ValueError(
-                f"the reward function gave {list(rewards.shape)} values for {len(rows)} completions, "
-                f"{int((~torch.isfinite(rewards)).sum())} of them not finite; it must give one finite number each"
-            )
-        return found.assign(reward=rewards.tolist())
+            rewards = self.reward(prompts, texts, **columns)
+        return found.assign(reward=checked(rewards, len(rows)).tolist())
 
     def logprobs(self, role: str, tokens: Tokens, with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of the completions under a role and, if asked, entropies: (B, C) each, in nats."""
