@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -241,30 +244,27 @@ def written_items(world: pocket.World, n: int) -> list[Item]:
     return found
 
 
-@pytest.mark.slow
-def test_a_judge_trained_on_a_raters_judgments_agrees_with_gold_better_than_chance(tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A pocket judge who learnt from a simulated rater; the first 400 of `written_items` it has not seen."""
     world = pocket.world()
-    made = written_items(world, 1400)
-    held_out, shown = made[:400], made[400:]
-    judgments = feedback.ask(shown, feedback.simulated(world))
-    out = feedback.train_judge(
-        pocket.BASE_MODEL,
-        judgments,
-        tmp_path / "judge",
-        max_steps=90,
-        per_device_train_batch_size=32,
-        learning_rate=1e-3,
-    )
-    judge = LanguageModelRater(out)
-    assert judge.template == feedback.POCKET  # as the directory remembers
-    gaps = np.array(
-        [np.subtract(*(pocket.gold(world, item.prompt, each) for each in item.completions)) for item in held_out]
-    )
+    judgments = feedback.ask(written_items(world, 2400)[400:], feedback.simulated(world))
+    settings = {"max_steps": 130, "per_device_train_batch_size": 32, "learning_rate": 1e-3}
+    return feedback.train_judge(pocket.BASE_MODEL, judgments, tmp_path_factory.mktemp("judge") / "judge", **settings)
+
+
+@pytest.mark.slow
+def test_a_judge_trained_on_a_raters_judgments_agrees_with_gold_better_than_chance(judge: str) -> None:
+    world = pocket.world()
+    held_out = written_items(world, 2400)[:400]
+    gaps = np.array([np.subtract(*(pocket.gold(world, item.prompt, c) for c in item.completions)) for item in held_out])
+    rater = LanguageModelRater(judge)
+    assert rater.template == feedback.POCKET  # as the directory remembers
     prompts, first, second = zip(*((item.prompt, *item.completions) for item in held_out), strict=True)
-    p = np.array(judge.preferences(prompts, first, second))
+    p = np.array(rater.preferences(prompts, first, second))
     agreement = statistics.bootstrap(((p > 0.5) == (gaps > 0))[gaps != 0].astype(float))
-    print(f"judge agrees with gold in {agreement}")
-    assert agreement.low > 0.5
+    print(f"the judge agrees with gold in {agreement}")
+    assert agreement.lo > 0.5
 
 
 def test_both_orders_of_a_pair_are_training_rows() -> None:
@@ -567,6 +567,49 @@ def test_asking_with_a_label_ends_with_what_it_cost(key: str, capsys: pytest.Cap
     with server(longer) as (url, _):
         feedback.ask([Item(PROMPT, (GOOD, BAD))], rater_at(url), label="judge")
     assert "endpoint:m: 2 requests, 0 more from the cache, 200 tokens in, 4 out" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_real_server_gives_the_answers_of_the_model_itself(judge: str, tmp_path: Path) -> None:
+    """`transformers serve` on loopback, offline, on the trained pocket judge."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = [
+        str(Path(sys.executable).parent / "transformers"),
+        "serve",
+        judge,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*serve, "--device", "cpu"], env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.5)
+        connection = {"key_variable": None, "max_tokens": 3, "cache": tmp_path / "replies.sqlite"}
+        url = f"http://127.0.0.1:{port}/v1"
+        remote = EndpointRater(url, judge, template=feedback.POCKET, **connection)
+        here = LanguageModelRater(judge)
+        for item in written_items(pocket.world(), 20):
+            for each in item.completions:
+                expected = here(item.prompt, [each], "good/bad").rating
+                assert remote(item.prompt, [each], "good/bad").rating == expected
+        assert remote.endpoint.tokens_out == 2 * remote.endpoint.asked  # the word and EOS
+        answers = pd.DataFrame({"prompt": [PROMPT], "completion": [GOOD]})
+        write_there = Endpoint(url, judge, key_variable=None, max_tokens=5)
+        frame = feedback.critique_and_revise(write_there, answers, ONE)
+        assert frame["revision"][0]
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 # Critique and revision ------------------------------------------------------------------------------------------------
