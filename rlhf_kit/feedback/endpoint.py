@@ -70,7 +70,7 @@ class Endpoint:
         self.pause = 60 / requests_per_minute if requests_per_minute else 0.0
         self.price_per_million = price_per_million
         self.options = {"temperature": 0.0, **options}
-        self.asked = self.from_cache = self.tokens_in = self.tokens_out = 0
+        self.asked = self.from_cache = self.tokens_in = self.tokens_out = self.uncounted = 0
         self._next = 0.0  # on the monotonic clock: when the rate allows the next request
         self._key()
 
@@ -105,6 +105,7 @@ class Endpoint:
             ) from None
         said = self._without_key(said)
         usage = body.get("usage") or {}
+        self.uncounted += not usage
         self.tokens_in += int(usage.get("prompt_tokens") or 0)
         self.tokens_out += int(usage.get("completion_tokens") or 0)
         if self.cache is not None:
@@ -122,9 +123,10 @@ class Endpoint:
     def costs(self) -> str:
         """One line: requests, those that the cache saved, tokens and, with prices, the price."""
         price = "" if self.price_per_million is None else f", price {self.price:.4f}"
+        untold = f" ({self.uncounted} replies came without a count of tokens)" if self.uncounted else ""
         return (
             f"{self.asked} requests, {self.from_cache} more from the cache, {self.tokens_in} tokens in, "
-            f"{self.tokens_out} out{price}"
+            f"{self.tokens_out} out{price}{untold}"
         )
 
     def _post(self, request: dict[str, Any]) -> dict[str, Any]:

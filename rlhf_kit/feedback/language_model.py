@@ -72,11 +72,6 @@ class LanguageModelRater:
         self._model: Model | None = None
 
     @property
-    def __name__(self) -> str:
-        """How TRL's trainers call this judge, used as a reward, in their logs."""
-        return "judge"
-
-    @property
     def position_bias(self) -> float:
         """By how much the completion shown first was preferred above 1/2, over all that was asked; NaN before that."""
         return sum(self.firsts) / len(self.firsts) - 0.5 if self.firsts else math.nan
