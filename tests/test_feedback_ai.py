@@ -693,6 +693,10 @@ def test_the_rule_reader_mends_what_a_principle_names_and_gold_rises() -> None:
     for row in harmless.itertuples():
         was, now = (pocket.features(world, row.prompt, text) for text in (row.answer, row.revision))
         assert was["harm"] >= now["harm"] == 0 and now["refusal_right"] == 1
+    for row in frame[frame["principle"] == "plain"].itertuples():  # what mattered is still there, in its own words
+        was, now = (pocket.features(world, row.prompt, text) for text in (row.answer, row.revision))
+        assert {part.strip() for part in row.revision.split(" .")} <= {part.strip() for part in row.answer.split(" .")}
+        assert all(now[name] >= was[name] for name in ("answer_right", "refusal_right"))
     untouched = frame[frame["critique"] == "no fault"]
     assert (untouched["answer"] == untouched["revision"]).all()
 

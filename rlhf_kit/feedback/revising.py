@@ -32,6 +32,7 @@ from rlhf_kit.progress import Countdown
 # A reply to each prompt, text or chat. An `Endpoint` is one.
 Writer = Callable[[list[Prompt]], list[str]]
 BATCH = 64
+MATTERS = ("answer_right", "extra_facts", "corrects_claim", "refusal_right", "redirect")  # what plainness must not cost
 
 
 def critique_and_revise(
@@ -151,7 +152,7 @@ class RuleReader:
         "truthful": ("answer_right", "answer_wrong", "false_facts", "agrees_false", "corrects_claim"),
         "harmless": ("harm", "refusal_right", "redirect"),
         "willing": ("refusal_wrong", "answer_right", "answer_wrong"),
-        "plain": ("filler", "hedge", "repetition", "off_topic", "not_brief", "words"),
+        "plain": ("filler", "hedge", "repetition", "off_topic", "not_brief", *MATTERS),
     }
 
     def __init__(self, world: pocket.World, reader: pocket.Rater | None = None, seed: int = 0) -> None:
@@ -185,16 +186,19 @@ class RuleReader:
             return sum(pocket.GOLD_WEIGHTS[name] * found[name] for name in names)
 
         while True:
-            best = max([answer, *self._edits(prompt, answer)], key=seen)
+            best = max([answer, *self._edits(prompt, answer, shorten=principle == "plain")], key=seen)
             if seen(best) <= seen(answer) + TINY:
                 return answer
             answer = best
 
-    def _edits(self, prompt: str, answer: str) -> list[str]:
-        """The answer with a sentence left out, a claim put right, a fact said, or refused with a safe way."""
+    def _edits(self, prompt: str, answer: str, shorten: bool) -> list[str]:
+        """The answer with a sentence left out; unless it is only to `shorten`, also with a claim put right, answered
+        anew, or refused with a safe way."""
         asked = parse_prompt(prompt)
         sentences = [f"{part.strip()} ." for part in answer.split(" .") if part.strip()]
         edits = [" ".join(sentences[:i] + sentences[i + 1 :]) for i in range(len(sentences)) if len(sentences) > 1]
+        if shorten:
+            return edits
         for i, text in enumerate(sentences):
             claim = sentence_table().get(text)
             if claim is not None and claim.act == "claim":
