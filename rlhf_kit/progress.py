@@ -53,10 +53,12 @@ class Countdown:
         self.label = label
         self.total = total
         self.started = time.monotonic()
+        self.tenths = 0
 
     def at(self, done: int, **values: float) -> None:
-        """Called each time one more is done, with what there is to tell."""
-        if done % max(1, self.total // 10) == 0 or done == self.total:
+        """Called each time one or several more are done, with what there is to tell."""
+        if 10 * done // self.total > self.tenths:
+            self.tenths = 10 * done // self.total
             left = (time.monotonic() - self.started) / done * (self.total - done)
             told = "".join(f"  {name} {value:.3f}" for name, value in values.items())
             print(f"  {self.label}  {done}/{self.total}  left {clock(left)}{told}", flush=True)

@@ -1,32 +1,53 @@
-"""Human feedback: what is judged, the raters who judge it, the store of judgments, and the datasets that come of it."""
+"""Feedback of people and models: what is judged, who judges it, the store of judgments, and the datasets they make."""
 
 from .collecting import ask, choose, collect, disagreement, items
+from .constitution import Constitution, Principle, constitution
 from .converting import MARGINS, labels, preferences
+from .endpoint import Endpoint, EndpointRater
 from .judging import COLUMNS, QUESTIONS, SCALES, STRENGTHS, Answer, FeedbackError, Item, Question, Rater
+from .language_model import LanguageModelRater, RewardRater, train_judge
+from .revising import RuleReader, Writer, as_demonstrations, critique_and_revise, writer
 from .simulated import SimulatedRater, panel, simulated
 from .store import Showing, Store
+from .templates import PLAIN, POCKET, Template
 
 __all__ = [
     "COLUMNS",
     "MARGINS",
+    "PLAIN",
+    "POCKET",
     "QUESTIONS",
     "SCALES",
     "STRENGTHS",
     "Answer",
+    "Constitution",
+    "Endpoint",
+    "EndpointRater",
     "FeedbackError",
     "Item",
+    "LanguageModelRater",
+    "Principle",
     "Question",
     "Rater",
+    "RewardRater",
+    "RuleReader",
     "Showing",
     "SimulatedRater",
     "Store",
+    "Template",
+    "Writer",
+    "as_demonstrations",
     "ask",
     "choose",
     "collect",
+    "constitution",
+    "critique_and_revise",
     "disagreement",
     "items",
     "labels",
     "panel",
     "preferences",
     "simulated",
+    "train_judge",
+    "writer",
 ]

@@ -117,6 +117,10 @@ def ask(
             rows.append(as_row(done, item, rater.name, question, answer, shown, seconds, interface))
         if label is not None:
             countdown.at(done)
+    if label is not None:
+        for rater in raters:
+            if hasattr(rater, "costs"):
+                print(f"  {rater.name}: {rater.costs()}", flush=True)
     if store is None:
         return judgments_frame(rows)
     found = store.judgments()

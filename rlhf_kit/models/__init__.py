@@ -32,7 +32,14 @@ from rlhf_kit.models.loading import (
     same_base,
     write_notes,
 )
-from rlhf_kit.models.logprobs import Tokens, completion_hidden, completion_kl, completion_logprobs, completion_mask
+from rlhf_kit.models.logprobs import (
+    Tokens,
+    completion_hidden,
+    completion_kl,
+    completion_logprobs,
+    completion_mask,
+    next_logprobs,
+)
 from rlhf_kit.models.roles import Roles, load_roles, switch_off_dropout
 
 __all__ = [
@@ -66,6 +73,7 @@ __all__ = [
     "load_tokenizer",
     "lora",
     "max_length",
+    "next_logprobs",
     "read_notes",
     "read_score_head",
     "same_base",

@@ -101,6 +101,16 @@ def completion_kl(policy: Model, reference: Model, tokens: Tokens, temperature: 
     return _scatter(kl, real).sum(1)
 
 
+def next_logprobs(model: Model, rows: list[list[int]], choices: list[int]) -> torch.Tensor:
+    """log-probs of each of `choices` as the token after each row of ids, in nats: (B, len(choices))."""
+    width, where = max(map(len, rows)), next(model.parameters()).device
+    # Padding comes last, where causal attention never looks.
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=where)
+    ends = torch.tensor([len(row) - 1 for row in rows], device=where)
+    states = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+    return _log_softmax(model, states[torch.arange(len(rows), device=where), ends], 1.0)[:, choices]
+
+
 def check_logprobs(model: Model) -> None:
     """Raise ValueError where a model alters its logits after the output head in a way this file does not know."""
     ids = torch.arange(3, 9, device=next(model.parameters()).device).unsqueeze(0)
