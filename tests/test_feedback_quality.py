@@ -203,8 +203,8 @@ def test_questions_are_never_mixed_in_one_alpha() -> None:
 
 
 def test_the_table_of_raters_is_what_can_be_counted_by_hand() -> None:
-    """ana says A five times; the others' majorities are A, A, B, none (one each) and A: three of four hit."""
-    said = [(pair(k), "ana", A) for k in range(5)]
+    """ana says A, A, A, B, A; the others' majorities are A, A, B, none (one each), A: three of four hit."""
+    said = [(pair(k), "ana", B if k == 3 else A) for k in range(5)]
     said += [(pair(k), "ben", ranks) for k, ranks in enumerate((A, A, B, A, A))]
     said += [(pair(k), "cy", ranks) for k, ranks in enumerate((A, A, B, B, A))]
     said += [(pair(0), "ana", A), (pair(1), "ana", B), (pair(2), "ana", SKIP)]  # again: one the same, one changed
