@@ -100,6 +100,7 @@ def one(tmp: Path) -> Store:
 
 
 FAULTS = {
+    "ranks ": ([1, 1.5, 2], ["row 1", "'ranks'", "whole"]),
     "ranks": ([1, 9, 1], ["row 1", "'ranks'", "from 1 to 3"]),
     "shown": ([0, 0, 1], ["row 1", "'shown'", "once"]),
     "completions": (["a", "a", "c"], ["row 1", "'completions'", "equal"]),
@@ -120,8 +121,8 @@ def test_a_wrong_row_is_named_and_nothing_is_imported(tmp_path: Path, column: st
     path = feedback.export(one(tmp_path), tmp_path / "out.jsonl")
     good = [json.loads(line) for line in path.read_text().splitlines()]
     value, words = FAULTS[column]
-    bad = [{**good[0], column: value}, good[1]]
-    bad = bad if place == 0 else [good[1], {**good[0], column: value}]
+    bad = [{**good[0], column.strip(): value}, good[1]]
+    bad = bad if place == 0 else [good[1], {**good[0], column.strip(): value}]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
     other = Store(tmp_path / "other.sqlite")
     with pytest.raises(FeedbackError) as error:
@@ -209,6 +210,17 @@ def test_ratings_in_trl_columns_are_labels(tmp_path: Path) -> None:
     mixed.append(pair, "ana", "rank", Answer(ranks=(1, 2)), (0, 1), 1.0, "test")
     with pytest.raises(FeedbackError, match="one question at a time"):
         feedback.export(mixed, tmp_path / "mixed.jsonl", columns="trl")
+
+
+def test_two_raters_of_the_same_pair_are_compared_whichever_each_chose(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "chosen": "b", "rejected": "a", "rater": "ana", "shown_first": "chosen"}]
+    rows += [{"prompt": "q", "chosen": "a", "rejected": "b", "rater": "ben", "shown_first": "chosen"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = Store(tmp_path / "one.sqlite")
+    feedback.load(tmp_path / "pairs.jsonl", store)
+    kept = store.judgments()
+    assert kept["item"].nunique() == 1 and kept["completions"].tolist() == [["a", "b"]] * 2
+    assert kept["ranks"].tolist() == [[2, 1], [1, 2]] and kept["shown"].tolist() == [[1, 0], [0, 1]]
 
 
 def test_preferences_of_others_need_a_rater_and_pairs_that_differ(tmp_path: Path) -> None:

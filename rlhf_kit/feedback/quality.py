@@ -21,7 +21,7 @@ MEANINGS = {
     "skips": "items skipped",
     "ties": "pairs called equal",
     "agree": "share of units in which the rater says what most of the others say; units in which their votes are tied "
-    "are left out and counted as even_votes",
+    "are left out and counted as even votes",
     "agree_gold": "share of decided pairs in which the rater prefers the completion of higher gold utility",
     "side_bias": "share of decided pairs in which the completion at the page's first place was preferred, less 1/2",
     "position": "log-odds that standing first on the page adds, from a logistic regression that holds quality and "

@@ -50,7 +50,7 @@ OF_AGREEMENT = {
     "percent agreement": "share of two raters of a unit who give it the same value",
     "Fleiss's kappa": "agreement beyond chance of all raters, over units with the most common number of raters",
     "Cohen's kappa": "agreement beyond chance of two raters",
-    "units": "pairs of completions of a ranked item, or rated completions; left_out are those a measure cannot use. "
+    "units": "pairs of completions of a ranked item, or rated completions; those left out are what a measure cannot use. "
     "Measures beyond chance count each pair in both orders, for which one an item names first means nothing",
 }
 
@@ -138,13 +138,13 @@ def page(store: Store, command: str, gold: Reward | None = None) -> str:
 
 
 def _definitions(table: pd.DataFrame) -> str:
-    meanings = {name: text for name, text in MEANINGS.items() if name in table} | OF_AGREEMENT
+    meanings = {name.replace("_", " "): text for name, text in MEANINGS.items() if name in table} | OF_AGREEMENT
     return "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in meanings.items())
 
 
 def _table(frame: pd.DataFrame, columns: list[str]) -> str:
-    columns = [name for name in columns if name in frame]
-    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in columns)
+    columns = [name for name in columns if name in frame and not (name == "why" and (frame[name] == "").all())]
+    head = "".join(f"<th{_kind(name)}>{html.escape(name.replace('_', ' '))}</th>" for name in columns)
     rows = []
     for _, row in frame.iterrows():
         cells = "".join(f"<td{_kind(name)}>{html.escape(_cell(row, name))}</td>" for name in columns)
@@ -166,7 +166,7 @@ def _cell(row: pd.Series, name: str) -> str:
     if lo in row:
         digits = 3 if name == "length" else 2
         return f"{value:.{digits}f} [{row[lo]:.{digits}f}, {row[hi]:.{digits}f}]".replace("nan", "-")
-    return f"{value:.2f}" if isinstance(value, float) and value != int(value) else f"{int(value)}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _intervals(
