@@ -338,7 +338,7 @@ def test_planted_biases_are_recovered_from_rankings_of_several() -> None:
 def test_the_usual_faults_draw_both_biases_towards_0_and_leave_their_order(with_gold: bool) -> None:
     """Lapses, gaps of knowledge and tastes that gold does not share.
 
-    Seen over 25 seeds: .73 to .78 of position is left and .59 to .62 of length, of which a lapse can hide more.
+    Seen over 25 seeds: .73 to .78 of position is left, and .59 to .62 of length.
     """
     frame = recovered(10, with_gold)
     for bias, least in (("position", 0.7), ("length", 0.9)):

@@ -50,7 +50,7 @@ OF_AGREEMENT = {
     "percent agreement": "share of two raters of a unit who give it the same value",
     "Fleiss's kappa": "agreement beyond chance of all raters, over units with the most common number of raters",
     "Cohen's kappa": "agreement beyond chance of two raters",
-    "units": "pairs of completions of a ranked item, or rated completions; those left out are what a measure cannot use. "
+    "units": "pairs of completions of a ranked item, or rated completions; a measure leaves out what it cannot use. "
     "Measures beyond chance count each pair in both orders, for which one an item names first means nothing",
 }
 

@@ -221,25 +221,23 @@ class Store:
     def append_all(self, rows: Sequence[dict[str, Any]]) -> int:
         """Judgments with their items, as read from a file, all in one transaction or none; returns how many.
 
-        FeedbackError naming the row's `where` if the judgment is in the store already, or its item with other columns.
+        FeedbackError naming the row (its `where`, such as file and line) if the judgment is in the store already, or its item with other columns.
         """
         with self._connection() as connection:
             last = connection.execute("SELECT coalesce(max(judgment), 0) FROM judgments").fetchone()[0]
-            for row in rows:
+            for number, row in enumerate(rows, 1):
+                where = row.get("where", f"row {number}")
                 item = Item(row["prompt"], tuple(row["completions"]), row["columns"])
                 kept = (item.id, _json(item.prompt), _json(list(item.completions)), _json(item.columns))
                 connection.execute("INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?)", kept)
                 [columns] = connection.execute("SELECT columns FROM items WHERE item = ?", (item.id,)).fetchone()
                 if json.loads(columns) != json.loads(kept[-1]):
                     raise FeedbackError(
-                        f"{row['where']}, column 'columns': item {item.id} is there with other columns; nothing was "
-                        "imported"
+                        f"{where}, column 'columns': item {item.id} is there with other columns; nothing was imported"
                     )
                 who = (item.id, row["rater"], row["question"])
                 if connection.execute(SAME, (*who, row["time"], last)).fetchone():
-                    raise FeedbackError(
-                        f"{row['where']}: this judgment is in {self.path} already; nothing was imported"
-                    )
+                    raise FeedbackError(f"{where}: this judgment is in {self.path} already; nothing was imported")
                 showing = _show(connection, *who, row["shown"], row["time"])
                 judgment = _record(
                     connection, showing, row["answer"], row["shown"], row["seconds"], row["interface"], row["time"]
