@@ -82,12 +82,23 @@ def test_a_frame_that_was_never_in_a_store_goes_through_a_file_too(tmp_path: Pat
         def __call__(self, prompt: object, completions: object, question: object) -> Answer:
             return Answer(ranks=(1, 2))
 
-    frame = feedback.ask([Item("q", ("a", "b"), {"n": np.int64(3)}), Item("r", ("a", "b"))], First())
+    frame = feedback.ask([Item("q", ("a", "b"), {"n": np.int64(3), "gap": None}), Item("r", ("a", "b"))], First())
     store = Store(tmp_path / "store.sqlite")
     feedback.load(feedback.export(frame, tmp_path / "out.jsonl"), store)
     kept = store.judgments()
     assert kept[SAME].drop(columns="seconds").equals(frame[SAME].drop(columns="seconds"))
     assert np.allclose(kept["seconds"], frame["seconds"])
+
+
+def test_a_column_of_an_item_that_is_not_a_number_is_no_other_column(tmp_path: Path) -> None:
+    store = Store(tmp_path / "one.sqlite")
+    item = Item("q", ("a", "b"), {"gap": float("nan")})
+    store.add([item])
+    for rater in ("ana", "ben"):
+        store.append(item, rater, "rank", Answer(ranks=(1, 2)), (0, 1), 1.0, "test")
+    other = Store(tmp_path / "other.sqlite")
+    assert feedback.load(feedback.export(store, tmp_path / "out.csv"), other) == 2
+    assert np.isnan(other.items()[0].columns["gap"])
 
 
 def one(tmp: Path) -> Store:

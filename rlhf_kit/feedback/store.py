@@ -221,7 +221,8 @@ class Store:
     def append_all(self, rows: Sequence[dict[str, Any]]) -> int:
         """Judgments with their items, as read from a file, all in one transaction or none; returns how many.
 
-        FeedbackError naming the row (its `where`, such as file and line) if the judgment is in the store already, or its item with other columns.
+        FeedbackError naming the row (its `where`, such as file and line) if the judgment is in the store already, or its
+        item with other columns.
         """
         with self._connection() as connection:
             last = connection.execute("SELECT coalesce(max(judgment), 0) FROM judgments").fetchone()[0]
@@ -231,7 +232,7 @@ class Store:
                 kept = (item.id, _json(item.prompt), _json(list(item.completions)), _json(item.columns))
                 connection.execute("INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?)", kept)
                 [columns] = connection.execute("SELECT columns FROM items WHERE item = ?", (item.id,)).fetchone()
-                if json.loads(columns) != json.loads(kept[-1]):
+                if len({json.dumps(json.loads(text), sort_keys=True) for text in (columns, kept[-1])}) > 1:  # NaN too
                     raise FeedbackError(
                         f"{where}, column 'columns': item {item.id} is there with other columns; nothing was imported"
                     )
