@@ -221,7 +221,7 @@ class Store:
     def append_all(self, rows: Sequence[dict[str, Any]]) -> int:
         """Judgments with their items, as read from a file, all in one transaction or none; returns how many.
 
-        FeedbackError naming the row (its `where`, such as file and line) if the judgment is in the store already, or its
+        FeedbackError naming the row (its `where`: file and line) if the judgment is in the store already, or its
         item with other columns.
         """
         with self._connection() as connection:
