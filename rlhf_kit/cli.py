@@ -1,4 +1,5 @@
-"""The command line: `rlhf-kit demo` runs the whole flow, `rlhf-kit memory` says what will fit.
+"""The command line: `rlhf-kit demo` runs the whole flow, `rlhf-kit memory` says what will fit, `report` how good
+feedback is.
 
 Mistakes end in one sentence and exit code 2.
 """
@@ -72,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--8bit-adam", action="store_true", dest="adam_8bit", help='optim="paged_adamw_8bit"')
     memory.add_argument("--no-checkpointing", action="store_true", help="keep every layer's activations")
     memory.set_defaults(run=_memory)
+    report = commands.add_parser("report", help="a store of judgments as one HTML page: raters, agreement, biases")
+    report.add_argument("store", metavar="STORE", type=Path, help="the file that judgments are kept in")
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    report.add_argument("--force", action="store_true", help="overwrite the page if it is there")
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -148,6 +154,17 @@ def _memory(options: argparse.Namespace) -> int:
     print(advice.estimate.table())
     print()
     print(advice.sentence())
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from rlhf_kit.feedback import Store, reporting
+
+    if not options.store.is_file():  # a store is made where none is; a report only reads
+        raise ValueError(f"{options.store}: no such file; name a store of judgments")
+    command = f"rlhf-kit report {options.store}"
+    reporting.write(options.out, lambda: reporting.page(Store(options.store), command), options.force)
+    print(f"the report lies in {options.out}")
     return 0
 
 

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import re
+import sys
 import warnings
 import zlib
 from collections import Counter
@@ -87,7 +88,7 @@ def load(source: str | Path, split: str = "train", *, strict: bool = False, **hu
     if not _is_local(source):
         labelled = [(_from_zero(index), row) for index, row in enumerate(_from_hub(source, split, hub_options))]
     elif split == "train" and not hub_options:
-        labelled = _read(Path(source).expanduser())
+        labelled = read(Path(source).expanduser())
     else:
         raise DataError(f"{source}: a local file is loaded whole, without split= or hub options; see split_by_prompt")
     if not labelled:
@@ -212,7 +213,8 @@ def _from_hub(source: str, split: str, options: Mapping[str, Any]) -> Dataset:
         ) from None
 
 
-def _read(path: Path) -> list[Labelled]:
+def read(path: Path) -> list[Labelled]:
+    """The rows of a file as they are, each with the words by which a person finds it; DataError if one is no row."""
     if not path.exists():
         raise DataError(f"no such file: {path}")
     if path.is_dir() or not path.name.endswith(FORMATS):
@@ -262,6 +264,7 @@ def _parse(text: str, where: str) -> Any:
 
 def _csv(path: Path) -> Iterator[Labelled]:
     # strict, because otherwise a quote that is never closed swallows the rest of the file without a word.
+    csv.field_size_limit(sys.maxsize)  # a long chat is one cell
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     header: list[str] = []
     start = 1  # the line a row starts on: a quoted cell may span several

@@ -8,7 +8,7 @@ treated as independent: each prompt counts once, however many samples it has, an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +50,31 @@ def bootstrap(
         sums, counts = (np.bincount(index, weights=weights).astype(float) for weights in (flat, counts))
     means = _resampled_ratio(sums, counts, n_resamples, np.random.default_rng(seed))
     return _percentiles(float(flat.mean()), means, level, enough=len(sums) > 1)
+
+
+def bootstrap_of(
+    statistic: Callable[[NDArray[np.int64]], float],
+    groups: ArrayLike,
+    n_resamples: int = 500,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap of any `statistic` of row numbers, resampling whole `groups` [N] of rows (items, prompts).
+
+    The bounds are NaN with one group, or where more than 1 - `level` of the resamples leave the statistic undefined
+    (NaN); fewer such are left out.
+    """
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    rows, size, rng = np.arange(len(index)), index.max() + 1, np.random.default_rng(seed)
+    value = float(statistic(rows))
+    if size < 2 or math.isnan(value):
+        return Interval(value, math.nan, math.nan)
+    times = (np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(n_resamples))
+    draws = [statistic(np.repeat(rows, drawn[index])) for drawn in times]
+    found = np.array(draws)[~np.isnan(draws)]
+    if len(found) < level * n_resamples:
+        return Interval(value, math.nan, math.nan)
+    return _percentiles(value, found, level, enough=True)
 
 
 def hierarchical_bootstrap(
@@ -218,10 +243,10 @@ def summary(
         row: dict[str, Any] = {"model": model}
         for value in values:
             measured = _measured(rows, value)
-            row |= _columns(value, hierarchical_bootstrap(rows, value, levels) if measured else NOT_MEASURED)
+            row |= columns(value, hierarchical_bootstrap(rows, value, levels) if measured else NOT_MEASURED)
         for by in win_by:
             measured = _measured(rows, by) and _measured(base, by)
-            row |= _columns(f"win_rate_{by}", win_rate(scores, model, baseline, by) if measured else NOT_MEASURED)
+            row |= columns(f"win_rate_{by}", win_rate(scores, model, baseline, by) if measured else NOT_MEASURED)
         table.append(row)
     return pd.DataFrame(table)
 
@@ -230,7 +255,8 @@ def _measured(rows: pd.DataFrame, value: str) -> bool:
     return value in rows.columns and bool(rows[value].notna().any())
 
 
-def _columns(name: str, interval: Interval) -> dict[str, float]:
+def columns(name: str, interval: Interval) -> dict[str, float]:
+    """An interval as three cells of a row: `X`, `X_lo`, `X_hi`."""
     return {name: interval.mean, f"{name}_lo": interval.lo, f"{name}_hi": interval.hi}
 
 

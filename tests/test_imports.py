@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"pocket"},
     "rewards": {"pocket", "models"},
     "sampling": {"models", "rewards"},
-    "feedback": {"pocket", "models", "rewards", "progress", "train"},
+    "feedback": {"pocket", "data", "models", "rewards", "progress", "statistics", "plots", "train"},
     "train": {"models", "rewards", "sampling", "progress"},
     "ppo": {"models", "memory", "rewards", "progress"},
     "evaluate": {"pocket", "models", "rewards", "sampling", "statistics"},

@@ -131,8 +131,10 @@ def dense_ranks(scores: Sequence[float]) -> tuple[int, ...]:
 
 
 def ranks_of_item(ranks: Sequence[int] | None, shown: Sequence[int]) -> list[int] | None:
-    """Ranks given to completions as shown, in the item's own order."""
-    return None if ranks is None else [ranks[shown.index(i)] for i in range(len(shown))]
+    """Ranks given to completions as shown, in the item's own order; an order that is not known is the item's own."""
+    if ranks is None or not shown:
+        return None if ranks is None else list(ranks)
+    return [ranks[shown.index(i)] for i in range(len(shown))]
 
 
 def as_row(

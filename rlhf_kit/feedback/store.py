@@ -44,6 +44,11 @@ CREATE INDEX showings_of_rater ON showings (rater, item);
 APPEND_ONLY = """
 CREATE TRIGGER {table}_{verb} BEFORE {verb} ON {table} BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END;
 """
+# A judgment that was there before an import, by its content's name and the millisecond.
+SAME = (
+    "SELECT 1 FROM judgments j JOIN showings USING (showing) "
+    "WHERE item = ? AND rater = ? AND question = ? AND j.time = ? AND judgment <= ?"
+)
 AS_JSON = ("ranks", "shown", "prompt", "completions", "columns")
 TABLES = ("items", "showings", "judgments", "withdrawals")
 
@@ -214,13 +219,27 @@ class Store:
         return frame if withdrawn else frame[~frame["withdrawn"]].reset_index(drop=True)
 
     def append_all(self, rows: Sequence[dict[str, Any]]) -> int:
-        """Judgments with their items, as read from a file, all in one transaction or none; returns how many."""
+        """Judgments with their items, as read from a file, all in one transaction or none; returns how many.
+
+        FeedbackError naming the row (its `where`: file and line) if the judgment is in the store already, or its
+        item with other columns.
+        """
         with self._connection() as connection:
-            for row in rows:
+            last = connection.execute("SELECT coalesce(max(judgment), 0) FROM judgments").fetchone()[0]
+            for number, row in enumerate(rows, 1):
+                where = row.get("where", f"row {number}")
                 item = Item(row["prompt"], tuple(row["completions"]), row["columns"])
                 kept = (item.id, _json(item.prompt), _json(list(item.completions)), _json(item.columns))
                 connection.execute("INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?)", kept)
-                showing = _show(connection, item.id, row["rater"], row["question"], row["shown"], row["time"])
+                [columns] = connection.execute("SELECT columns FROM items WHERE item = ?", (item.id,)).fetchone()
+                if len({json.dumps(json.loads(text), sort_keys=True) for text in (columns, kept[-1])}) > 1:  # NaN too
+                    raise FeedbackError(
+                        f"{where}, column 'columns': item {item.id} is there with other columns; nothing was imported"
+                    )
+                who = (item.id, row["rater"], row["question"])
+                if connection.execute(SAME, (*who, row["time"], last)).fetchone():
+                    raise FeedbackError(f"{where}: this judgment is in {self.path} already; nothing was imported")
+                showing = _show(connection, *who, row["shown"], row["time"])
                 judgment = _record(
                     connection, showing, row["answer"], row["shown"], row["seconds"], row["interface"], row["time"]
                 )
