@@ -14,15 +14,15 @@
 # # Preferences: what people say about the model's answers
 #
 # **What you will learn.** How samples become pairs, and judgments become rows to train on; what is wrong with
-# judges, fault by fault, and how each fault shows in the data; how much one judgment tells; and which faults
-# asking again can mend.
+# judges, fault by fault, and how each fault shows in the data; how to collect judgments from people, see whether
+# they agree and what sways them; how much one judgment tells; and which faults asking again can mend.
 #
 # **What it reads and writes.** It takes the SFT model from `results/book`, where all chapters share it (it is
 # trained first if it is missing: half a minute). Its judgments go to `results/notebooks/03_preferences`, which is
 # emptied at the start. Later chapters take theirs from `results/book`, made by `rk.Pipeline(...).preferences()`
 # in the same way.
 #
-# **How long it takes.** About a minute on a CPU with two cores. A GPU speeds up the sampling only: expect about
+# **How long it takes.** About two minutes on a CPU with two cores. A GPU speeds up the sampling only: expect about
 # as long.
 
 # %% tags=["parameters"]
@@ -236,9 +236,6 @@ for _, part in clear.groupby("bin", observed=True):
     rows.append({"gap": part["size"].mean(), "judgments": len(part), **share._asdict()})
 bins = pd.DataFrame(rows)
 overall = rk.statistics.bootstrap(clear["right"], clear["prompt_id"])
-bins.round(2)
-
-# %%
 figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
 error = [bins["mean"] - bins["lo"], bins["hi"] - bins["mean"]]
 axes.errorbar(bins["gap"], bins["mean"], error, fmt="o-", color=rk.plots.COLOURS["SFT"], capsize=3, label="a bin")
@@ -278,6 +275,95 @@ pd.DataFrame(rows).set_index("position bias")
 # tells it from none: the last column is how many judgments it takes before the interval is as short as the bias.
 # Since the order is drawn, this fault costs agreement but favours no kind of answer. If the model's answer were
 # always shown first, it would.
+#
+# ## People, on a page
+# The rater so far is a formula. For people there is a page, in a cell or, with `rlhf-kit rate FILE`, in a browser
+# without Jupyter:
+#
+# ```python
+# rk.rate(samples, store="judgments.db", rater="ana")
+# ```
+#
+# ![The rating page: a prompt, two completions side by side, and the keys](figures/rating_page.png)
+#
+# Answers are blinded and in an order that is drawn; each key press is on the disk before the next pair shows, and
+# running the cell again goes on where this rater stopped. Whoever judges, the judgments have the same form, so all
+# that follows works on people's too.
+#
+# ## A panel, and its store
+# Four simulated people judge the same pairs. Two like long answers and are drawn to the one shown first, two are not.
+
+# %%
+common = {"temperature": 1.0, "lapse": 0.0, "knowledge": 1.0}
+groups = {
+    "terse": {"length": -0.05, "position_bias": 0.0},
+    "wordy": {"length": 0.15, "position_bias": 0.6},
+}
+people = rk.feedback.panel(world, 4, seed=SEED, groups=groups, **common)
+with warnings.catch_warnings(action="ignore"):  # of the equal answers, counted above
+    items = rk.feedback.items(samples.drop(columns="gold"))
+store = rk.feedback.Store(work / "judgments.db")
+judged = rk.feedback.ask(rk.feedback.choose(items, 300, seed=SEED), people, per_item=4, store=store, seed=SEED)
+print(f"{len(judged)} judgments by {judged['rater'].nunique()} raters of {judged['item'].nunique()} pairs")
+judged[["rater", "completions", "ranks", "strength", "shown", "interface"]].head(4)
+
+# %% [markdown]
+# ## Do they agree, and what sways them?
+# Without looking at gold: that is what one can know about real raters.
+
+# %%
+table, figure = rk.feedback.report(store)
+figure
+
+# %%
+found = rk.feedback.biases(judged).set_index("rater").loc[[person.name for person in people]]
+planted = pd.DataFrame({p.name: {"position": p.rater.position_bias, "length": p.rater.length} for p in people}).T
+planted["length"] -= planted["length"].mean()  # from the judgments alone, tastes are known relative to the panel's
+rows = {(bias, "planted"): planted[bias].map("{:+.2f}".format) for bias in ("position", "length")} | {
+    (bias, "found"): [
+        f"{row[bias]:+.2f} [{row[bias + '_lo']:+.2f}, {row[bias + '_hi']:+.2f}]" for _, row in found.iterrows()
+    ]
+    for bias in ("position", "length")
+}
+agreement = rk.feedback.reliability(judged).query("measure == 'alpha'").iloc[0]
+print(f"Krippendorff's alpha {agreement['value']:.2f} [{agreement['lo']:.2f}, {agreement['hi']:.2f}]")
+pd.DataFrame(rows)[[(bias, known) for bias in ("position", "length") for known in ("planted", "found")]]
+
+# %% [markdown]
+# **What you should have seen.** Raters who are drawn to the first place or to long answers stand out, with intervals,
+# and close to what was planted, though nobody told which answers are good: where two raters judge the same pair in
+# opposite ways, its quality cancels. What they all share cannot be found like this. Alpha is far from 1 with raters
+# who are mostly right; read it as a property of raters *and* pairs.
+#
+# ## Rankings, ratings and strengths
+# A pair is not the only question. Whatever was asked ends in columns that a trainer takes as they are.
+
+# %%
+with warnings.catch_warnings(action="ignore"):  # of equal answers and ties
+    fours, singles = (rk.feedback.choose(rk.feedback.items(samples, k), 200, seed=SEED) for k in (4, 1))
+    ranked, rated = rk.feedback.ask(fours, rater, seed=SEED), rk.feedback.ask(singles, rater, "good/bad")
+    made = {
+        "pairs, with how much better": (judged, rk.feedback.preferences(judged, margins=rk.feedback.MARGINS)),
+        "rankings of four": (ranked, rk.feedback.preferences(ranked)),
+        "good or bad": (rated, rk.feedback.labels(rated)),
+    }
+names = ("prompt", "completion", "chosen", "rejected", "label", "margin", "item")
+pd.DataFrame(
+    [
+        {
+            "asked": asked,
+            "judgments": len(said),
+            "rows": len(rows),
+            "columns": ", ".join(n for n in names if n in rows.column_names),
+        }
+        for asked, (said, rows) in made.items()
+    ]
+)
+
+# %% [markdown]
+# **What you should have seen.** A ranking of four is six pairs for one look at the page. Their `item` keeps them in one
+# batch of the reward model's training: apart, they would be learned by heart. `margin` is how far apart two rewards
+# should be at least, and `label` is what KTO is trained on (chapter 8).
 #
 # ## How much does one judgment tell?
 # The question *which one is better?* holds one bit. A judge who sides with gold in a share `q` of pairs passes on

@@ -110,7 +110,8 @@ def ask(
             continue
         started = time.monotonic()
         answer = rater(item.prompt, [item.completions[place] for place in shown], question)
-        seconds, interface = time.monotonic() - started, getattr(rater, "interface", type(rater).__name__)
+        seconds = time.monotonic() - started if getattr(rater, "timed", True) else None
+        interface = getattr(rater, "interface", type(rater).__name__)
         if store is not None:
             store.append(item, rater.name, question, answer, shown, seconds, interface)
         else:

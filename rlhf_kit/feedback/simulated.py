@@ -20,6 +20,7 @@ class SimulatedRater:
     """A `pocket.Rater` who answers questions; the same seed gives the same answers to the same questions in order."""
 
     interface = "simulated-1"
+    timed = False  # a formula has no pace
 
     def __init__(self, world: pocket.World, rater: pocket.Rater, seed: int = 0) -> None:
         self.world = world
