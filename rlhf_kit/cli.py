@@ -1,4 +1,5 @@
-"""The command line: `rlhf-kit demo` runs the whole flow, `rlhf-kit memory` says what will fit.
+"""The command line: `rlhf-kit demo` runs the whole flow, `rlhf-kit memory` says what will fit,
+`rlhf-kit rate` opens the rating page.
 
 Mistakes end in one sentence and exit code 2.
 """
@@ -6,6 +7,7 @@ Mistakes end in one sentence and exit code 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -72,6 +74,19 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--8bit-adam", action="store_true", dest="adam_8bit", help='optim="paged_adamw_8bit"')
     memory.add_argument("--no-checkpointing", action="store_true", help="keep every layer's activations")
     memory.set_defaults(run=_memory)
+    rate = commands.add_parser("rate", help="a page on this machine where a person judges completions, by key or mouse")
+    rate.add_argument(
+        "file", metavar="FILE", help="prompt, completions (a list), or samples: .jsonl[.gz], .csv, .parquet"
+    )
+    rate.add_argument("--rater", required=True, metavar="NAME", help="who judges; each judgment is kept by that name")
+    rate.add_argument(
+        "--store", type=Path, default=Path("judgments.db"), help="made if not there (default: judgments.db)"
+    )
+    rate.add_argument("--question", default="rank", choices=("rank", "good/bad", "1-7"))
+    rate.add_argument("--k", type=int, default=2, help="samples of a prompt to rank at a time (default: 2)")
+    rate.add_argument("--port", type=int, default=0, metavar="N", help="of 127.0.0.1 (default: a free one)")
+    rate.add_argument("--seed", type=int, default=0, help="draws the order in which completions are shown")
+    rate.set_defaults(run=_rate)
     return parser
 
 
@@ -148,6 +163,23 @@ def _memory(options: argparse.Namespace) -> int:
     print(advice.estimate.table())
     print()
     print(advice.sentence())
+    return 0
+
+
+def _rate(options: argparse.Namespace) -> int:
+    from rlhf_kit import feedback, rating
+    from rlhf_kit.progress import quiet
+
+    quiet()
+    items = rating.read(options.file, options.question, options.k)
+    store = feedback.Store(options.store)
+    session = rating.Session(store, items, options.rater, options.question, options.seed, interface="browser")
+    with rating.Page(session, options.port) as page:
+        print(f"{options.rater} judges {len(items)} items of {options.file} at\n\n  {page.address}\n")
+        print("Ctrl-C ends; the same command goes on where it stopped.", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            page.serve_forever()
+    print(f"\n{len(session.made)} judgments were made; {options.store} has {len(store.judgments())} that count")
     return 0
 
 

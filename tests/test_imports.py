@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rewards": {"pocket", "models"},
     "sampling": {"models", "rewards"},
     "feedback": {"pocket", "models", "rewards", "progress"},
+    "rating": {"feedback", "data"},
     "train": {"models", "rewards", "progress"},
     "ppo": {"models", "memory", "rewards", "progress"},
     "evaluate": {"pocket", "models", "rewards", "sampling", "statistics"},
