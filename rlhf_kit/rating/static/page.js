@@ -24,7 +24,7 @@ function make(tag, properties = {}, ...children) {
 function button(label, key, act, properties = {}) {
   const short = { ArrowLeft: "\u2190" }[key] ?? key;
   const hint = key ? make("kbd", { "aria-hidden": "true" }, short) : null;
-  const element = make("button", { type: "button", ...properties }, hint, make("span", {}, label));
+  const element = make("button", { type: "button", ...properties }, hint, label ? make("span", {}, label) : null);
   if (key) element.setAttribute("aria-keyshortcuts", key);
   // The second click of a double click is about what was here before.
   element.addEventListener("click", (event) => event.detail < 2 && act());
