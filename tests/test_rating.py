@@ -287,6 +287,7 @@ def test_the_cell_takes_samples_and_the_widget_does_what_its_page_says(tmp_path:
     assert rk.rate(samples, store=tmp_path / "j.db", rater="ana", question="1-7").state["total"] == 4
 
 
+@pytest.mark.slow
 def test_without_anywidget_the_package_imports_and_the_cell_says_what_to_install(tmp_path: Path) -> None:
     script = """
 import sys
@@ -485,6 +486,7 @@ def test_a_file_of_something_else_names_the_columns_it_needs(tmp_path: Path) -> 
         rating.read(lines(tmp_path / "p.jsonl", [{"prompt": "a ?", "chosen": "b", "rejected": "c"}]))
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_ctrl_c_and_says_how_many_were_made(tmp_path: Path) -> None:
     path = lines(tmp_path / "f.jsonl", [{"prompt": f"{i} ?", "completions": ["x", "y"]} for i in range(3)])
     command = [sys.executable, "-m", "rlhf_kit.cli", "rate", str(path), "--rater", "ana"]

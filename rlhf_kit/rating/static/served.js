@@ -28,3 +28,9 @@ const model = {
 
 await ask("state");
 page.render({ model, el: document.getElementById("page") });
+
+// Here the page is all there is, so a key pressed beside it is meant for it.
+document.addEventListener("keydown", (event) => {
+  if (event.target === document.body)
+    document.querySelector(".rk-rating").dispatchEvent(new KeyboardEvent("keydown", event));
+});
