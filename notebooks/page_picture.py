@@ -23,13 +23,12 @@ MAX_BYTES = 150_000
 
 def items(n: int = 3) -> list[Item]:
     """Prompts of the pocket world, each with two demonstrations by different writers."""
-    world = pocket.World()
-    several = [pocket.demonstrations(world, seed=seed) for seed in range(2)]
-    found = []
-    for one, other in zip(*several, strict=True):
-        if one["prompt"] == other["prompt"] and one["completion"] != other["completion"] and len(found) < n:
-            found.append(Item(one["prompt"], (one["completion"], other["completion"])))
-    return found
+    world = pocket.world()
+    one, other = (
+        {row["prompt"]: row["completion"].strip() for row in pocket.demonstrations(world, seed=seed)} for seed in (0, 1)
+    )
+    found = [(prompt, one[prompt], other[prompt]) for prompt in one if one[prompt] != other.get(prompt, one[prompt])]
+    return [Item(prompt, (first, second)) for prompt, first, second in found[:n]]
 
 
 def photograph(session: Session, out: Path) -> None:
