@@ -179,7 +179,7 @@ def _rate(options: argparse.Namespace) -> int:
         print("Ctrl-C ends; the same command goes on where it stopped.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             page.serve_forever()
-    print(f"\n{len(session.made)} judgments were made; {options.store} has {len(store.judgments())} that count")
+    print(f"\njudgments made: {len(session.made)}; in {options.store}: {len(store.judgments())} that count")
     return 0
 
 

@@ -23,6 +23,8 @@ from rlhf_kit.rating import Session
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
+expect.set_options(timeout=START_SECONDS * 1000)  # JupyterLab on a busy machine
+
 ITEMS = [Item(f"is {i} an animal ?", (f"no , {i} is a number .", f"yes , {i} is .")) for i in range(20)]
 CELL = """
 import rlhf_kit as rk
@@ -130,6 +132,13 @@ def kept(path: Path) -> list[Clicked]:
     return found
 
 
+def takes_the_focus(page: Page, item: str) -> None:
+    """JupyterLab gives the focus to the notebook when a cell has run; the page has it in the end."""
+    expect(page.get_by_role("group", name=item)).to_be_visible()
+    page.wait_for_timeout(1500)
+    expect(page.get_by_role("group", name=item)).to_be_focused()
+
+
 def undo_and_judge_again(page: Page, clicked: list[Clicked]) -> None:
     position = len(clicked) + 1
     rating_page(page, position)
@@ -196,6 +205,7 @@ def test_twenty_items_in_jupyterlab(page: Page, tmp_path: Path) -> None:
         page.goto(f"{address}/lab/tree/rating.ipynb?token={token}")
         page.wait_for_function(idle)
         page.evaluate(run)
+        takes_the_focus(page, "Item 1 of 20")
         clicked = [judge(page, position) for position in range(1, 7)]
         undo_and_judge_again(page, clicked)
         clicked += [judge(page, position) for position in range(7, 10)]
@@ -205,6 +215,7 @@ def test_twenty_items_in_jupyterlab(page: Page, tmp_path: Path) -> None:
         page.wait_for_function("!window.jupyterapp.shell.currentWidget.context.model.dirty")
         page.reload()
         assert seen(rating_page(page, 10)) == before  # the widget is in the kernel still
+        takes_the_focus(page, "Item 10 of 20")
         clicked += [judge(page, position) for position in range(10, 13)]
         before = seen(rating_page(page, 13))
         page.wait_for_function(idle)
@@ -212,7 +223,7 @@ def test_twenty_items_in_jupyterlab(page: Page, tmp_path: Path) -> None:
         page.wait_for_function("window.jupyterapp.shell.currentWidget.content.model.cells.get(0).executionCount === 2")
         page.wait_for_function("document.querySelectorAll('.rk-rating').length === 1")
         assert seen(rating_page(page, 13)) == before
-        rating_page(page).get_by_role("group", name="Item 13 of 20").focus()
+        takes_the_focus(page, "Item 13 of 20")
         clicked += [judge(page, position) for position in range(13, 21)]
         expect(page.get_by_text("20 judged, 0 skipped, all kept under the name ana.")).to_be_visible()
         kinds = "[...window.jupyterapp.shell.currentWidget.content.model.cells].map(cell => cell.type)"
@@ -272,6 +283,21 @@ def test_a_second_tab_that_is_behind_is_told_so(chromium: Browser, page: Page, t
         expect(behind.get_by_role("alert")).to_contain_text("nothing was recorded")
         rating_page(behind, 2)
         assert len(store.judgments()) == 1
+
+
+def test_two_pages_in_one_document_keep_apart(page: Page, tmp_path: Path) -> None:
+    """As in a notebook with the cell twice: the second has the same showing."""
+    second = """async () => {
+        const {default: {render}} = await import("./page.js");
+        const state = await (await fetch("state")).json();
+        const el = document.body.appendChild(document.createElement("div"));
+        render({model: {get: () => state, on() {}, off() {}, send() {}}, el});
+    }"""
+    with served(Session(Store(tmp_path / "j.db"), ITEMS, "ana")) as address:
+        page.goto(address)
+        rating_page(page, 1)
+        page.evaluate(second)
+        expect(page.get_by_role("radio", name="not said", checked=True)).to_have_count(2)
 
 
 def test_a_server_that_is_gone_loses_nothing_in_silence(page: Page, tmp_path: Path) -> None:

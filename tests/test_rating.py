@@ -108,7 +108,7 @@ def test_an_old_page_is_refused_and_then_stands_where_the_new_one_does(store: St
     new = Session(store, PAIRS, "ana")
     best(new, 0)
     refused = best(old, 1)
-    assert "judged before" in refused["error"]
+    assert refused["error"] == "nothing was recorded: ana has gone on in another tab or cell; this item is open now"
     assert texts(refused) == texts(new.state())
     assert len(store.judgments()) == 2
 
@@ -481,6 +481,13 @@ def test_a_row_at_fault_is_named_and_the_command_ends_with_2(
     assert not (tmp_path / "j.db").exists()
 
 
+def test_a_ranking_of_one_or_of_too_many_is_refused(tmp_path: Path) -> None:
+    samples = lines(tmp_path / "s.jsonl", [{"prompt": "a ?", "completion": str(i)} for i in range(12)])
+    for k in (0, 1, 10):
+        with pytest.raises(FeedbackError, match=f"k={k}: a ranking is of 2 to 9 completions"):
+            rating.read(samples, k=k)
+
+
 def test_a_file_of_something_else_names_the_columns_it_needs(tmp_path: Path) -> None:
     with pytest.raises(FeedbackError, match="has the columns prompt, chosen, rejected; .* completions"):
         rating.read(lines(tmp_path / "p.jsonl", [{"prompt": "a ?", "chosen": "b", "rejected": "c"}]))
@@ -501,5 +508,5 @@ def test_the_command_serves_until_ctrl_c_and_says_how_many_were_made(tmp_path: P
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=30)[0]
     assert process.returncode == 0
-    assert "1 judgments were made; judgments.db has 1 that count" in rest
+    assert "judgments made: 1; in judgments.db: 1 that count" in rest
     assert len(Store(tmp_path / "judgments.db").judgments()) == 1

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from rlhf_kit.feedback import FeedbackError, Item, Question, Store, items
+from rlhf_kit.feedback import FeedbackError, Item, Question, Store
 
-from .reading import read
+from .reading import of_samples, read
 from .server import Page
 from .session import Session
 
@@ -40,6 +40,6 @@ def rate(
             f"rate: {error.name} is not installed; pip install 'rlhf-kit[notebooks]', or use the command rlhf-kit rate"
         ) from None
     if isinstance(samples, pd.DataFrame):
-        samples = items(samples, k if question == "rank" else 1)
+        samples = of_samples(samples, question, k)
     store = store if isinstance(store, Store) else Store(store)
     return RatingWidget(Session(store, samples, rater, question, seed, interface="notebook"))

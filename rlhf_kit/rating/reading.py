@@ -10,6 +10,7 @@ import pandas as pd
 
 from rlhf_kit import data
 from rlhf_kit.feedback import FeedbackError, Item, Question, items
+from rlhf_kit.feedback.judging import MOST
 
 
 def read(path: str | Path, question: Question = "rank", k: int = 2) -> list[Item]:
@@ -31,6 +32,14 @@ def read(path: str | Path, question: Question = "rank", k: int = 2) -> list[Item
     samples = pd.DataFrame(list(rows))
     if "prompt_id" not in columns:
         samples["prompt_id"] = pd.factorize(samples["prompt"].map(lambda prompt: json.dumps(prompt, sort_keys=True)))[0]
+    return of_samples(samples, question, k)
+
+
+def of_samples(samples: pd.DataFrame, question: Question, k: int) -> list[Item]:
+    """Items of a frame of samples: `k` of a prompt to rank, or each one to rate; FeedbackError if k is no number of
+    completions to rank."""
+    if question == "rank" and not 2 <= k <= MOST:
+        raise FeedbackError(f"k={k}: a ranking is of 2 to {MOST} completions")
     return items(samples, k if question == "rank" else 1)
 
 

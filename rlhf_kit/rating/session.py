@@ -142,7 +142,13 @@ class Session:
             if open_now is None:
                 raise FeedbackError("not recorded: everything is judged already")
             seconds = time.monotonic() - (self._started or time.monotonic())
-            judgment = self.store.record(open_now.showing, self.rater, answer, seconds, self.interface)
+            try:
+                judgment = self.store.record(open_now.showing, self.rater, answer, seconds, self.interface)
+            except FeedbackError:
+                self._resume()
+                if self._showing is open_now:
+                    raise  # the answer is at fault
+                raise FeedbackError(f"nothing was recorded: {self._elsewhere}; this item is open now") from None
             self._history.append(Judged(judgment, open_now.item.id, open_now.shown, answer.skipped))
             self._seconds.append(seconds)
             self.made.add(judgment)
@@ -159,7 +165,7 @@ class Session:
             before = self._history
             self._history = self._judged()
             if [each.judgment for each in before] != [each.judgment for each in self._history]:
-                raise FeedbackError(f"nothing was taken back: {self.rater} has gone on in another tab or cell")
+                raise FeedbackError(f"nothing was taken back: {self._elsewhere}; this item is open now")
             if not self._history:
                 raise FeedbackError("there is no judgment to take back")
             last = self._history[-1]
@@ -168,6 +174,10 @@ class Session:
             self.made.discard(last.judgment)
             del self._seconds[-1:]
             self._show(self.items[last.item], last.shown)
+
+    @property
+    def _elsewhere(self) -> str:
+        return f"{self.rater} has gone on in another tab or cell"
 
     def _check_open(self, showing: int | None) -> Showing | None:
         number = self._showing.showing if self._showing else None

@@ -6,6 +6,7 @@
 
 const READING = 250; // ms after an item appears in which nothing is taken: a double click must not judge the next one
 const PATIENCE = 2000; // ms without an answer before the page says that it waits
+const SETTLING = 1500; // ms in which a new page sees to it that it has the focus
 const STRENGTH_KEYS = ["7", "8", "9"];
 const QUESTIONS = { "good/bad": "Is this answer good or bad?", "1-7": "How good is this answer, from 1 to 7?" };
 
@@ -67,6 +68,7 @@ function render({ model, el }) {
   let timer;
   let note;
   let strength = null;
+  const radios = `rk-strength-${Math.random()}`; // one group of its own, where a notebook shows two pages
   let places = []; // of a ranking: groups of completions, the best first
 
   const busy = (is) => root.setAttribute("aria-busy", String(is));
@@ -169,7 +171,7 @@ function render({ model, el }) {
     const group = make("fieldset", { role: "radiogroup", className: "rk-strengths" },
       make("legend", {}, "How much better? Optional, said first"));
     ["not said", ...state.strengths].forEach((name, i) => {
-      const radio = make("input", { type: "radio", name: `rk-strength-${state.showing}`, checked: i === 0 });
+      const radio = make("input", { type: "radio", name: radios, checked: i === 0 });
       radio.addEventListener("change", () => { strength = i ? name : null; });
       const key = STRENGTH_KEYS[i - 1];
       if (key) {
@@ -290,8 +292,18 @@ function render({ model, el }) {
   model.on("change:state", update);
   busy(true);
   update();
+  // JupyterLab attaches a cell's output late, and takes the focus back when the cell has run. Whoever acts, decides.
+  const settling = setInterval(() => {
+    if (!document.activeElement?.closest(".rk-rating")) item.focus({ preventScroll: true });
+  }, 50);
+  const settled = () => clearInterval(settling);
+  setTimeout(settled, SETTLING);
+  const acts = ["keydown", "pointerdown"];
+  for (const name of acts) document.addEventListener(name, settled, { capture: true, once: true });
   return () => {
     clearTimeout(timer);
+    settled();
+    for (const name of acts) document.removeEventListener(name, settled, { capture: true });
     model.off("change:state", update);
   };
 }
