@@ -17,7 +17,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 TWO_AT_ONCE := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lab notebooks check format lock peer clean
+.PHONY: help setup demo test test-fast browser lab notebooks check format lock peer clean
 
 help: ## what there is
 	@echo "usage: make TARGET"
@@ -51,6 +51,9 @@ test: $(INSTALLED) check ## check, then every test, the notebooks and the browse
 
 test-fast: $(INSTALLED) ## the tests that run while one types
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest $(TWO_AT_ONCE) -m "not slow and not browser" $(ARGS)
+
+browser: $(INSTALLED) ## the tests in a real browser: the tour, and the rating page in JupyterLab and served
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -m browser $(ARGS)
 
 check: $(INSTALLED) ## lint, format and types
 	@$(BIN)/ruff check .

@@ -1,5 +1,5 @@
-"""The command line: `rlhf-kit demo` runs the whole flow, `rlhf-kit memory` says what will fit, `report` how good
-feedback is.
+"""The command line: `rlhf-kit demo` runs the whole flow, `memory` says what will fit, `rate` opens the page on which
+people judge, `report` says how good their judgments are.
 
 Mistakes end in one sentence and exit code 2.
 """
@@ -7,6 +7,7 @@ Mistakes end in one sentence and exit code 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -78,6 +79,19 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
     report.add_argument("--force", action="store_true", help="overwrite the page if it is there")
     report.set_defaults(run=_report)
+    rate = commands.add_parser("rate", help="a page on this machine where a person judges completions, by key or mouse")
+    rate.add_argument(
+        "file", metavar="FILE", help="prompt, completions (a list), or samples: .jsonl[.gz], .csv, .parquet"
+    )
+    rate.add_argument("--rater", required=True, metavar="NAME", help="who judges; each judgment is kept by that name")
+    rate.add_argument(
+        "--store", type=Path, default=Path("judgments.db"), help="made if not there (default: judgments.db)"
+    )
+    rate.add_argument("--question", default="rank", choices=("rank", "good/bad", "1-7"))
+    rate.add_argument("--k", type=int, default=2, help="samples of a prompt to rank at a time (default: 2)")
+    rate.add_argument("--port", type=int, default=0, metavar="N", help="of 127.0.0.1 (default: a free one)")
+    rate.add_argument("--seed", type=int, default=0, help="draws the order in which completions are shown")
+    rate.set_defaults(run=_rate)
     return parser
 
 
@@ -165,6 +179,23 @@ def _report(options: argparse.Namespace) -> int:
     command = f"rlhf-kit report {options.store}"
     reporting.write(options.out, lambda: reporting.page(Store(options.store), command), options.force)
     print(f"the report lies in {options.out}")
+    return 0
+
+
+def _rate(options: argparse.Namespace) -> int:
+    from rlhf_kit import feedback, rating
+    from rlhf_kit.progress import quiet
+
+    quiet()
+    items = rating.read(options.file, options.question, options.k)
+    store = feedback.Store(options.store)
+    session = rating.Session(store, items, options.rater, options.question, options.seed, interface="browser")
+    with rating.Page(session, options.port) as page:
+        print(f"{options.rater} judges {len(items)} items of {options.file} at\n\n  {page.address}\n")
+        print("Ctrl-C ends; the same command goes on where it stopped.", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            page.serve_forever()
+    print(f"\njudgments made: {len(session.made)}; in {options.store}: {len(store.judgments())} that count")
     return 0
 
 

@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rewards": {"pocket", "models"},
     "sampling": {"models", "rewards"},
     "feedback": {"pocket", "data", "models", "rewards", "progress", "statistics", "plots", "train"},
+    "rating": {"feedback", "data"},
     "train": {"models", "rewards", "sampling", "progress"},
     "ppo": {"models", "memory", "rewards", "progress"},
     "evaluate": {"pocket", "models", "rewards", "sampling", "statistics"},

@@ -162,7 +162,7 @@ class Store:
         """Keep a rater's answer to what was shown; returns the judgment's number, with the row on the disk."""
         with self._connection() as connection:
             row = connection.execute(
-                "SELECT rater, question, shown, judgment FROM showings LEFT JOIN judgments USING (showing) "
+                "SELECT rater, question, shown, judgment, item FROM showings LEFT JOIN judgments USING (showing) "
                 "WHERE showing = ?",
                 (showing,),
             ).fetchone()
@@ -170,6 +170,15 @@ class Store:
                 raise FeedbackError(f"rater {rater!r} was never shown item of showing {showing}; show it first")
             if row[3] is not None:
                 raise FeedbackError(f"showing {showing} was judged before, as judgment {row[3]}; withdraw that first")
+            again = connection.execute(  # shown twice, in two tabs
+                "SELECT judgment FROM judgments JOIN showings USING (showing) WHERE item = ? AND rater = ? AND "
+                "question = ? AND judgment NOT IN (SELECT judgment FROM withdrawals)",
+                (row[4], rater, row[1]),
+            ).fetchone()
+            if again is not None:
+                raise FeedbackError(
+                    f"rater {rater!r} judged this item before, as judgment {again[0]}; withdraw that first"
+                )
             shown = json.loads(row[2])
             answer.check(row[1], len(shown))
             return _record(connection, showing, answer, shown, seconds, interface, now())
