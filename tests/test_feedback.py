@@ -117,6 +117,8 @@ def test_samples_become_items_of_k_in_order_and_equal_ones_are_counted() -> None
     assert pairs[0].columns == {"prompt_id": 0, "kind": "ask"}
     assert [item.completions for item in feedback.items(frame, k=4)] == [("a", "b", "c"), ("d", "e", "f", "g")]
     assert len(feedback.items(frame, k=1)) == 8
+    with pytest.warns(UserWarning, match="2 of 8 samples were too few for another group of 3"):
+        assert [item.completions for item in feedback.items(frame, k=3)] == [("a", "b", "c"), ("d", "e", "f")]
     with pytest.raises(FeedbackError, match="no prompt has 2 different samples"):
         feedback.items(samples([["a", "a"]]))
 

@@ -24,13 +24,14 @@ OF_A_COMPLETION = ("sample", "completion", "finished", "n_tokens", "kl")
 def items(samples: pd.DataFrame, k: int = 2) -> list[Item]:
     """Each prompt's samples, `k` at a time (0-1, 2-3, ... where k is 2), as items to rank; k = 1: each one, to rate.
 
-    Equal completions ask nothing: of a group only the different ones are kept, and a group of one is left out; a
-    warning counts these. The prompts' columns are carried along.
+    Equal completions ask nothing: of a group only the different ones are kept, and a group of one is left out; so are
+    samples that are too few for another group. Warnings count these. The prompts' columns are carried along.
     """
     carried = [name for name in samples.columns if name not in (*OF_A_COMPLETION, "prompt")]
-    found, equal = [], 0
+    found, equal, over = [], 0, 0
     for _, group in samples.groupby("prompt_id", sort=False):
         rows = group.to_dict("records")
+        over += len(rows) % k
         for start in range(0, len(rows) - k + 1, k):
             together = rows[start : start + k]
             different = {str(row["completion"]): row["completion"] for row in together}
@@ -49,6 +50,8 @@ def items(samples: pd.DataFrame, k: int = 2) -> list[Item]:
             "completions and were not judged",
             stacklevel=3,
         )
+    if over:
+        warnings.warn(f"{over} of {len(samples)} samples were too few for another group of {k}", stacklevel=3)
     return found
 
 
