@@ -122,12 +122,13 @@ def execute(source: Path, results: Path) -> NotebookNode:
 def executions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executions]:
     """The selected notebooks, run two at a time, one thread each, every one in a results folder of its own.
 
-    The last needs every stage and runs from nothing. Those that share stages with it (the ones with a Pipeline) get a
-    copy of what it made, so nothing is trained twice and none can lean on an earlier notebook having run.
+    The one that scores every model needs every stage and runs from nothing. Those that share stages with it (the ones
+    with a Pipeline) get a copy of what it made, so nothing is trained twice and none can lean on an earlier notebook
+    having run.
     """
     items: list[Any] = [item for item in request.session.items if isinstance(item, pytest.Function)]
     selected = {item.callspec.params["source"] for item in items if item.originalname == "test_it_runs_from_scratch"}
-    first, *rest = sorted(selected, reverse=True)
+    first, *rest = sorted(selected, key=lambda source: "flow.scores(" not in source.read_text())
     rest.sort(key=lambda source: "Pipeline(" in source.read_text())
     folder = tmp_path_factory.mktemp("results")
 
