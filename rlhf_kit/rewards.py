@@ -14,8 +14,8 @@ from rlhf_kit.models import (
     ModelPath,
     Prompt,
     Roles,
-    device,
     load_backbone,
+    load_ready,
     load_tokenizer,
     read_notes,
     read_score_head,
@@ -74,10 +74,7 @@ class RewardModel:
     def backbone(self) -> PreTrainedModel:
         """The transformer, this model's adapter switched on."""
         if self._backbone is None:
-            with torch.random.fork_rng():  # loading draws numbers; a run's own must not depend on when it happens
-                loaded = load_backbone(self.path, self.load_in_4bit).eval()
-            if not getattr(loaded, "is_loaded_in_4bit", False):
-                loaded.to(device())
+            loaded = load_ready(load_backbone, self.path, self.load_in_4bit)
             self._backbone = lambda: loaded
         return self._backbone()
 

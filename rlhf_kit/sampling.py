@@ -10,11 +10,11 @@ from rlhf_kit.models import (
     ModelPath,
     completion_kl,
     decode_completions,
-    device,
     encode_prompts,
     finished,
     generate,
     load_causal,
+    load_ready,
     load_tokenizer,
     stop_ids,
 )
@@ -41,8 +41,8 @@ def sample(
     if n < 1 or len(prompts) == 0:
         raise ValueError(f"sample: there are no prompts to answer, or n is below 1 ({len(prompts)} prompts, n={n})")
     torch.manual_seed(seed)
-    policy, tokenizer = _ready(model, load_in_4bit), load_tokenizer(model)
-    other = _ready(reference, load_in_4bit) if reference is not None else None
+    policy, tokenizer = load_ready(load_causal, model, load_in_4bit), load_tokenizer(model)
+    other = load_ready(load_causal, reference, load_in_4bit) if reference is not None else None
     encoded = encode_prompts(tokenizer, prompts["prompt"][:])
     stops = stop_ids(policy, tokenizer)
     rows = [(prompt_id, k) for prompt_id in range(len(prompts)) for k in range(n)]
@@ -76,8 +76,3 @@ def best_of_n(scored: pd.DataFrame, by: str, n: int | None = None) -> pd.DataFra
         raise ValueError(f"best_of_n: no column {by!r} to choose by; score the samples first")
     pool = scored if n is None else scored[scored["sample"] < n]
     return scored.loc[pool.groupby("prompt_id")[by].idxmax()].reset_index(drop=True)
-
-
-def _ready(model: ModelPath, load_in_4bit: bool | None):  # type: ignore[no-untyped-def]
-    loaded = load_causal(model, load_in_4bit).eval()
-    return loaded if load_in_4bit or getattr(loaded, "is_loaded_in_4bit", False) else loaded.to(device())

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--updates", type=int, default=25, help="updates of the full runs")
     parser.add_argument("--lora-updates", type=int, default=5, help="updates of the LoRA runs: time and memory only")
-    parser.add_argument("--micro-batch-size", type=int, default=16, help="the kit's; changes its time, not its result")
+    parser.add_argument("--micro-batch-size", type=int, default=32, help="the kit's; changes its time, not its result")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--fresh", action="store_true", help="train and sample again, as after a change of the kit")

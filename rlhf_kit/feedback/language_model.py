@@ -20,8 +20,8 @@ from rlhf_kit.models import (
     Model,
     ModelPath,
     Prompt,
-    device,
     load_causal,
+    load_ready,
     load_tokenizer,
     max_length,
     next_logprobs,
@@ -143,9 +143,7 @@ class LanguageModelRater:
     def model(self) -> Model:
         """The weights, loaded when they are first needed."""
         if self._model is None:
-            with torch.random.fork_rng():  # loading draws numbers; a run's own must not depend on when it happens
-                loaded = load_causal(self.path, self._load_in_4bit).eval()
-            self._model = loaded if getattr(loaded, "is_loaded_in_4bit", False) else loaded.to(device())
+            self._model = load_ready(load_causal, self.path, self._load_in_4bit)
         return self._model
 
     def _encode(self, text: str) -> list[int]:

@@ -19,10 +19,10 @@ from rlhf_kit.models import (
     ModelPath,
     Prompt,
     decode_completions,
-    device,
     encode_prompts,
     generate,
     load_causal,
+    load_ready,
     load_tokenizer,
 )
 from rlhf_kit.pocket.language import ALSO, CLAIMS, REDIRECTS, REFUSALS, parse_prompt, sentence_table
@@ -124,9 +124,7 @@ def writer(
     tokenizer = load_tokenizer(model)
     if tokenizer.chat_template is None:
         raise FeedbackError(f"{model}: has no chat template, and a critique is asked for in a chat; take a chat model")
-    loaded = load_causal(model, load_in_4bit).eval()
-    if not getattr(loaded, "is_loaded_in_4bit", False):
-        loaded.to(device())
+    loaded = load_ready(load_causal, model, load_in_4bit)
     torch_seed = iter(range(seed, 2**31))
 
     def write(prompts: list[Prompt]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -25,6 +25,7 @@ from transformers import (
 NOTES = "rlhf_kit.json"
 Model: TypeAlias = PreTrainedModel | PeftModel
 ModelPath: TypeAlias = str | Path
+Loaded = TypeVar("Loaded", bound=Model)
 
 
 class ModelError(ValueError):
@@ -132,6 +133,18 @@ def load_backbone(model: ModelPath, load_in_4bit: bool | None = None, trainable:
         # A reward adapter has the keys of a causal-LM adapter plus its head, so it fits the causal base as it is.
         return decoder(load_causal(model, load_in_4bit, trainable))
     return load_base(model, AutoModel.from_pretrained, load_in_4bit).requires_grad_(trainable)
+
+
+def load_ready(
+    load: Callable[[ModelPath, bool | None], Loaded], model: ModelPath, load_in_4bit: bool | None = None
+) -> Loaded:
+    """What `load` gives, to use but not to train: in eval mode, on the device.
+
+    Loading draws random numbers where there are adapters; those of a run must not depend on when it happens.
+    """
+    with torch.random.fork_rng():
+        loaded = load(model, load_in_4bit).eval()
+    return loaded if getattr(loaded, "is_loaded_in_4bit", False) else loaded.to(device())
 
 
 def decoder(model: Model) -> PreTrainedModel:
