@@ -114,10 +114,11 @@ few = rows[rows["gap"] != 0].head(500)
 p, flipped = (np.array(untrained.preferences(few["prompt"], few[x], few[y])) for x, y in (("a", "b"), ("b", "a")))
 place = rk.statistics.bootstrap(pd.Series(untrained.firsts[: len(few)]), few["prompt"])
 right = rk.statistics.bootstrap((p > 0.5) == (few["gap"] > 0), few["prompt"])
+apart = np.abs(p + flipped - 1).max()
 Markdown(
     f"In one order, it prefers the answer shown first with a probability of **{place}**, whichever that is. Over both "
-    f"orders nothing of that is left: P(a over b) + P(b over a) differs from 1 by at most "
-    f"{np.abs(p + flipped - 1).max():g}. And what *is* left sides with gold in **{right}** of pairs: averaging removes a bias, it does not add knowledge."
+    f"orders nothing of that is left: P(a over b) + P(b over a) differs from 1 by at most {apart:g}. What *is* left "
+    f"sides with gold in **{right}** of pairs: averaging removes a bias, it does not add knowledge."
 )
 
 # %% [markdown]

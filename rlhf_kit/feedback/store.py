@@ -99,13 +99,13 @@ class Store:
         connection.execute("COMMIT")
 
     @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        """A connection for one transaction: committed at the end, undone on an error."""
+    def _connection(self, write: bool = True) -> Iterator[sqlite3.Connection]:
+        """A connection for one transaction: committed at the end, undone on an error; only writers wait for others."""
         with closing(sqlite3.connect(self.path, timeout=WAIT)) as connection:
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA synchronous = FULL")
             connection.isolation_level = None
-            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             try:
                 yield connection
             except BaseException:
@@ -128,7 +128,7 @@ class Store:
 
     def items(self) -> list[Item]:
         """All items, in the order in which they were added."""
-        with self._connection() as connection:
+        with self._connection(write=False) as connection:
             rows = connection.execute("SELECT prompt, completions, columns FROM items ORDER BY rowid").fetchall()
         return [_item(*row) for row in rows]
 
@@ -146,7 +146,7 @@ class Store:
 
     def open_showing(self, rater: str, question: Question) -> Showing | None:
         """What this rater was shown last and has not answered yet: after a reload the same page comes again."""
-        with self._connection() as connection:
+        with self._connection(write=False) as connection:
             row = connection.execute(
                 "SELECT showing, shown, prompt, completions, columns, judgment FROM showings JOIN items USING (item) "
                 "LEFT JOIN judgments USING (showing) WHERE rater = ? AND question = ? ORDER BY showing DESC LIMIT 1",
@@ -214,7 +214,7 @@ class Store:
 
     def judgments(self, withdrawn: bool = False) -> pd.DataFrame:
         """A row per judgment, COLUMNS, in the order in which they were made; with `withdrawn` those taken back too."""
-        with self._connection() as connection:
+        with self._connection(write=False) as connection:
             rows = connection.execute(
                 "SELECT j.judgment, item, rater, question, ranks, rating, strength, note, shown, seconds, interface, "
                 "j.time, w.judgment IS NOT NULL, prompt, completions, columns FROM judgments j "
