@@ -128,7 +128,7 @@ def executions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """
     items: list[Any] = [item for item in request.session.items if isinstance(item, pytest.Function)]
     selected = {item.callspec.params["source"] for item in items if item.originalname == "test_it_runs_from_scratch"}
-    first, *rest = sorted(selected, key=lambda source: "flow.scores(" not in source.read_text())
+    first, *rest = sorted(sorted(selected), key=lambda source: "flow.scores(" not in source.read_text())
     rest.sort(key=lambda source: "Pipeline(" in source.read_text())
     folder = tmp_path_factory.mktemp("results")
 
