@@ -82,7 +82,7 @@ def _pocket(seed: int) -> Preset:
         n_demonstrations=3000,
         sampling={"max_completion_length": 40},
         sft={"max_steps": 250, "per_device_train_batch_size": 32, "learning_rate": 5e-4, "max_length": 128},
-        reward_model={"max_steps": 500, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "max_length": 128},
+        reward_model={"max_steps": 250, "per_device_train_batch_size": 32, "learning_rate": 1e-3, "max_length": 128},
         dpo={
             "max_steps": 150,
             "per_device_train_batch_size": 32,
@@ -102,11 +102,11 @@ def _pocket(seed: int) -> Preset:
         },
         shares={
             "sft": 0.10,
-            "preferences": 0.13,
-            "reward_model": 0.22,
-            "ppo": 0.23,
-            "dpo": 0.10,
-            "scores": 0.22,
+            "preferences": 0.09,
+            "reward_model": 0.17,
+            "ppo": 0.25,
+            "dpo": 0.18,
+            "scores": 0.21,
         },
     )
 

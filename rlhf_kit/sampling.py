@@ -20,6 +20,8 @@ from rlhf_kit.models import (
 )
 from rlhf_kit.rewards import Reward
 
+KL_ROWS = 64  # completions of like length in one forward pass for the KL: halves what all of a batch at once takes
+
 
 @torch.no_grad()
 def sample(
@@ -30,13 +32,14 @@ def sample(
     max_completion_length: int = 64,
     reference: ModelPath | None = None,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_tokens: int = 2**15,
     load_in_4bit: bool | None = None,
 ) -> pd.DataFrame:
     """`n` completions of each prompt: a row per (prompt_id, sample) with text, `finished`, `n_tokens`, prompt columns.
 
     With a `reference` model the column `kl` holds KL(model || reference) along each completion in nats, summed exactly
-    over the vocabulary at each position.
+    over the vocabulary at each position. `batch_tokens`: how many tokens, prompts and completions at their longest, are
+    in memory at once.
     """
     if n < 1 or len(prompts) == 0:
         raise ValueError(f"sample: there are no prompts to answer, or n is below 1 ({len(prompts)} prompts, n={n})")
@@ -45,6 +48,7 @@ def sample(
     other = load_ready(load_causal, reference, load_in_4bit) if reference is not None else None
     encoded = encode_prompts(tokenizer, prompts["prompt"][:])
     stops = stop_ids(policy, tokenizer)
+    batch_size = max(1, batch_tokens // (max(map(len, encoded)) + max_completion_length))
     rows = [(prompt_id, k) for prompt_id in range(len(prompts)) for k in range(n)]
     parts = []
     for start in range(0, len(rows), batch_size):
@@ -54,7 +58,10 @@ def sample(
         batch["finished"] = finished(tokens, stops).tolist()
         batch["n_tokens"] = tokens.completion_mask.sum(1).tolist()
         if other is not None:
-            batch["kl"] = completion_kl(policy, other, tokens, temperature or 1.0).tolist()
+            kl = torch.zeros(len(batch))
+            for like in tokens.attention_mask.sum(1).argsort().split(KL_ROWS):
+                kl[like] = completion_kl(policy, other, tokens.rows(like), temperature or 1.0).cpu()
+            batch["kl"] = kl.tolist()
         parts.append(batch)
     columns = prompts.to_pandas().rename_axis("prompt_id").reset_index()
     columns["prompt"] = prompts["prompt"][:]  # chats stay lists of dicts

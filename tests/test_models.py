@@ -20,6 +20,8 @@ from transformers import (
     GenerationConfig,
     GraniteConfig,
     GraniteForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedTokenizerBase,
 )
 
@@ -405,6 +407,52 @@ def test_greedy_generation_equals_the_naive_argmax_loop_for_left_padded_prompts(
             expected.append(int(naive_logits(model, prompt + expected, [0])[0].argmax()))
         assert tokens.completion_ids[row][tokens.completion_mask[row].bool()].tolist() == expected
         assert tokens.input_ids[row][tokens.attention_mask[row].bool()].tolist() == prompt + expected
+
+
+@pytest.mark.parametrize("drop_every", [1, 3, 8, 100])
+def test_rows_that_have_ended_leave_the_batch_and_the_others_do_not_notice(
+    model: models.Model, zoo: Zoo, drop_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, length = models.load_tokenizer(zoo["full"]), 20
+    prompts = [[300, 301, 302, 303, 304], [305], [306, EOS, 307], [310, 311], [30] * 7, [42, 17]]
+    expected = []
+    for prompt in prompts:
+        written: list[int] = []
+        while len(written) < length:
+            written.append(int(naive_logits(model, prompt + written, [0])[0].argmax()))
+        expected.append(written)
+    stop = expected[0][4]  # a token that ends the first completion early, as a second EOS
+    ends = [next((t + 1 for t, token in enumerate(row) if token in (stop, EOS)), length) for row in expected]
+    monkeypatch.setattr("rlhf_kit.models.generation.DROP_EVERY", drop_every)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.generation_config.eos_token_id = [stop]
+    in_flight: list[int] = []
+    handle = inner.get_input_embeddings().register_forward_hook(lambda *hook: in_flight.append(len(hook[2])))
+    try:
+        tokens = models.generate(model, tokenizer, prompts, length, temperature=0)
+    finally:
+        handle.remove()
+        inner.generation_config.eos_token_id = EOS
+    for row, (written, end) in enumerate(zip(expected, ends, strict=True)):
+        assert tokens.completion_ids[row, :end].tolist() == written[:end]
+        assert tokens.completion_mask[row].tolist() == [1] * end + [0] * (tokens.completion_mask.shape[1] - end)
+    steps = range(max(ends))
+    assert in_flight == [sum(end > step // drop_every * drop_every for end in ends) for step in steps]
+    assert min(ends) < max(ends)
+
+
+def test_a_recurrent_model_generates_too(tmp_path: Path, zoo: Zoo) -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=EOS)
+    model, tokenizer = MambaForCausalLM(config).eval(), models.load_tokenizer(zoo["full"])
+    prompt = [300, 301, 302]
+    tokens = models.generate(model, tokenizer, [prompt, prompt], 12, temperature=0)
+    written: list[int] = []
+    with torch.no_grad():
+        while len(written) < 12 and written[-1:] != [EOS]:
+            written.append(int(model(torch.tensor([prompt + written])).logits[0, -1].argmax()))
+    for ids, mask in zip(tokens.completion_ids, tokens.completion_mask, strict=True):
+        assert ids[mask.bool()].tolist() == written
 
 
 def test_generation_is_the_same_in_train_mode_with_checkpointing_and_restores_the_mode(

@@ -24,7 +24,7 @@ PROMPTS = Dataset.from_dict(
 
 
 def test_a_row_for_each_prompt_and_sample_with_the_prompts_columns(zoo: Zoo, mode: str) -> None:
-    frame = sampling.sample(zoo[mode], PROMPTS, n=4, max_completion_length=6, batch_size=5)
+    frame = sampling.sample(zoo[mode], PROMPTS, n=4, max_completion_length=6, batch_tokens=40)
     assert list(frame.columns) == [
         "prompt_id",
         "sample",
@@ -47,8 +47,8 @@ def test_a_row_for_each_prompt_and_sample_with_the_prompts_columns(zoo: Zoo, mod
 
 def test_greedy_completions_equal_the_naive_loop_whatever_the_batch(zoo: Zoo, mode: str) -> None:
     model, tokenizer = models.load_causal(zoo[mode]).eval(), models.load_tokenizer(zoo[mode])
-    for batch_size in (128, 2):
-        frame = sampling.sample(zoo[mode], PROMPTS, n=2, temperature=0, max_completion_length=5, batch_size=batch_size)
+    for tokens in (2**15, 30):
+        frame = sampling.sample(zoo[mode], PROMPTS, n=2, temperature=0, max_completion_length=5, batch_tokens=tokens)
         for row in frame.itertuples():
             prompt, ids = tokenizer(row.prompt)["input_ids"], []
             while len(ids) < 5 and ids[-1:] != [EOS]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -12,6 +13,7 @@ from rlhf_kit.models.loading import Model
 from rlhf_kit.models.logprobs import Tokens, completion_mask
 
 Prompt = str | list[dict[str, str]]
+DROP_EVERY = 8  # tokens after which completed rows leave the batch; more often costs more in calls than it saves
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
@@ -65,7 +67,12 @@ def sampling_config(max_completion_length: int, temperature: float, stops: list[
     if temperature > 0:
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
-        max_new_tokens=max_completion_length, eos_token_id=stops, pad_token_id=pad, repetition_penalty=1.0, **settings
+        max_new_tokens=max_completion_length,
+        eos_token_id=stops,
+        pad_token_id=pad,
+        repetition_penalty=1.0,
+        return_dict_in_generate=True,
+        **settings,
     )
 
 
@@ -107,12 +114,42 @@ def generate(
     # What `settings` leaves open would be filled in from the model's own config: its min_p, its forbidden words.
     inner.generation_config = settings
     try:
-        output = inner.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=settings)
+        output = _generate_dropping(inner, input_ids, attention_mask, settings)
     finally:
         inner.generation_config = its_own
         model.train(was_training)
     completions = completion_mask(output[:, longest:], stops)
     return Tokens(output, torch.cat([attention_mask, completions], dim=1), completions)
+
+
+def _generate_dropping(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, settings: GenerationConfig
+) -> torch.Tensor:
+    """Prompts with their completions (B, P + C), as `model.generate` gives them, for fewer rows at each step.
+
+    `generate` carries every row along until the longest completion ends. Here it stops each DROP_EVERY tokens, and goes
+    on from its own cache with the rows that have not ended. A recurrent model's cache drops no rows; it has one go.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    attends = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+    length, width = settings.max_new_tokens, input_ids.shape[1]
+    output = F.pad(input_ids, (0, length), value=settings.pad_token_id)
+    stops = torch.tensor(settings.eos_token_id, device=input_ids.device)
+    rows, cache = torch.arange(len(input_ids), device=input_ids.device), None
+    while True:
+        settings.max_new_tokens = min(DROP_EVERY, output.shape[1] - width) if attends else length
+        found = model.generate(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, generation_config=settings
+        )
+        written = found.sequences[:, width:]
+        output[rows, width : width + written.shape[1]] = written
+        width += written.shape[1]
+        going = ~torch.isin(written, stops).any(1)
+        if not attends or width == output.shape[1] or not going.any():
+            return output[:, :width]
+        rows, input_ids, cache = rows[going], found.sequences[going], found.past_key_values
+        attention_mask = torch.cat([attention_mask[going], torch.ones_like(written[going])], dim=1)
+        cache.batch_select_indices(going)
 
 
 def decode_completions(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[str]:
