@@ -206,7 +206,8 @@ plt.show()
 # ## Collecting judgments
 # `collect` shows each pair to the rater, in an order that is drawn, and writes a row with `prompt`, `chosen` and
 # `rejected`: the columns that reward models and DPO are trained on. A pair of equal answers asks nothing; a note
-# counts those left out.
+# counts those left out. Then the file is looked over, as a file of anyone's should be: a model may end its answer before
+# the first word, and a pair with an empty text would teach only that. Such rows are dropped in sight, never silently.
 
 # %%
 rater = rk.feedback.simulated(world, seed=SEED)
@@ -215,8 +216,10 @@ with warnings.catch_warnings(record=True) as notes:
 print(*(f"note: {note.message}" for note in notes), sep="\n")
 path = work / "preferences.parquet"
 preferences.to_parquet(path)
-preferences = rk.data.load(path)  # what a file of anyone's preferences goes through
-rk.data.check(preferences, ["prompt", "chosen", "rejected"])
+preferences = rk.data.load(path)
+faults = rk.data.find_faults(preferences, ["prompt", "chosen", "rejected"])
+print(f"{len(faults)} faulty cells", *(f"row {each.row}, {each.column}: {each.kind}" for each in faults), sep="\n")
+preferences = preferences.select(sorted(set(range(len(preferences))) - {fault.row for fault in faults}))
 preferences.select(range(6)).to_pandas()[["prompt", "chosen", "rejected", "shown_first"]]
 
 # %% [markdown]
