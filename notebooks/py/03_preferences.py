@@ -206,8 +206,8 @@ plt.show()
 # ## Collecting judgments
 # `collect` shows each pair to the rater, in an order that is drawn, and writes a row with `prompt`, `chosen` and
 # `rejected`: the columns that reward models and DPO are trained on. A pair of equal answers asks nothing; a note
-# counts those left out. Then the file is looked over, as a file of anyone's should be: a model may end its answer before
-# the first word, and a pair with an empty text would teach only that. Such rows are dropped in sight, never silently.
+# counts those left out. Then the file is looked over, as a file of anyone's should be: a model may end its answer
+# before the first word, and a pair with an empty text would teach only that. Such rows are dropped in sight.
 
 # %%
 rater = rk.feedback.simulated(world, seed=SEED)
@@ -297,7 +297,7 @@ pd.DataFrame(rows).set_index("position bias")
 # Four simulated people judge the same pairs. Two like long answers and are drawn to the one shown first, two are not.
 
 # %%
-common = {"temperature": 1.0, "lapse": 0.0, "knowledge": 1.0}
+common = {"temperature": 1.0, "lapse": 0.1}
 groups = {
     "terse": {"length": -0.05, "position_bias": 0.0},
     "wordy": {"length": 0.15, "position_bias": 0.6},
@@ -334,9 +334,9 @@ pd.DataFrame(rows)[[(bias, known) for bias in ("position", "length") for known i
 
 # %% [markdown]
 # **What you should have seen.** Raters who are drawn to the first place or to long answers stand out, with intervals,
-# and close to what was planted, though nobody told which answers are good: where two raters judge the same pair in
-# opposite ways, its quality cancels. What they all share cannot be found like this. Alpha is far from 1 with raters
-# who are mostly right; read it as a property of raters *and* pairs.
+# and close to what was planted, though nobody told which answers are good: all raters of a pair see one quality, and
+# what a rater has beyond it is bias, or a lapse. What they all share cannot be found like this. Alpha is far from 1
+# with raters who are mostly right; read it as a property of raters *and* pairs.
 #
 # ## Rankings, ratings and strengths
 # A pair is not the only question. Whatever was asked ends in columns that a trainer takes as they are.

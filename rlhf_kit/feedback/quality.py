@@ -24,9 +24,11 @@ MEANINGS = {
     "are left out and counted as even votes",
     "agree_gold": "share of decided pairs in which the rater prefers the completion of higher gold utility",
     "side_bias": "share of decided pairs in which the completion at the page's first place was preferred, less 1/2",
-    "position": "log-odds that standing first on the page adds, from a logistic regression that holds quality and "
-    "length equal; lapses draw it towards 0",
-    "length": "log-odds that each more word adds, from the same regression; without gold it is relative to the mean of "
+    "lapse": "share of the rater's choices made as by a coin, from the same model as position and length; what only "
+    "this rater does not know of a pair counts too",
+    "position": "log-odds that standing first on the page adds, from a model of choices that holds quality and length "
+    "equal and knows of lapses",
+    "length": "log-odds that each more word adds, from the same model; without gold it is relative to the mean of "
     "the panel, whose shared taste cannot be told from quality",
     "position_swapped": "log-odds of the first place from pairs judged in both orders, log(n first-first / n "
     "second-second) / 2: exact whatever the quality",

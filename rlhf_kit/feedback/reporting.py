@@ -28,7 +28,7 @@ PACKAGES = ("rlhf-kit", "krippendorff", "statsmodels", "pandas")  # that the num
 BLUE, ORANGE, GREY = plots.COLOURS["SFT"], plots.COLOURS["PPO"], plots.COLOURS["base"]
 TABLES = {
     "How much, how well, how fast": [
-        *("judgments", "skips", "ties", "agree", "even_votes", "agree_gold", "seconds", "too_fast", "repeats"),
+        *("judgments", "skips", "ties", "agree", "even_votes", "agree_gold", "lapse", "seconds", "too_fast", "repeats"),
         "repeats_changed",
     ],
     "What sways them": ["side_bias", "position", "position_swapped", "length", "choices", "swaps", "why"],
