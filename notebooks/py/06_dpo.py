@@ -275,7 +275,7 @@ Markdown(
 
 # %%
 parts = [scores[scores["model"] == "SFT"]]
-betas = [beta, 10 * beta, 100 * beta]
+betas = [0.1, 1.0, 10.0]
 for each in betas:
     short = {**preset.dpo, "beta": each, "max_steps": 60, "save_strategy": "no"}
     run = rk.train.dpo(flow.sft(), pairs, out=work / f"beta_{each:g}", seed=SEED, callbacks=[], **short)
