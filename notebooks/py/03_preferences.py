@@ -294,7 +294,8 @@ pd.DataFrame(rows).set_index("position bias")
 # that follows works on people's too.
 #
 # ## A panel, and its store
-# Four simulated people judge the same pairs. Two like long answers and are drawn to the one shown first, two are not.
+# Six simulated people judge the same pairs. Three like long answers and are drawn to the one shown first, three are
+# not; each answers one time in ten without looking.
 
 # %%
 common = {"temperature": 1.0, "lapse": 0.1}
@@ -302,11 +303,11 @@ groups = {
     "terse": {"length": -0.05, "position_bias": 0.0},
     "wordy": {"length": 0.15, "position_bias": 0.6},
 }
-people = rk.feedback.panel(world, 4, seed=SEED, groups=groups, **common)
+people = rk.feedback.panel(world, 6, seed=SEED, groups=groups, **common)
 with warnings.catch_warnings(action="ignore"):  # of the equal answers, counted above
     items = rk.feedback.items(samples.drop(columns="gold"))
 store = rk.feedback.Store(work / "judgments.db")
-judged = rk.feedback.ask(rk.feedback.choose(items, 300, seed=SEED), people, per_item=4, store=store, seed=SEED)
+judged = rk.feedback.ask(rk.feedback.choose(items, 300, seed=SEED), people, per_item=6, store=store, seed=SEED)
 print(f"{len(judged)} judgments by {judged['rater'].nunique()} raters of {judged['item'].nunique()} pairs")
 judged[["rater", "completions", "ranks", "strength", "shown", "interface"]].head(4)
 
@@ -334,9 +335,9 @@ pd.DataFrame(rows)[[(bias, known) for bias in ("position", "length") for known i
 
 # %% [markdown]
 # **What you should have seen.** Raters who are drawn to the first place or to long answers stand out, with intervals,
-# and close to what was planted, though nobody told which answers are good: all raters of a pair see one quality, and
-# what a rater has beyond it is bias, or a lapse. What they all share cannot be found like this. Alpha is far from 1
-# with raters who are mostly right; read it as a property of raters *and* pairs.
+# and most intervals hold what was planted, though nobody told which answers are good: all raters of a pair see one
+# quality, and what a rater has beyond it is bias, or a lapse. What they all share cannot be found like this. Alpha is
+# far from 1 with raters who are mostly right; read it as a property of raters *and* pairs.
 #
 # ## Rankings, ratings and strengths
 # A pair is not the only question. Whatever was asked ends in columns that a trainer takes as they are.
