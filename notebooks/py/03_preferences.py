@@ -307,7 +307,7 @@ people = rk.feedback.panel(world, 6, seed=SEED, groups=groups, **common)
 with warnings.catch_warnings(action="ignore"):  # of the equal answers, counted above
     items = rk.feedback.items(samples.drop(columns="gold"))
 store = rk.feedback.Store(work / "judgments.db")
-judged = rk.feedback.ask(rk.feedback.choose(items, 300, seed=SEED), people, per_item=6, store=store, seed=SEED)
+judged = rk.feedback.ask(rk.feedback.choose(items, 1000, seed=SEED), people, per_item=6, store=store, seed=SEED)
 print(f"{len(judged)} judgments by {judged['rater'].nunique()} raters of {judged['item'].nunique()} pairs")
 judged[["rater", "completions", "ranks", "strength", "shown", "interface"]].head(4)
 
