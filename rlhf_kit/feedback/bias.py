@@ -37,8 +37,8 @@ def biases(judgments: pd.DataFrame, gold: Reward | None = None) -> pd.DataFrame:
     `choice_model` sums over. `length` is relative to the raters that a rater shares pairs with, whose mean is 0: a
     liking for length that all share looks the same as quality, and only gold can tell. What a rater alone does not know
     of a pair looks like lapses. In 20 pocket panels of six with the usual faults (300 pairs, each judged by all), the
-    intervals held what was planted in 97% (position), 92% (length) and 88% (lapse) of 120 cases. From few pairs they are
-    too narrow: three raters, 100 pairs: 95%, 75%, 97%; 60 pairs: 80%, 53%, 95%.
+    intervals held what was planted in 97% (position), 92% (length) and 88% (lapse) of 120 cases. From few pairs they
+    are too narrow: three raters, 100 pairs: 95%, 75%, 97%; 60 pairs: 80%, 53%, 95%.
 
     Standard errors are robust to what pairs of one item share (clusters).
     """
