@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -498,7 +499,10 @@ def test_the_command_serves_until_ctrl_c_and_says_how_many_were_made(tmp_path: P
     path = lines(tmp_path / "f.jsonl", [{"prompt": f"{i} ?", "completions": ["x", "y"]} for i in range(3)])
     command = [sys.executable, "-m", "rlhf_kit.cli", "rate", str(path), "--rater", "ana"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=heeded
+    )
     assert process.stdout is not None
     address = next(line.strip() for line in process.stdout if "http://127.0.0.1:" in line)
     port, token = int(address.split(":")[2].split("/")[0]), address.split("/")[3]
