@@ -30,6 +30,7 @@ class Interval(NamedTuple):
         return f"{self.mean:.2f} [{self.lo:.2f}, {self.hi:.2f}]"
 
 
+Z = 1.959963984540054  # standard errors on either side of a 95% interval
 NOT_MEASURED = Interval(math.nan, math.nan, math.nan)
 
 
@@ -330,10 +331,9 @@ def calibration(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -
 
 def _wilson(p: Array, n: NDArray[np.int64]) -> tuple[Array, Array]:
     """95% interval of a proportion (Wilson 1927): unlike p +- 1.96 se it stays in [0, 1] and is not empty at 0 or 1."""
-    z = 1.959963984540054
     with np.errstate(divide="ignore", invalid="ignore"):
-        centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+        centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+        half = Z * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
     return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)  # at 0 and 1 rounding would leave [0, 1]
 
 

@@ -441,7 +441,7 @@ def test_rows_that_have_ended_leave_the_batch_and_the_others_do_not_notice(
     assert min(ends) < max(ends)
 
 
-def test_a_recurrent_model_generates_too(tmp_path: Path, zoo: Zoo) -> None:
+def test_a_recurrent_model_generates_too(zoo: Zoo) -> None:
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=EOS)
     model, tokenizer = MambaForCausalLM(config).eval(), models.load_tokenizer(zoo["full"])

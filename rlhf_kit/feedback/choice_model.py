@@ -18,14 +18,13 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeResult, brentq, minimize
 
-from rlhf_kit.statistics import NOT_MEASURED, Interval
+from rlhf_kit.statistics import NOT_MEASURED, Interval, Z
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.integer[Any]]
 LARGEST = 100.0  # log-odds of the largest difference seen; a fit there is on its way to infinity
 NODES = 21  # of the quadrature
 KNOWN_BY, AT_END = 1e-3, 1e-6  # a flatter log-likelihood says nothing; so near the end of its range a parameter is kept
-Z = 1.959963984540054  # of a 95% interval
 MOST_LAPSES = 0.95
 
 
@@ -64,17 +63,18 @@ def fit(choices: Choices) -> Fit:
     scale = np.abs(used).max(0)  # gold and words have units of their own; the optimiser should not mind
     model = Likelihood(choices._replace(sways=used / scale), raters)
     k = len(varied)
-    found = model.likeliest(k)
+    found = model.likeliest()
     free, covariance = model.covariance(found.x)
     if not found.success or not free[:k].all():
         return nothing._replace(why="the choices are explained without any error, so no finite bias fits best")
-    nothing.weights[varied] = found.x[:k] / scale
-    nothing.covariance[np.ix_(varied, varied)] = covariance[:k, :k] / np.outer(scale, scale)
+    weights, spread = nothing.weights.copy(), nothing.covariance.copy()
+    weights[varied] = found.x[:k] / scale
+    spread[np.ix_(varied, varied)] = covariance[:k, :k] / np.outer(scale, scale)
     lapses = []
     for j in range(k, k + raters):
         half = Z * covariance[j, j] ** 0.5 if free[j] else model.unlikely(found.x, j)
         lapses.append(Interval(*np.clip([found.x[j], found.x[j] - half, found.x[j] + half], 0, 1).tolist()))
-    return nothing._replace(lapses=lapses, why="" if k == n else "order or length never differed")
+    return Fit(weights, spread, lapses, why="" if k == n else "order or length never differed")
 
 
 class Likelihood:
@@ -132,8 +132,9 @@ class Likelihood:
         (gradient,) = torch.autograd.grad(total, at)
         return total.item(), gradient.numpy()
 
-    def likeliest(self, k: int) -> OptimizeResult:
-        """The better end of two ways: with some lapses at first, and with none until the k weights are found."""
+    def likeliest(self) -> OptimizeResult:
+        """The better end of two ways: with some lapses at first, and with none until the weights are found."""
+        k = self.sways.shape[1]
         options: dict[str, Any] = {"jac": True, "method": "L-BFGS-B", "options": {"maxiter": 500}}
         exact, bounds = self.start.copy(), list(self.bounds)
         exact[k : k + self.raters], bounds[k : k + self.raters] = 0.0, [(0.0, 0.0)] * self.raters

@@ -24,7 +24,7 @@ from rlhf_kit.feedback.quality import MEANINGS, raters
 from rlhf_kit.feedback.store import Store
 from rlhf_kit.rewards import Reward
 
-PACKAGES = ("rlhf-kit", "krippendorff", "statsmodels", "pandas")  # that the numbers depend on
+PACKAGES = ("rlhf-kit", "krippendorff", "statsmodels", "scipy", "pandas")  # that the numbers depend on
 BLUE, ORANGE, GREY = plots.COLOURS["SFT"], plots.COLOURS["PPO"], plots.COLOURS["base"]
 TABLES = {
     "How much, how well, how fast": [
