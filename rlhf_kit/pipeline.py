@@ -24,6 +24,7 @@ from rlhf_kit.presets import Preset, Settings
 from rlhf_kit.progress import Countdown, LossCallback, ProgressCallback, clock
 
 HELD_OUT_RATER_SEED = 1_000_003  # the held-out pairs are judged by another draw of the same rater
+SCORED = {"final": 2, "checkpoint": 1}  # completions of each test prompt; for a point along a curve one will do
 
 
 @dataclass
@@ -215,7 +216,7 @@ class Pipeline:
         """Every model on the same test prompts: a row per (model, step, prompt, sample), `final` or a checkpoint."""
         sft, trained = self.sft(), {"PPO": self.ppo(), "DPO": self.dpo()}
         final = {"base": self.base(), "SFT": sft, **trained}
-        config = {"n_prompts": self.preset.n_test_prompts, "best_of": self.preset.best_of, **self.preset.sampling}
+        sizes = {"n_prompts": self.preset.n_test_prompts, "best_of": self.preset.best_of, "scored": SCORED}
 
         def make(out: Path) -> None:
             prompts, found, seed = self.prompts("test"), self.rewards(), self.preset.seed
@@ -227,8 +228,9 @@ class Pipeline:
                         f"  {method}{f' at step {step}' if step else ''}: completions of {len(prompts)} prompts",
                         flush=True,
                     )
-                    samples = sampling.sample(directory, prompts, n=2, reference=sft, seed=seed, **self.preset.sampling)
                     last = step == checkpoints[-1][0]
+                    n = SCORED["final" if last else "checkpoint"]
+                    samples = sampling.sample(directory, prompts, n=n, reference=sft, seed=seed, **self.preset.sampling)
                     parts.append(sampling.score(samples, found).assign(model=method, step=step, n=None, final=last))
             most = self.preset.best_of
             many = sampling.sample(sft, prompts, n=most, seed=seed + 1, **self.preset.sampling)
@@ -238,7 +240,7 @@ class Pipeline:
             runs.write_samples(out, pd.concat(parts, ignore_index=True))
 
         inputs = {**final, "reward_model": self.reward_model()}
-        return pd.read_parquet(self._stage("scores", config, inputs, make) / "samples.parquet")
+        return pd.read_parquet(self._stage("scores", sizes | self.preset.sampling, inputs, make) / "samples.parquet")
 
     # Machinery -----------------------------------------------------------------------------------------------------
 
