@@ -37,10 +37,13 @@ class NotebookFailed(Exception):
     """A cell raised or the kernel died; the message names the cell and ends in the traceback."""
 
 
-def read(source: Path) -> NotebookNode:
-    """The notebook of a py:percent text, without outputs."""
+def read(source: Path, **parameters: object) -> NotebookNode:
+    """The notebook of a py:percent text, without outputs; `parameters` are set at the end of the cell of that tag."""
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.metadata = nbformat.from_dict(METADATA)
+    if parameters:
+        [cell] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+        cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
     return notebook
 
 

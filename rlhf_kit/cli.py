@@ -41,10 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="SFT, reward model, PPO and DPO from start to finish, with figures and a table"
     )
-    demo.add_argument("--preset", help="'pocket' (default) or, with --data, 'data'")
+    demo.add_argument("--preset", help="'pocket' (default), 'quick' or, with --data, 'data'")
     demo.add_argument("--data", metavar="FILE", help="your own preferences: .jsonl[.gz], .csv, .parquet or a hub id")
     demo.add_argument("--base-model", metavar="DIR|HUB_ID", help="the model to start from (default: the preset's own)")
-    demo.add_argument("--out", type=Path, help="results folder (default: results/demo, with --data results/demo-data)")
+    demo.add_argument("--out", type=Path, help="results folder (default: results/demo, or results/demo-PRESET)")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--set", action="append", default=[], metavar="STAGE.SETTING=VALUE", help="e.g. ppo.kl_coef=0.2")
     demo.add_argument("--fresh", action="store_true", help="make every stage again instead of keeping finished ones")
@@ -112,7 +112,7 @@ def _demo(options: argparse.Namespace) -> int:
     if options.base_model is not None:
         models.load_tokenizer(options.base_model)  # a wrong model is said now, not minutes later
         preset = replace(preset, base_model=options.base_model)
-    out = options.out or results("demo-data" if options.data else "demo")
+    out = options.out or results("demo" if preset.name == "pocket" else f"demo-{preset.name}")
     quiet()
     if options.threads is None and "OMP_NUM_THREADS" not in os.environ:
         options.threads = min(2, os.cpu_count() or 1)

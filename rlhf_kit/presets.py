@@ -111,6 +111,23 @@ def _pocket(seed: int) -> Preset:
     )
 
 
+def _quick(seed: int) -> Preset:
+    """The pocket world in a minute, to see that everything runs: too short for its numbers to mean anything."""
+    whole = _pocket(seed)
+    return replace(
+        whole,
+        name="quick",
+        n_demonstrations=400,
+        n_preference_prompts=300,
+        n_test_prompts=100,
+        best_of=4,
+        sft=whole.sft | {"max_steps": 50},
+        reward_model=whole.reward_model | {"max_steps": 30},
+        dpo=whole.dpo | {"max_steps": 20} | _checkpoints(10),
+        ppo=whole.ppo | {"max_steps": 4, "per_device_train_batch_size": 32} | _checkpoints(2),
+    )
+
+
 def _data(seed: int) -> Preset:
     """A person's own preference file: the same stages; without a base model, a small one is pretrained on that text."""
     length = 384
@@ -150,7 +167,7 @@ def _data(seed: int) -> Preset:
     )
 
 
-PRESETS = {"pocket": _pocket, "data": _data}
+PRESETS = {"pocket": _pocket, "quick": _quick, "data": _data}
 
 
 def preset(name: str = "pocket", seed: int = 0) -> Preset:

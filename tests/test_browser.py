@@ -49,7 +49,7 @@ def run_all_cells(page: Page, url: str) -> None:
 def test_run_all_on_the_tour_shows_its_pictures_and_no_error(tmp_path: Path) -> None:
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    nbformat.write(build.read(TOUR), folder / "00_tour.ipynb")  # without the committed outputs
+    nbformat.write(build.read(TOUR, PRESET="quick"), folder / "00_tour.ipynb")  # without the committed outputs
     with browser() as chromium, jupyterlab(folder, tmp_path) as (address, token):
         page = chromium.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(START_SECONDS * 1000)

@@ -7,9 +7,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import warnings
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rlhf_kit.feedback import Answer, FeedbackError, Item, Store
@@ -68,6 +70,22 @@ def test_an_item_is_added_once(store: Store) -> None:
     assert store.add([ITEM, Item("another ?", ("a", "b"))]) == 1
     assert store.add([ITEM]) == 0
     assert store.items()[0] == ITEM
+
+
+def test_other_columns_of_an_item_that_is_there_are_left_out_with_a_note(store: Store) -> None:
+    nan = Item("another ?", ("a", "b"), {"gold": float("nan"), "n": np.int64(3), "scores": np.array([1.5, 2.5])})
+    with warnings.catch_warnings(action="error"):
+        assert [store.add([nan]), store.add([nan])] == [1, 0]
+    with pytest.warns(UserWarning, match="1 of 2 items are in .*judgments.db with other columns; those stay"):
+        store.add([nan, Item(ITEM.prompt, ITEM.completions, {"topic": "parity"})])
+    assert store.items()[0].columns == ITEM.columns
+    assert store.items()[1].columns["scores"] == [1.5, 2.5]
+
+
+def test_a_column_that_no_file_can_hold_is_refused(store: Store) -> None:
+    with pytest.raises(FeedbackError, match="a column holds PosixPath.*; a store keeps texts, numbers and lists"):
+        store.add([Item("another ?", ("a", "b"), {"where": Path("x")})])
+    assert len(store.items()) == 1
 
 
 @pytest.mark.parametrize("table", ["items", "showings", "judgments", "withdrawals"])

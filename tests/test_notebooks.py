@@ -112,7 +112,7 @@ def test_one_cell_holds_the_parameters(source: Path) -> None:
 
 
 def execute(source: Path, results: Path) -> NotebookNode:
-    notebook = build.read(source)
+    notebook = build.read(source, PRESET="quick")
     environment = {"RLHF_KIT_RESULTS": str(results), "OMP_NUM_THREADS": "1"}
     build.run(notebook, build.FOLDER, CELL_TIMEOUT, environment)
     return notebook
@@ -121,6 +121,8 @@ def execute(source: Path, results: Path) -> NotebookNode:
 @pytest.fixture(scope="module")
 def executions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executions]:
     """The selected notebooks, run two at a time, one thread each, every one in a results folder of its own.
+
+    They run at the preset `quick`; at their own size `make notebooks` runs them, and what it showed is committed.
 
     The one that scores every model needs every stage and runs from nothing. Those that share stages with it (the ones
     with a Pipeline) get a copy of what it made, so nothing is trained twice and none can lean on an earlier notebook

@@ -42,7 +42,7 @@ work = rk.workspace("00_tour")
 world, gold = preset.task, rk.rewards.gold(preset.task)
 pd.options.display.max_colwidth = None
 
-test = rk.data.prompts(world, "test", 300, seed=SEED)  # held out: no stage below learns on these
+test = rk.data.prompts(world, "test", preset.n_test_prompts, seed=SEED)  # held out: no stage below learns on these
 one_of_each = test.select(pd.Series(test["kind"][:]).drop_duplicates().index)
 answers = rk.sample(preset.base_model, one_of_each, seed=SEED, **preset.sampling)
 rk.sampling.score(answers, {"gold": gold})[["kind", "prompt", "completion", "gold"]]
@@ -76,7 +76,7 @@ sft = rk.train.sft(preset.base_model, demonstrations, out=work / "sft", seed=SEE
 # out.)
 
 # %%
-prompts = rk.data.prompts(world, "preference", seed=SEED)
+prompts = rk.data.prompts(world, "preference", preset.n_preference_prompts, seed=SEED)
 samples = rk.sample(sft, prompts, n=preset.samples_per_prompt, seed=SEED, **preset.sampling)
 samples = samples.drop_duplicates(["prompt_id", "completion"])
 preferences = rk.feedback.collect(samples, rater=rk.feedback.simulated(world, seed=SEED), seed=SEED)
@@ -112,7 +112,7 @@ print("  gold            ", rk.evaluate.accuracy(gold, held_out_pairs))
 # updates suffice here; notebook 05 goes on for longer.
 
 # %%
-settings = {**preset.sampling, **preset.ppo, "max_steps": 15, "save_strategy": "no"}
+settings = {**preset.sampling, **preset.ppo, "max_steps": min(15, preset.ppo["max_steps"]), "save_strategy": "no"}
 ppo = rk.PPOTrainer(
     model=sft,
     reward=proxy,

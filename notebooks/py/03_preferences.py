@@ -56,7 +56,7 @@ sft = flow.sft()
 # SFT model answers each prompt of the *preference* split several times, at temperature 1 for variety.
 
 # %%
-prompts = rk.data.prompts(world, "preference", seed=SEED)
+prompts = rk.data.prompts(world, "preference", preset.n_preference_prompts, seed=SEED)
 samples = rk.sample(sft, prompts, n=preset.samples_per_prompt, seed=SEED, **preset.sampling)
 samples = rk.sampling.score(samples, {"gold": rk.rewards.gold(world)}).sort_values(["prompt_id", "sample"])
 print(f"{len(samples)} samples of {len(prompts)} prompts")
@@ -307,7 +307,8 @@ people = rk.feedback.panel(world, 6, seed=SEED, groups=groups, **common)
 with warnings.catch_warnings(action="ignore"):  # of the equal answers, counted above
     items = rk.feedback.items(samples.drop(columns="gold"))
 store = rk.feedback.Store(work / "judgments.db")
-judged = rk.feedback.ask(rk.feedback.choose(items, 1000, seed=SEED), people, per_item=6, store=store, seed=SEED)
+some = rk.feedback.choose(items, min(1000, len(items)), seed=SEED)
+judged = rk.feedback.ask(some, people, per_item=6, store=store, seed=SEED)
 print(f"{len(judged)} judgments by {judged['rater'].nunique()} raters of {judged['item'].nunique()} pairs")
 judged[["rater", "completions", "ranks", "strength", "shown", "interface"]].head(4)
 

@@ -231,7 +231,7 @@ rk.plots.calibration(rk.evaluate.calibration(reward, held_out, scale=reward.scal
 # model.
 
 # %%
-n_prompts, n = 300, 16
+n_prompts, n = min(300, preset.n_test_prompts), 16
 prompts = rk.data.prompts(world, "test", n_prompts, seed=SEED)
 samples = rk.sample(flow.sft(), prompts, n=n, seed=SEED, **preset.sampling)
 samples = rk.sampling.score(samples, {"proxy": reward, "gold": rk.rewards.gold(world)})

@@ -106,7 +106,7 @@ pd.DataFrame([*rows, judge | {"learns": False}])
 # %%
 lora = rk.models.lora(r=8)
 pairs = rk.data.load(str(flow.preferences() / "train.parquet"))
-brief = {**preset.reward_model, "max_steps": 40}
+brief = {**preset.reward_model, "max_steps": min(40, preset.reward_model["max_steps"])}
 judge_adapter = rk.train.reward_model(flow.sft(), pairs, work / "reward_adapter", lora=lora, seed=SEED, **brief)
 shared = rk.PPOTrainer(flow.sft(), judge_adapter, args, prompts, peft_config=lora, callbacks=[])
 
@@ -382,7 +382,7 @@ for kl_coef in (0.0, usual, 5 * usual):
     short = {
         **settings,
         "kl_coef": kl_coef,
-        "max_steps": 10,
+        "max_steps": min(10, preset.ppo["max_steps"]),
         "per_device_train_batch_size": half,
         "save_strategy": "no",
     }
@@ -420,8 +420,8 @@ def wordy(prompts, completions, **columns):
     return [len(completion.split()) / 5 for completion in completions]
 
 
-careless = {**settings, "kl_coef": 0.0, "missing_eos_penalty": 0.0, "learning_rate": 1e-3, "max_steps": 12}
-careless |= {"per_device_train_batch_size": half, "save_strategy": "no"}
+careless = {**settings, "kl_coef": 0.0, "missing_eos_penalty": 0.0, "learning_rate": 1e-3}
+careless |= {"max_steps": min(12, preset.ppo["max_steps"]), "per_device_train_batch_size": half, "save_strategy": "no"}
 run = rk.PPOConfig(output_dir=str(work / "careless"), seed=SEED, **careless)
 rambling = rk.PPOTrainer(flow.sft(), wordy, run, prompts, callbacks=[])
 result = rambling.train()

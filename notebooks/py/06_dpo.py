@@ -277,7 +277,8 @@ Markdown(
 parts = [scores[scores["model"] == "SFT"]]
 betas = [0.1, 1.0, 10.0]
 for each in betas:
-    short = {**preset.dpo, "beta": each, "max_steps": 60, "save_strategy": "no"}
+    steps = min(60, preset.dpo["max_steps"])
+    short = {**preset.dpo, "beta": each, "max_steps": steps, "save_strategy": "no"}
     run = rk.train.dpo(flow.sft(), pairs, out=work / f"beta_{each:g}", seed=SEED, callbacks=[], **short)
     found = rk.evaluate.score(
         {f"beta {each:g}": run}, test, rewards, reference=flow.sft(), seed=SEED, **preset.sampling

@@ -80,16 +80,16 @@ pd.DataFrame([{"principle": each.name, "compare": each.compare, "revise": each.r
 # and judge, will label.
 
 # %%
-prompts = rk.data.prompts(world, "preference", seed=SEED)
+prompts = rk.data.prompts(world, "preference", preset.n_preference_prompts, seed=SEED)
 samples = rk.sample(sft, prompts, n=preset.samples_per_prompt, seed=SEED, **preset.sampling)
 with warnings.catch_warnings(action="ignore"):  # of equal completions, counted in chapter 3
     items, singles = rk.feedback.items(samples), rk.feedback.items(samples, k=1)
 to_teach, to_label = items[::2], items[1::2]
 person = rk.feedback.simulated(world, seed=SEED)
 lessons = rk.feedback.ask(to_teach, person, seed=SEED)
-learning = {"max_steps": 250, "per_device_train_batch_size": 32, "learning_rate": 1e-3}
 judge = rk.feedback.LanguageModelRater(
-    rk.feedback.train_judge(sft, lessons, work / "judge", seed=SEED, **learning), name="judge"
+    rk.feedback.train_judge(sft, lessons, work / "judge", seed=SEED, **preset.sft | {"learning_rate": 1e-3}),
+    name="judge",
 )
 print(f"{len(lessons)} judgments to learn from, {len(to_label)} pairs to label")
 print(judge.template.rating(to_label[0].prompt, to_label[0].completions[0]))
@@ -183,9 +183,8 @@ preferences = {
 policies = {}
 for name, pairs in preferences.items():
     folder = work / name.replace(", ", "-").replace(" ", "-")
-    brief = {**preset.reward_model, "max_steps": 300}  # for half of the pairs
-    reward = rk.train.reward_model(sft, pairs, folder / "reward", seed=SEED, callbacks=[], **brief)
-    settings = {**preset.sampling, **preset.ppo, "max_steps": 15, "save_strategy": "no"}
+    reward = rk.train.reward_model(sft, pairs, folder / "reward", seed=SEED, callbacks=[], **preset.reward_model)
+    settings = {**preset.sampling, **preset.ppo, "max_steps": min(15, preset.ppo["max_steps"]), "save_strategy": "no"}
     args = rk.PPOConfig(output_dir=str(folder / "ppo"), seed=SEED, **settings)
     trainer = rk.PPOTrainer(sft, reward, args, flow.prompts("train"), callbacks=[])
     trainer.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -116,15 +117,17 @@ class Store:
     # Items and showings --------------------------------------------------------------------------------------------
 
     def add(self, items: Sequence[Item]) -> int:
-        """Put items into the store; returns how many were not there before."""
-        rows = [
-            (item.id, _json(item.prompt), _json(list(item.completions)), _json(item.columns, default=_plain))
-            for item in items
-        ]
+        """Put items into the store; returns how many are new. Of one that is there the columns stay, with a note."""
         with self._connection() as connection:
             before = connection.execute("SELECT count(*) FROM items").fetchone()[0]
-            connection.executemany("INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?)", rows)
-            return connection.execute("SELECT count(*) FROM items").fetchone()[0] - before
+            other = sum(not _put(connection, item) for item in items)
+            added = connection.execute("SELECT count(*) FROM items").fetchone()[0] - before
+        if other:
+            warnings.warn(
+                f"{other} of {len(items)} items are in {self.path} with other columns; those stay as they are",
+                stacklevel=2,
+            )
+        return int(added)
 
     def items(self) -> list[Item]:
         """All items, in the order in which they were added."""
@@ -238,10 +241,7 @@ class Store:
             for number, row in enumerate(rows, 1):
                 where = row.get("where", f"row {number}")
                 item = Item(row["prompt"], tuple(row["completions"]), row["columns"])
-                kept = (item.id, _json(item.prompt), _json(list(item.completions)), _json(item.columns))
-                connection.execute("INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?)", kept)
-                [columns] = connection.execute("SELECT columns FROM items WHERE item = ?", (item.id,)).fetchone()
-                if len({json.dumps(json.loads(text), sort_keys=True) for text in (columns, kept[-1])}) > 1:  # NaN too
+                if not _put(connection, item):
                     raise FeedbackError(
                         f"{where}, column 'columns': item {item.id} is there with other columns; nothing was imported"
                     )
@@ -255,6 +255,14 @@ class Store:
                 if row["withdrawn"]:
                     connection.execute("INSERT INTO withdrawals VALUES (?, ?)", (judgment, now()))
         return len(rows)
+
+
+def _put(connection: sqlite3.Connection, item: Item) -> bool:
+    """Insert an item that is not there yet; returns whether its columns are those of the store."""
+    row = (item.id, _json(item.prompt), _json(list(item.completions)), _json(item.columns))
+    connection.execute("INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?)", row)
+    [columns] = connection.execute("SELECT columns FROM items WHERE item = ?", (item.id,)).fetchone()
+    return len({json.dumps(json.loads(text), sort_keys=True) for text in (columns, row[-1])}) == 1  # as text: NaN too
 
 
 def _show(
@@ -288,10 +296,12 @@ def _item(prompt: str, completions: str, columns: str) -> Item:
     return Item(json.loads(prompt), tuple(json.loads(completions)), json.loads(columns))
 
 
-def _json(value: Any, default: Any = None) -> str:
-    return json.dumps(value, ensure_ascii=False, default=default)
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=_plain)
 
 
 def _plain(value: Any) -> Any:
-    """numpy's numbers as Python's."""
-    return value.item()
+    """numpy's numbers as Python's; raises FeedbackError where a column holds what JSON cannot."""
+    if not hasattr(value, "tolist"):
+        raise FeedbackError(f"a column holds {value!r}; a store keeps texts, numbers and lists, so turn it into one")
+    return value.tolist()
