@@ -241,10 +241,10 @@ effects.pivot(index="effect", columns="model", values="share")[["SFT", *policies
 
 # %% [markdown]
 # **What you should have seen.** Read the verdicts before the means: *cannot tell* is what one seed and a few hundred
-# prompts often allow. Then compare RLAIF with the person whose labels were made as wrong as the judge's. In the mean
-# one may not be able to tell them apart, but the shares differ in kind: scattered slips weaken everything that RLHF
-# gains, while a judge's errors are always the same, so that some things are learned well and others not at all. What it
-# cannot see, such as a false claim that is agreed with, its policy does not mend.
+# prompts often allow. Then compare RLAIF with the person whose labels were made as wrong as the judge's. Whatever the
+# means say, the shares differ in kind: scattered slips weaken everything that RLHF gains, while a judge's errors are
+# always the same, so that some things are learned as well as from the person and others not at all. And look at
+# `kl` before you praise one: at the same settings, they went unequally far from SFT.
 #
 # ## Critique and revise
 #
