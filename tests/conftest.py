@@ -7,21 +7,37 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests' bounds are those of fp32 on a CPU
 
+from typing import TYPE_CHECKING
+
 import pytest
-import torch
-from transformers import PreTrainedTokenizerBase
 
-from rlhf_kit import pocket
-from rlhf_kit.progress import quiet
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # the process that only hands out tests need not wait ten seconds for torch
+    import torch
+
+    from rlhf_kit.progress import quiet
+
     torch.set_num_threads(1)
     quiet()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The quick run takes full weights; what differs with adapters and in 4 bits is for the whole one."""
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value in ("lora", "4bit") for value in parameters):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
+    from rlhf_kit import pocket
+
     return pocket.pocket_tokenizer()
 
 
@@ -47,7 +63,6 @@ def zoo(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizer
     return models
 
 
-# Everything that could go wrong in LoRA alone can go wrong over 4 bits too: the quick run takes the two ends.
-@pytest.fixture(params=["full", pytest.param("lora", marks=pytest.mark.slow), "4bit"])
+@pytest.fixture(params=["full", "lora", "4bit"])
 def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -81,6 +81,7 @@ def test_wrong_uses_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
         assert all(path.read_bytes() == content for path, content in before.items()), name
 
 
+@pytest.mark.slow
 def test_the_exit_code_reaches_the_shell(tmp_path: Path) -> None:
     result = run(command("demo", "--preset", "galaxy"))
     assert result.returncode == 2 and "Traceback" not in result.stderr

@@ -196,6 +196,7 @@ def test_a_folder_and_a_split_of_a_file_are_refused(tmp_path: Path) -> None:
         data.load(path, split="test")
 
 
+@pytest.mark.slow
 def test_hub_id_offline_ends_in_one_sentence() -> None:
     code = "from rlhf_kit import data\ntry: data.load('nobody/nothing')\nexcept data.DataError as e: print(e)"
     done = subprocess.run(

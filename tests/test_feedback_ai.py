@@ -439,6 +439,7 @@ def test_a_refusal_fails_at_once_in_one_sentence(key: str, status: int, says_so:
         assert len(asked) == 1 and KEY not in str(error.value)
 
 
+@pytest.mark.slow
 def test_too_many_requests_are_waited_out_as_the_server_asks(key: str) -> None:
     def busy(n: int, request: dict[str, Any], headers: Any) -> Reply:
         return (429, {"Retry-After": "1"}, "") if n == 0 else longer(n, request, headers)

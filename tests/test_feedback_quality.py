@@ -468,6 +468,7 @@ def kept(path: Path) -> Store:
     return store
 
 
+@pytest.mark.slow
 def test_a_report_is_one_page_with_the_table_the_figure_and_the_meanings(tmp_path: Path, capsys: Any) -> None:
     store = kept(tmp_path / "feedback.sqlite")
     arguments = ["report", str(store.path), "--out", str(tmp_path / "report.html")]

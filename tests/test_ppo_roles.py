@@ -185,6 +185,7 @@ def test_bf16_is_honoured_and_heads_stay_in_fp32(zoo: Zoo, tmp_path: Path) -> No
     assert all(row["first_ratio_deviation"] == 0 for row in updates(trainer))
 
 
+@pytest.mark.slow
 def test_a_run_that_would_not_fit_is_refused_before_anything_is_loaded_and_a_knob_named(
     zoo: Zoo, rewards: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,7 @@ def result_of(experiment):
     return {path.name: path.read_text() for path in folder.iterdir() if path.name not in ("run.json", "begun.txt")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [False, True])
 def test_kill_and_run_again_gives_the_result_of_an_uninterrupted_run(tmp_path, resume):
     calm, killed = tmp_path / "calm", tmp_path / "killed"
@@ -268,6 +269,7 @@ def test_killed_while_clearing_an_unfinished_run_it_is_not_resumed(tmp_path, mon
     assert not (run.directory / "checkpoint").exists()
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_or_waits(tmp_path):
     first = start(tmp_path, stop_at=3)
     wait_for(tmp_path / "reached", first)

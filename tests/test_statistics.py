@@ -103,6 +103,7 @@ def test_bootstrap_says_what_is_wrong(arguments, words):
 # seeds, then prompts
 
 
+@pytest.mark.slow
 def test_hierarchical_bootstrap_covers_over_seeds_and_prompts():
     rng = np.random.default_rng(0)
     frame = pd.DataFrame(list(itertools.product(range(10), range(20))), columns=["seed", "prompt_id"])

@@ -342,6 +342,7 @@ def test_an_empty_directory_and_a_killed_attempts_leftovers_do_not_disturb(zoo: 
     assert models.load_causal(out) is not None and len(train.history(out)) == 1
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_normalised_when_its_trainer_is_gone(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
