@@ -241,10 +241,10 @@ effects.pivot(index="effect", columns="model", values="share")[["SFT", *policies
 
 # %% [markdown]
 # **What you should have seen.** Read the verdicts before the means: *cannot tell* is what one seed and a few hundred
-# prompts often allow. Then compare RLAIF with the person whose labels were made as wrong as the judge's. Whatever the
-# means say, the shares differ in kind: scattered slips weaken everything that RLHF gains, while a judge's errors are
-# always the same, so that some things are learned as well as from the person and others not at all. And look at
-# `kl` before you praise one: at the same settings, they went unequally far from SFT.
+# prompts often allow. Then compare RLAIF with the person whose labels were made as wrong as the judge's: equally many
+# errors need not cost equally much, since the person's are scattered and the judge's are always the same. Look for
+# lines on which one policy has left SFT and the other has not. And look at `kl` before you praise one: at the same
+# settings, they went unequally far from SFT.
 #
 # ## Critique and revise
 #
