@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     rate.add_argument("--k", type=int, default=2, help="samples of a prompt to rank at a time (default: 2)")
     rate.add_argument("--port", type=int, default=0, metavar="N", help="of 127.0.0.1 (default: a free one)")
     rate.add_argument("--seed", type=int, default=0, help="draws the order in which completions are shown")
+    rate.add_argument(
+        "--repeats", type=int, default=0, metavar="N", help="items that come again at the end, in the reverse order"
+    )
     rate.set_defaults(run=_rate)
     return parser
 
@@ -189,9 +192,12 @@ def _rate(options: argparse.Namespace) -> int:
     quiet()
     items = rating.read(options.file, options.question, options.k)
     store = feedback.Store(options.store)
-    session = rating.Session(store, items, options.rater, options.question, options.seed, interface="browser")
+    session = rating.Session(
+        store, items, options.rater, options.question, options.seed, interface="browser", repeats=options.repeats
+    )
     with rating.Page(session, options.port) as page:
-        print(f"{options.rater} judges {len(items)} items of {options.file} at\n\n  {page.address}\n")
+        again = f", {options.repeats} of them twice," if options.repeats else ""
+        print(f"{options.rater} judges {len(items)} items{again} of {options.file} at\n\n  {page.address}\n")
         print("Ctrl-C ends; the same command goes on where it stopped.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             page.serve_forever()

@@ -123,6 +123,15 @@ def test_samples_become_items_of_k_in_order_and_equal_ones_are_counted() -> None
         feedback.items(samples([["a", "a"]]))
 
 
+def test_columns_of_completions_are_not_taken_for_the_items() -> None:
+    frame = samples([["a", "b"], ["c", "d"]]).assign(gold=[1.0, 2.0, 3.0, 3.0], topic=["x", "x", "y", "y"])
+    with pytest.warns(UserWarning, match="^gold: differs between completions of one prompt"):
+        pairs = feedback.items(frame)
+    assert [item.columns["topic"] for item in pairs] == ["x", "y"]
+    assert all("gold" not in item.columns for item in pairs)
+    assert [item.columns["gold"] for item in feedback.items(frame, k=1)] == [1.0, 2.0, 3.0, 3.0]
+
+
 # Asking ---
 
 

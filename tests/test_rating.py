@@ -58,6 +58,12 @@ def test_what_is_kept_is_what_was_chosen_in_the_items_own_order(store: Store) ->
     assert set(store.judgments()["rater"]) == {"ana"}
 
 
+@pytest.mark.parametrize("repeats", [-1, 6])
+def test_no_more_repeats_than_items(store: Store, repeats: int) -> None:
+    with pytest.raises(FeedbackError, match=f"repeats={repeats}, but there are 5 different items"):
+        Session(store, PAIRS, "ana", repeats=repeats)
+
+
 def test_the_page_is_told_neither_the_columns_nor_the_models(store: Store) -> None:
     session = Session(store, PAIRS, "ana")
     assert "secret" not in json.dumps(session.state())
@@ -86,6 +92,39 @@ def test_after_a_restart_the_same_item_comes_in_the_same_order_and_nothing_is_as
     while not again.state()["done"]:
         best(again, 0)
     assert sorted(store.judgments()["item"]) == sorted(item.id for item in PAIRS)
+
+
+def test_items_come_again_at_the_end_with_their_sides_swapped_and_resume_and_undo_hold_there(store: Store) -> None:
+    session = Session(store, PAIRS, "ana", seed=1, repeats=2)
+    assert session.state()["total"] == 7
+    for _ in range(5):
+        best(session, 0)
+    assert not session.state()["done"]
+    sixth = texts(session.state())
+    session = Session(Store(store.path), PAIRS, "ana", seed=1, repeats=2)  # stopped, and opened again
+    assert texts(session.state()) == sixth
+    assert best(session, 1)["error"] is None
+    undone = session.act({"do": "undo", "showing": session.state()["showing"]})
+    assert (texts(undone), undone["position"], undone["total"]) == (sixth, 6, 7)
+    best(session, 1)
+    assert best(session, 0)["done"]
+    judged = store.judgments()
+    first, again = judged.iloc[:5].set_index("item"), judged.iloc[5:].set_index("item")
+    assert list(first.index) == [item.id for item in PAIRS] and again.index.is_unique
+    for item, row in again.iterrows():
+        assert row["shown"] == first.loc[item, "shown"][::-1]
+    assert list(again["ranks"]) == [[2, 1], [1, 2]]
+    table, _ = rk.feedback.report(store)
+    assert tuple(table[["repeats", "repeats_changed", "swaps", "changed"]].iloc[0]) == (2, 0.5, 2, 1)
+
+
+def test_a_repeat_open_in_two_tabs_is_judged_once_more_and_not_twice(store: Store) -> None:
+    pages = [Session(store, PAIRS[:1], "ana", repeats=1) for _ in range(2)]
+    best(pages[0], 0)
+    refused = best(pages[1], 0)  # the second tab has the item as it came first
+    assert "another tab or cell" in refused["error"] and not refused["done"]
+    assert best(pages[1], 0)["done"] and "another tab" in best(pages[0], 0)["error"]
+    assert len(store.judgments()) == 2
 
 
 def test_two_raters_do_not_see_each_others_progress(store: Store) -> None:

@@ -25,9 +25,12 @@ def items(samples: pd.DataFrame, k: int = 2) -> list[Item]:
     """Each prompt's samples, `k` at a time (0-1, 2-3, ... where k is 2), as items to rank; k = 1: each one, to rate.
 
     Equal completions ask nothing: of a group only the different ones are kept, and a group of one is left out; so are
-    samples that are too few for another group. Warnings count these. The prompts' columns are carried along.
+    samples that are too few for another group. Warnings count these. The prompts' columns are carried along, and where
+    k is above 1 columns that differ between completions of a prompt, such as scores, are left out with a warning.
     """
     carried = [name for name in samples.columns if name not in (*OF_A_COMPLETION, "prompt")]
+    differ = [name for name in carried if k > 1 and _differs(samples, name)]
+    carried = [name for name in carried if name not in differ]
     found, equal, over = [], 0, 0
     for _, group in samples.groupby("prompt_id", sort=False):
         rows = group.to_dict("records")
@@ -52,7 +55,16 @@ def items(samples: pd.DataFrame, k: int = 2) -> list[Item]:
         )
     if over:
         warnings.warn(f"{over} of {len(samples)} samples were too few for another group of {k}", stacklevel=3)
+    if differ:
+        warnings.warn(
+            f"{', '.join(differ)}: differs between completions of one prompt, and is not carried along", stacklevel=3
+        )
     return found
+
+
+def _differs(samples: pd.DataFrame, name: str) -> bool:
+    """Whether a column has several values for one prompt: it then belongs to completions."""
+    return bool((samples[name].map(str).groupby(samples["prompt_id"]).nunique() > 1).any())
 
 
 def choose(items: Sequence[Item], n: int, ensemble: Ensemble | None = None, seed: int = 0) -> list[Item]:

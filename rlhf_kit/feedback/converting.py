@@ -21,7 +21,8 @@ def preferences(judgments: pd.DataFrame, margins: Mapping[str, float] | None = N
 
     InstructGPT's way (2203.02155, section 3.5): where K > 2 a column `item` says which pairs are one ranking's, and
     `train.reward_model` keeps them in one batch. `margins` (such as MARGINS) adds a column `margin` by strength, 0
-    where none was given: Llama 2's loss. Ties and skipped items give no pair; a warning counts them.
+    where none was given: Llama 2's loss. An item judged again gives its pairs again. Ties and skipped items give no
+    pair; a warning counts them.
     """
     ranked = _answers(judgments, ["rank"])
     rows, silent = [], 0

@@ -161,8 +161,13 @@ class Store:
 
     # Judgments -----------------------------------------------------------------------------------------------------
 
-    def record(self, showing: int, rater: str, answer: Answer, seconds: float | None, interface: str) -> int:
-        """Keep a rater's answer to what was shown; returns the judgment's number, with the row on the disk."""
+    def record(
+        self, showing: int, rater: str, answer: Answer, seconds: float | None, interface: str, before: int = 0
+    ) -> int:
+        """Keep a rater's answer to what was shown; returns the judgment's number, with the row on the disk.
+
+        before: judgments of this item that the page knows of, where it asks again. FeedbackError if there are more.
+        """
         with self._connection() as connection:
             row = connection.execute(
                 "SELECT rater, question, shown, judgment, item FROM showings LEFT JOIN judgments USING (showing) "
@@ -173,14 +178,14 @@ class Store:
                 raise FeedbackError(f"rater {rater!r} was never shown item of showing {showing}; show it first")
             if row[3] is not None:
                 raise FeedbackError(f"showing {showing} was judged before, as judgment {row[3]}; withdraw that first")
-            again = connection.execute(  # shown twice, in two tabs
+            made = connection.execute(
                 "SELECT judgment FROM judgments JOIN showings USING (showing) WHERE item = ? AND rater = ? AND "
-                "question = ? AND judgment NOT IN (SELECT judgment FROM withdrawals)",
+                "question = ? AND judgment NOT IN (SELECT judgment FROM withdrawals) ORDER BY judgment",
                 (row[4], rater, row[1]),
-            ).fetchone()
-            if again is not None:
+            ).fetchall()
+            if len(made) > before:  # shown twice, in two tabs
                 raise FeedbackError(
-                    f"rater {rater!r} judged this item before, as judgment {again[0]}; withdraw that first"
+                    f"rater {rater!r} judged this item before, as judgment {made[-1][0]}; withdraw that first"
                 )
             shown = json.loads(row[2])
             answer.check(row[1], len(shown))

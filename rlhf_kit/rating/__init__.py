@@ -27,11 +27,14 @@ def rate(
     question: Question = "rank",
     k: int = 2,
     seed: int = 0,
+    repeats: int = 0,
 ) -> RatingWidget:
     """The rating page as a widget: `rater` judges samples, or items, and each judgment is in the `store` at once.
 
     Samples are ranked `k` at a time per prompt, or rated one by one. The cell can be run again at any time: the new
-    page goes on where this rater stopped. Raises FeedbackError without anywidget (the `notebooks` extra).
+    page goes on where this rater stopped. `repeats` items come a second time at the end, in the reverse order, so that
+    the report can say how steady the rater is and how much the place sways them. Raises FeedbackError without anywidget
+    (the `notebooks` extra).
     """
     try:
         from .widget import RatingWidget
@@ -42,4 +45,4 @@ def rate(
     if isinstance(samples, pd.DataFrame):
         samples = of_samples(samples, question, k)
     store = store if isinstance(store, Store) else Store(store)
-    return RatingWidget(Session(store, samples, rater, question, seed, interface="notebook"))
+    return RatingWidget(Session(store, samples, rater, question, seed, "notebook", repeats))

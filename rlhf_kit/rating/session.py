@@ -6,6 +6,7 @@ import hashlib
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from statistics import median
@@ -35,8 +36,10 @@ class Session:
     """One rater's way through items: `state` is what the page shows, `act` what the page asks for.
 
     Where this rater stopped before, it goes on, with the same item in the same order; what this rater has judged is not
-    asked again. It moves on only when the store has the judgment on the disk. The page is told neither the items'
-    columns nor which completion is which. Raises FeedbackError for a question that the items do not fit.
+    asked again, but for `repeats` of the items, drawn by the seed, which come a second time after all others, their
+    completions in the reverse order. It moves on only when the store has the judgment on the disk. The page is told
+    neither the items' columns nor which completion is which. Raises FeedbackError for a question that the items do not
+    fit, and for more repeats than items.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Session:
         question: Question = "rank",
         seed: int = 0,
         interface: str = "page",
+        repeats: int = 0,
     ) -> None:
         if not items:
             raise FeedbackError("rate: there are no items to judge")
@@ -55,6 +59,10 @@ class Session:
         check_question(question, items)
         self.store, self.rater, self.question, self.seed = store, rater, question, seed
         self.items = {item.id: item for item in items}
+        if not 0 <= repeats <= len(self.items):
+            raise FeedbackError(f"rate: repeats={repeats}, but there are {len(self.items)} different items")
+        again = np.random.default_rng([seed, 12]).permutation(len(self.items))[:repeats]
+        self.asked = [*self.items.values(), *(list(self.items.values())[i] for i in sorted(again))]
         self.interface = f"{interface}, rlhf-kit {version('rlhf-kit')}"
         self.made: set[int] = set()  # judgments of this session that count
         self._error: str | None = None
@@ -72,7 +80,8 @@ class Session:
     def state(self) -> dict[str, Any]:
         """What the page needs, as plain JSON; `turn` grows with each action, so that a page sees its answer."""
         with self._lock:
-            showing, done, total = self._showing, len(self._history), len(self.items)
+            showing, total = self._showing, len(self.asked)
+            done = total - len(self._pending())
             if showing is not None and self._started is None:
                 self._started = time.monotonic()  # the page asks for the item: its time runs
             pace = median(self._seconds[-RECENT:]) if self._seconds else None
@@ -87,7 +96,7 @@ class Session:
                 "judged": done,
                 "skipped": sum(each.skipped for each in self._history),
                 "total": total,
-                "done": done == total,
+                "done": showing is None,
                 "per_minute": pace and 60 / max(pace, 0.1),
                 "seconds_left": pace and pace * (total - done),
                 "can_undo": bool(self._history),
@@ -143,7 +152,8 @@ class Session:
                 raise FeedbackError("not recorded: everything is judged already")
             seconds = time.monotonic() - (self._started or time.monotonic())
             try:
-                judgment = self.store.record(open_now.showing, self.rater, answer, seconds, self.interface)
+                before = sum(each.item == open_now.item.id for each in self._history)
+                judgment = self.store.record(open_now.showing, self.rater, answer, seconds, self.interface, before)
             except FeedbackError:
                 self._resume()
                 if self._showing is open_now:
@@ -190,9 +200,8 @@ class Session:
     def _resume(self) -> None:
         """Take everything from the store: what is judged, and what was shown last and not answered."""
         self._history = self._judged()
-        known = {each.item for each in self._history}
         last = self.store.open_showing(self.rater, self.question)
-        if last is not None and last.item.id in self.items and last.item.id not in known:
+        if last is not None and last.item.id in {item.id for item in self._pending()}:
             if self._showing is None or last.showing != self._showing.showing:
                 self._showing, self._started = last, None
         else:
@@ -212,18 +221,29 @@ class Session:
             if row["item"] in self.items
         ]
 
+    def _pending(self) -> list[Item]:
+        """What is still to be asked, in order: each judgment of an item settles one asking of it."""
+        made = Counter(each.item for each in self._history)
+        pending = []
+        for item in self.asked:
+            if not made[item.id]:
+                pending.append(item)
+            made[item.id] = max(0, made[item.id] - 1)
+        return pending
+
     def _next(self) -> None:
-        known = {each.item for each in self._history}
-        self._showing = None
-        for item in self.items.values():
-            if item.id not in known:
-                return self._show(item, self._order(item))
+        pending, self._showing = self._pending(), None
+        if pending:
+            self._show(pending[0], self._order(pending[0]))
 
     def _show(self, item: Item, order: Sequence[int]) -> None:
         self._showing, self._started = self.store.show(item, self.rater, self.question, order), None
 
     def _order(self, item: Item) -> tuple[int, ...]:
-        """Drawn by seed, rater and item alone: an item comes in the same order whenever this rater sees it."""
+        """Drawn by seed, rater and item alone; an item that comes again comes in the reverse of its order before."""
+        before = [each.shown for each in self._history if each.item == item.id and each.shown]
+        if before:
+            return before[-1][::-1]
         drawn = hashlib.sha256(f"{self.rater}/{item.id}".encode()).digest()[:8]
         return draw_order(len(item.completions), np.random.default_rng([self.seed, 10, int.from_bytes(drawn)]))
 
