@@ -15,7 +15,7 @@ from scipy import integrate, stats
 from rlhf_kit import cli, feedback, pocket, rewards, statistics
 from rlhf_kit.feedback import Answer, FeedbackError, Item, Store
 from rlhf_kit.feedback.bias import gold_scores
-from rlhf_kit.feedback.choice_model import Choices, Likelihood
+from rlhf_kit.feedback.choice_model import Choices, Posterior
 from rlhf_kit.feedback.consensus import expectation_maximisation
 from rlhf_kit.feedback.judging import as_row, judgments_frame
 from rlhf_kit.pocket import answers
@@ -253,9 +253,11 @@ def test_swapped_repeats_give_the_bias_by_hand() -> None:
     assert row["position_swapped_hi"] == pytest.approx(0.5 * math.log(0.9681 / 0.0319), abs=1e-2)
 
 
-def test_of_choices_at_even_quality_the_position_is_the_log_odds_of_the_first_place() -> None:
+def test_at_even_quality_place_and_lapses_say_together_how_often_the_first_is_preferred() -> None:
     """Every two of three raters see the sides swapped. P(first) = 3/4 each, on its own: 9 of 16 pairs both the first,
-    1 of 16 both the second, 3 and 3 of 16 agree. So quality has no part in it, and position is log(3)."""
+    1 of 16 both the second, 3 and 3 of 16 agree. So quality has no part in it, and (1 - lapse) s(position) + lapse / 2
+    is 3/4. Nothing says how much of that is lapses, so these are their prior's: Beta(1.5, 6) has its mode at .5 / 5.5;
+    without any, position would be log(3)."""
     said, shown, k = [], {}, 0
     for one, other in (("ana", "ben"), ("ben", "cy"), ("cy", "ana")):
         for ranks in [(A, B)] * 36 + [(B, A)] * 4 + [(A, A)] * 12 + [(B, B)] * 12:
@@ -264,10 +266,14 @@ def test_of_choices_at_even_quality_the_position_is_the_log_odds_of_the_first_pl
                 said.append((pair(k), rater, value))
             k += 1
     found = feedback.biases(judged(*said, shown=shown))
-    assert np.allclose(found["position"], math.log(3), atol=0.01)
-    # Of 128 choices each, sigmoid'(log 3) = 3/16: a standard error of (128 * 3/16) ** -.5 = .204
-    assert np.allclose((found["position_hi"] - found["position"]) / 1.96, 0.204, atol=0.01)
-    assert (found["lapse"] == 0).all() and found["length"].isna().all()
+    assert np.allclose(found["lapse"], 0.5 / 5.5, atol=0.01)
+    first = (1 - found["lapse"]) / (1 + np.exp(-found["position"])) + found["lapse"] / 2
+    assert np.allclose(first, 0.75, atol=0.005)
+    # Were lapses known to be none, the standard error of 128 choices would be (128 * 3/16) ** -.5 = .204.
+    assert ((found["position_hi"] - found["position"]) / 1.96 > 0.204).all()
+    assert (
+        (found["position_lo"] < math.log(3)).all() and (found["lapse_lo"] == 0).all() and found["length"].isna().all()
+    )
     assert set(found["why"]) == {"order or length never differed"}
 
 
@@ -284,7 +290,7 @@ def test_the_likelihood_equals_numerical_integration() -> None:
     weights, lapses = np.array([0.4, -0.7]), np.array([0.0, 0.1, 0.3])
     slopes, widths, odds = np.array([0.5, -1.0]), np.array([0.3, 2.0]), 0.7
     given = np.concatenate([weights, lapses, slopes, np.log(widths), [odds]])
-    found = Likelihood(choices, 3).of_pairs(torch.tensor(given))
+    found = Posterior(choices, 3).of_pairs(torch.tensor(given))
     words = choices.words / choices.words.std()
     shares = 1 / (1 + np.exp([-odds, odds]))
     for pair_id in range(3):
@@ -329,16 +335,18 @@ GROUPS = {
 NO_FAULTS = {"knowledge": 1.0, "lapse": 0.0, "politeness": 0.0, "refusal_leniency": 0.0, "agreement": 0.0}
 
 
-def recovered(n_seeds: int, with_gold: bool, k: int = 2, **faults: Any) -> pd.DataFrame:
-    """Estimates of both biases of six raters and their truth: `bias, truth, value, lo, hi`, over several seeds."""
+def recovered(
+    n_seeds: int, with_gold: bool, k: int = 2, raters: int = 6, pairs: int = 300, **faults: Any
+) -> pd.DataFrame:
+    """What `biases` finds in panels, and what was planted: `bias, truth, value, lo, hi`, over several seeds."""
     rows = []
     for seed in range(n_seeds):
-        panel = feedback.panel(WORLD, 6, seed=100 * seed, groups=GROUPS, **faults)
-        judgments = feedback.ask(texts(300 if k == 2 else 120, seed, k), panel, per_item=6, seed=seed)
+        panel = feedback.panel(WORLD, raters, seed=100 * seed, groups=GROUPS, **faults)
+        judgments = feedback.ask(texts(pairs, seed, k), panel, per_item=raters, seed=seed)
         found = feedback.biases(judgments, rewards.gold(WORLD) if with_gold else None).set_index("rater")
         mean = 0.0 if with_gold else np.mean([rater.rater.length for rater in panel])
         for rater in panel:
-            truth = {"position": rater.rater.position_bias}
+            truth = {"position": rater.rater.position_bias, "lapse": rater.rater.lapse}
             truth["length"] = (rater.rater.length - mean) / rater.rater.temperature
             for bias, planted in truth.items():
                 numbers = [found.loc[rater.name, bias + end] for end in ("", "_lo", "_hi")]
@@ -357,13 +365,14 @@ def test_planted_biases_lie_in_their_intervals(with_gold: bool) -> None:
     """60 intervals of each bias; of the nominal 95%, 85% is three standard errors below."""
     frame = recovered(10, with_gold, temperature=1.0, **NO_FAULTS)
     assert (coverage(frame) >= 0.85).all(), coverage(frame)
+    frame = frame[frame["bias"] != "lapse"]  # these are 0 here, and no estimate is below
     errors = (frame["value"] - frame["truth"]).groupby(frame["bias"])
     assert (errors.mean().abs() < 4 * errors.std() / np.sqrt(60) + 0.01).all()
 
 
 @pytest.mark.slow
 def test_planted_biases_are_recovered_from_rankings_of_several() -> None:
-    frame = recovered(5, False, k=4, temperature=1.0, **NO_FAULTS)
+    frame = recovered(5, False, k=4, pairs=120, temperature=1.0, **NO_FAULTS)
     assert (coverage(frame) >= 0.8).all(), coverage(frame)
 
 
@@ -372,8 +381,15 @@ def test_planted_biases_lie_in_their_intervals_whatever_else_the_panel_gets_wron
     """Lapses, gaps of knowledge and tastes that gold does not share, from the judgments alone."""
     frame = recovered(10, False)
     assert (coverage(frame) >= 0.85).all(), coverage(frame)
-    for _, part in frame.groupby("bias"):
+    for _, part in frame[frame["bias"] != "lapse"].groupby("bias"):  # that is the same for all of them
         assert np.polyfit(part["truth"], part["value"], 1)[0] == pytest.approx(1, abs=0.35)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", [60, 100])
+def test_few_pairs_give_wide_intervals_and_not_wrong_ones(pairs: int) -> None:
+    frame = recovered(20, False, raters=3, pairs=pairs)
+    assert (coverage(frame) >= 0.85).all(), coverage(frame)
 
 
 @pytest.mark.slow

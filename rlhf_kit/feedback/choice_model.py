@@ -7,6 +7,10 @@ Rater r, asked about a pair of quality gap q, prefers the pair's first completio
 where x is what may sway them: the place, the length. Where q is not known it is a random effect of the pair that all
 its raters share, drawn from a mixture of two normals whose means are proportional to the difference in length (a
 logistic mixed model, summed over by Gauss-Hermite quadrature). A lapse shows where the other raters leave no doubt.
+
+Weak priors keep what few choices hardly say from running away (the idea of Gelman et al. 2008, 0901.4011): weights are
+normal, of sd 3 log-odds for a typical difference; lapses Beta(1.5, 6), most likely .09; of the mixture, the slopes on
+the words and the log-odds of the first normal are normal, the widths half-normal.
 """
 
 from __future__ import annotations
@@ -16,16 +20,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import OptimizeResult, brentq, minimize
+from scipy.optimize import OptimizeResult, minimize
 
 from rlhf_kit.statistics import NOT_MEASURED, Interval, Z
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.integer[Any]]
-LARGEST = 100.0  # log-odds of the largest difference seen; a fit there is on its way to infinity
 NODES = 21  # of the quadrature
-KNOWN_BY, AT_END = 1e-3, 1e-6  # a flatter log-likelihood says nothing; so near the end of its range a parameter is kept
-MOST_LAPSES = 0.95
+WEIGHT_SD = 3.0  # log-odds for a difference of root-mean-square size
+LAPSE = (1.5, 6.0)  # Beta
+SLOPE_SD, WIDTH_SDS, ODDS_SD = 2.0, (2.0, 8.0), 1.5  # of the mixture
+LAPSES, MIXTURES = (1e-4, 0.95), [(-12.0, 12.0)] * 2 + [(-3.0, 3.5)] * 2 + [(-6.0, 6.0)]  # where the mode is searched
 
 
 class Choices(NamedTuple):
@@ -53,55 +58,54 @@ class Fit(NamedTuple):
 
 
 def fit(choices: Choices) -> Fit:
-    """Maximum likelihood; standard errors are robust to what pairs of one item share. NaN where nothing is known."""
+    """Posterior mode; standard errors are robust to what pairs of one item share. NaN where nothing is known."""
     n, raters = choices.sways.shape[1], int(choices.rater.max()) + 1
     varied = np.flatnonzero(np.abs(choices.sways).max(0) > 0)
     nothing = Fit(np.full(n, np.nan), np.full((n, n), np.nan), [NOT_MEASURED] * raters, "")
     used, items = choices.sways[:, varied], len(np.unique(choices.item))
     if not len(varied) or np.linalg.matrix_rank(used) < len(varied) or items <= len(varied) + raters:
         return nothing._replace(why=f"{len(choices.chosen)} choices about {items} items are too few")
-    scale = np.abs(used).max(0)  # gold and words have units of their own; the optimiser should not mind
-    model = Likelihood(choices._replace(sways=used / scale), raters)
+    scale = np.sqrt((used**2).sum(0) / (used != 0).sum(0))  # a typical difference: gold and words have units
+    model = Posterior(choices._replace(sways=used / scale), raters)
     k = len(varied)
-    found = model.likeliest()
-    free, covariance = model.covariance(found.x)
-    if not found.success or not free[:k].all():
+    found = model.mode()
+    if not found.success:
+        return nothing._replace(why=f"no model of the choices was found ({found.message})")
+    if choices.words is None and (choices.chosen * (used @ (found.x[:k] / scale)) > 0).all():
         return nothing._replace(why="the choices are explained without any error, so no finite bias fits best")
+    covariance = model.covariance(found.x)
     weights, spread = nothing.weights.copy(), nothing.covariance.copy()
     weights[varied] = found.x[:k] / scale
     spread[np.ix_(varied, varied)] = covariance[:k, :k] / np.outer(scale, scale)
     lapses = []
-    for j in range(k, k + raters):
-        half = Z * covariance[j, j] ** 0.5 if free[j] else model.unlikely(found.x, j)
-        lapses.append(Interval(*np.clip([found.x[j], found.x[j] - half, found.x[j] + half], 0, 1).tolist()))
+    for lapse, variance in zip(found.x[k : k + raters], np.diag(covariance)[k : k + raters], strict=True):
+        lapses.append(Interval(*np.clip(lapse + np.array([0, -1, 1]) * Z * variance**0.5, 0, 1).tolist()))
     return Fit(weights, spread, lapses, why="" if k == n else "order or length never differed")
 
 
-class Likelihood:
-    """log P(choices) of parameters in one row: weights, lapses and, of the mixture, slopes, log widths, log-odds."""
+class Posterior:
+    """Of parameters in one row: weights, lapses and, of the mixture, slopes, log widths, log-odds of the first."""
 
     def __init__(self, choices: Choices, raters: int) -> None:
         self.chosen, self.sways = torch.from_numpy(choices.chosen)[:, None], torch.from_numpy(choices.sways)
-        self.rater, self.raters = torch.tensor(choices.rater), raters
+        self.rater = torch.tensor(choices.rater)
         _, first, pair = np.unique(choices.pair, return_index=True, return_inverse=True)
         _, item = np.unique(choices.item[first], return_inverse=True)
         self.pair, self.pairs, self.item = torch.from_numpy(pair), len(first), torch.from_numpy(item)
-        n = choices.sways.shape[1]
-        self.start = np.array([0.0] * n + [0.05] * raters)
-        self.bounds = [(-LARGEST, LARGEST)] * n + [(0.0, MOST_LAPSES)] * raters
+        self.sizes = [choices.sways.shape[1], raters, 0]
+        self.start = [0.0] * self.sizes[0] + [0.1] * raters
+        self.ends = [(-100.0, 100.0)] * self.sizes[0] + [LAPSES] * raters
         self.words = None
         if choices.words is not None:
             self.words = torch.from_numpy(choices.words / max(float(choices.words.std()), 1e-9))
             nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
             self.nodes, self.log_weights = torch.from_numpy(nodes), torch.from_numpy(np.log(weights / weights.sum()))
-            self.start = np.concatenate([self.start, [0.0, 0.0, -0.5, 1.8, 0.0]])
-            self.bounds += [(-12.0, 12.0)] * 2 + [(-3.0, 2.5)] * 2 + [(-6.0, 6.0)]
+            self.sizes[2], self.start, self.ends = 5, [*self.start, 0.0, 0.0, -0.5, 1.8, 0.0], self.ends + MIXTURES
 
     def of_pairs(self, parameters: torch.Tensor) -> torch.Tensor:
         """log P of what was said of each pair: (U,)."""
-        n = self.sways.shape[1]
-        weights, lapse = parameters[:n], parameters[n : n + self.raters][self.rater][:, None]
-        swayed = (self.sways @ weights)[:, None]
+        weights, lapses, mixture = parameters.split(self.sizes)
+        swayed, lapse = (self.sways @ weights)[:, None], lapses[self.rater][:, None]
 
         def said(gap: torch.Tensor) -> torch.Tensor:  # (N, nodes) -> (U, nodes)
             chance = (1 - lapse) * torch.sigmoid(self.chosen * gap) + lapse / 2
@@ -110,7 +114,7 @@ class Likelihood:
 
         if self.words is None:
             return said(swayed).squeeze(1)
-        slopes, widths, odds = parameters[n + self.raters :].split([2, 2, 1])
+        slopes, widths, odds = mixture.split([2, 2, 1])
         shares = torch.nn.functional.logsigmoid(torch.cat([odds, -odds]))
         parts = [
             share
@@ -121,49 +125,37 @@ class Likelihood:
         ]
         return torch.logsumexp(torch.stack(parts), 0)
 
-    def loss(self, parameters: Array) -> tuple[float, Array]:
-        """-log P of everything, and its gradient.
+    def prior(self, parameters: torch.Tensor) -> torch.Tensor:
+        """-log of the priors' density, less its constant."""
+        weights, lapses, mixture = parameters.split(self.sizes)
+        a, b = LAPSE
+        of_lapses = -(a - 1) * lapses.log() - (b - 1) * (-lapses).log1p()
+        normal = [weights / WEIGHT_SD]
+        if self.words is not None:
+            slopes, widths, odds = mixture.split([2, 2, 1])
+            normal += [slopes / SLOPE_SD, widths.exp() / torch.tensor(WIDTH_SDS), odds / ODDS_SD]
+        return of_lapses.sum() + torch.cat(normal).square().sum() / 2
 
-        A nat is asked for each whole lapse: where it cannot be told from place, as without any quality, it is place.
-        """
+    def loss(self, parameters: Array) -> tuple[float, Array]:
+        """-log of the posterior density, less its constant, and its gradient."""
         at = torch.tensor(parameters, requires_grad=True)
-        n = self.sways.shape[1]
-        total = -self.of_pairs(at).sum() + at[n : n + self.raters].sum()
+        total = self.prior(at) - self.of_pairs(at).sum()
         (gradient,) = torch.autograd.grad(total, at)
         return total.item(), gradient.numpy()
 
-    def likeliest(self) -> OptimizeResult:
-        """The better end of two ways: with some lapses at first, and with none until the weights are found."""
-        k = self.sways.shape[1]
-        options: dict[str, Any] = {"jac": True, "method": "L-BFGS-B", "options": {"maxiter": 500}}
-        exact, bounds = self.start.copy(), list(self.bounds)
-        exact[k : k + self.raters], bounds[k : k + self.raters] = 0.0, [(0.0, 0.0)] * self.raters
-        without = minimize(self.loss, exact, bounds=bounds, **options)
-        ends = [minimize(self.loss, start, bounds=self.bounds, **options) for start in (self.start, without.x)]
-        return min(ends, key=lambda end: end.fun)
+    def mode(self) -> OptimizeResult:
+        """Where the posterior is highest, from `start` on."""
+        options = {"maxiter": 500}
+        return minimize(self.loss, self.start, bounds=self.ends, jac=True, method="L-BFGS-B", options=options)
 
-    def unlikely(self, parameters: Array, j: int) -> float:
-        """How far parameter j may rise from the end of its range before the likelihood-ratio test rejects it, 0.05."""
-
-        def above(rise: float) -> float:
-            moved = parameters.copy()
-            moved[j] += rise
-            return 2 * (self.loss(moved)[0] - self.loss(parameters)[0]) - Z**2
-
-        most = MOST_LAPSES - parameters[j]
-        return float(brentq(above, 0, most)) if most > 0 and above(most) > 0 else 1.0
-
-    def covariance(self, parameters: Array) -> tuple[NDArray[np.bool_], Array]:
-        """What is not at the end of its range, and its sandwich H^-1 S H^-1, S summed over items (White 1982)."""
+    def covariance(self, parameters: Array) -> Array:
+        """H^-1 (S + P) H^-1 (White 1982): H, P the curvatures of posterior and prior, S the items' scores, squared."""
         at = torch.tensor(parameters)
         ways = torch.eye(len(at), dtype=at.dtype)
         each = torch.stack([torch.autograd.functional.jvp(self.of_pairs, at, way)[1] for way in ways], 1)
         scores = torch.zeros(int(self.item.max()) + 1, len(at), dtype=at.dtype).index_add(0, self.item, each)
-        curved = -torch.autograd.functional.hessian(lambda given: self.of_pairs(given).sum(), at)
-        low, high = torch.tensor(self.bounds, dtype=at.dtype).T
-        inside = (at > low + AT_END) & (at < high - AT_END) & (curved.diagonal() > KNOWN_BY)
-        free = inside.nonzero().squeeze(1)
-        inverse = torch.linalg.pinv(curved[free][:, free], hermitian=True, rtol=1e-8)
-        covariance = torch.zeros_like(curved)
-        covariance[free[:, None], free] = inverse @ (scores[:, free].T @ scores[:, free]) @ inverse
-        return inside.numpy(), covariance.numpy()
+        curved = torch.autograd.functional.hessian(lambda given: -self.of_pairs(given).sum(), at)
+        prior = torch.autograd.functional.hessian(self.prior, at)
+        inverse = torch.linalg.pinv(curved + prior, hermitian=True, rtol=1e-8)
+        covariance: Array = (inverse @ (scores.T @ scores + prior) @ inverse).numpy()
+        return covariance

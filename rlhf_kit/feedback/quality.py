@@ -27,7 +27,7 @@ MEANINGS = {
     "lapse": "share of the rater's choices made as by a coin, from the same model as position and length; what only "
     "this rater does not know of a pair counts too",
     "position": "log-odds that standing first on the page adds, from a model of choices that holds quality and length "
-    "equal and knows of lapses; from less than some 200 pairs its interval is too narrow, and that of length more so",
+    "equal and knows of lapses, with weak priors",
     "length": "log-odds that each more word adds, from the same model; without gold it is relative to the mean of "
     "the panel, whose shared taste cannot be told from quality",
     "position_swapped": "log-odds of the first place from pairs judged in both orders, log(n first-first / n "
