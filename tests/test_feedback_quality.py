@@ -400,13 +400,19 @@ def test_with_gold_lapses_do_not_hide_what_was_planted() -> None:
 
 @pytest.mark.slow
 def test_a_careless_rater_is_told_from_the_careful() -> None:
-    for seed in range(3):
+    """In all of ten panels. Of ten intervals of 95% at least eight hold the truth with probability .99."""
+    lows, inside = [], []
+    for seed in range(10):
         panel = feedback.panel(WORLD, 5, seed=100 * seed, lapse=0.02)
         panel.append(feedback.SimulatedRater(WORLD, pocket.Rater(lapse=0.4, name="careless"), 1000 + seed))
         judgments = feedback.ask(texts(300, seed), panel, per_item=6, seed=seed)
         found = feedback.biases(judgments).set_index("rater")
-        assert found.loc["careless", "lapse_lo"] < 0.4 < found.loc["careless", "lapse_hi"]
-        assert found["lapse"].idxmax() == "careless" and found.loc["careless", "lapse_lo"] > 0.1
+        assert found["lapse"].idxmax() == "careless"
+        low, high = found.loc["careless", ["lapse_lo", "lapse_hi"]]
+        lows.append(low)
+        inside.append(low < 0.4 < high)
+    assert sum(inside) >= 8
+    assert min(lows) > 0.05 and np.median(lows) > 0.2  # the careful ones lapse in .02
 
 
 @pytest.mark.slow
