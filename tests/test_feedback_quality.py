@@ -308,6 +308,20 @@ def test_the_likelihood_equals_numerical_integration() -> None:
         assert found[pair_id].item() == pytest.approx(math.log(whole), abs=2e-3)
 
 
+def test_the_prior_is_the_one_that_is_written_down() -> None:
+    """Against scipy's densities, but for a constant: so between two points."""
+    one = Choices(*(np.ones(shape) for shape in (1, (1, 2))), *(np.zeros(1, dtype=int) for _ in range(3)), np.ones(1))
+    model, density = Posterior(one, 1), []
+    points = [[0.4, -5.0, 0.1, 0.5, -1.0, 0.3, 2.0, 0.7], [-1.0, 2.0, 0.5, 3.0, 0.0, 1.0, 7.0, -2.0]]
+    for a, b, lapse, slope, other_slope, width, other_width, odds in points:
+        normal = stats.norm.logpdf([a / 3, b / 3, slope / 2, other_slope / 2, odds / 1.5]).sum()
+        widths = stats.halfnorm.logpdf([width / 2, other_width / 8]).sum()
+        density.append(normal + widths + stats.beta.logpdf(lapse, 1.5, 6))
+    at = torch.tensor(points, dtype=torch.double)
+    at[:, 5:7] = at[:, 5:7].log()
+    assert (model.prior(at[1]) - model.prior(at[0])).item() == pytest.approx(density[0] - density[1])
+
+
 def test_choices_without_error_have_no_finite_bias() -> None:
     said = [(pair(k, longer=k % 3), "ana", A if k % 3 else B) for k in range(30)]
     frame = judged(*said, shown={k: (0, 1) if k % 2 else (1, 0) for k in range(30)})

@@ -30,7 +30,10 @@ NODES = 21  # of the quadrature
 WEIGHT_SD = 3.0  # log-odds for a difference of root-mean-square size
 LAPSE = (1.5, 6.0)  # Beta
 SLOPE_SD, WIDTH_SDS, ODDS_SD = 2.0, (2.0, 8.0), 1.5  # of the mixture
-LAPSES, MIXTURES = (1e-4, 0.95), [(-12.0, 12.0)] * 2 + [(-3.0, 3.5)] * 2 + [(-6.0, 6.0)]  # where the mode is searched
+# Where the search for the mode begins and what it does not leave; of the mixture: slopes, log widths, log-odds.
+WEIGHT_RANGE, LAPSE_START, LAPSE_RANGE = (-100.0, 100.0), 0.1, (1e-4, 0.95)
+MIXTURE_START = [0.0, 0.0, -0.5, 1.8, 0.0]
+MIXTURE_RANGES = [(-12.0, 12.0), (-12.0, 12.0), (-3.0, 3.5), (-3.0, 3.5), (-6.0, 6.0)]
 
 
 class Choices(NamedTuple):
@@ -93,14 +96,15 @@ class Posterior:
         _, item = np.unique(choices.item[first], return_inverse=True)
         self.pair, self.pairs, self.item = torch.from_numpy(pair), len(first), torch.from_numpy(item)
         self.sizes = [choices.sways.shape[1], raters, 0]
-        self.start = [0.0] * self.sizes[0] + [0.1] * raters
-        self.ends = [(-100.0, 100.0)] * self.sizes[0] + [LAPSES] * raters
+        self.start = [0.0] * self.sizes[0] + [LAPSE_START] * raters
+        self.ranges = [WEIGHT_RANGE] * self.sizes[0] + [LAPSE_RANGE] * raters
         self.words = None
         if choices.words is not None:
             self.words = torch.from_numpy(choices.words / max(float(choices.words.std()), 1e-9))
             nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
             self.nodes, self.log_weights = torch.from_numpy(nodes), torch.from_numpy(np.log(weights / weights.sum()))
-            self.sizes[2], self.start, self.ends = 5, [*self.start, 0.0, 0.0, -0.5, 1.8, 0.0], self.ends + MIXTURES
+            self.sizes[2] = len(MIXTURE_START)
+            self.start, self.ranges = self.start + MIXTURE_START, self.ranges + MIXTURE_RANGES
 
     def of_pairs(self, parameters: torch.Tensor) -> torch.Tensor:
         """log P of what was said of each pair: (U,)."""
@@ -146,7 +150,7 @@ class Posterior:
     def mode(self) -> OptimizeResult:
         """Where the posterior is highest, from `start` on."""
         options = {"maxiter": 500}
-        return minimize(self.loss, self.start, bounds=self.ends, jac=True, method="L-BFGS-B", options=options)
+        return minimize(self.loss, self.start, bounds=self.ranges, jac=True, method="L-BFGS-B", options=options)
 
     def covariance(self, parameters: Array) -> Array:
         """H^-1 (S + P) H^-1 (White 1982): H, P the curvatures of posterior and prior, S the items' scores, squared."""
