@@ -139,11 +139,10 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _memory(options: argparse.Namespace) -> int:
-    import logging
-
     from rlhf_kit import memory, models
+    from rlhf_kit.progress import quiet
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet()
     if options.full and options.load_in_4bit:
         raise ValueError("--full does not go with --4bit: 4-bit weights cannot be trained; leave one out")
     if options.lora < 1:
