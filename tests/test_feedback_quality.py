@@ -426,7 +426,7 @@ def test_a_careless_rater_is_told_from_the_careful() -> None:
         lows.append(low)
         inside.append(low < 0.4 < high)
     assert sum(inside) >= 8
-    assert min(lows) > 0.05 and np.median(lows) > 0.2  # the careful ones lapse in .02
+    assert sum(low > 0.1 for low in lows) >= 9 and min(lows) > 0.05  # the careful ones lapse in .02
 
 
 @pytest.mark.slow

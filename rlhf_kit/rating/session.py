@@ -61,8 +61,9 @@ class Session:
         self.items = {item.id: item for item in items}
         if not 0 <= repeats <= len(self.items):
             raise FeedbackError(f"rate: repeats={repeats}, but there are {len(self.items)} different items")
-        again = np.random.default_rng([seed, 12]).permutation(len(self.items))[:repeats]
-        self.asked = [*self.items.values(), *(list(self.items.values())[i] for i in sorted(again))]
+        once = list(self.items.values())
+        again = np.random.default_rng([seed, 12]).permutation(len(once))[:repeats]
+        self.asked = once + [once[i] for i in sorted(again)]
         self.interface = f"{interface}, rlhf-kit {version('rlhf-kit')}"
         self.made: set[int] = set()  # judgments of this session that count
         self._error: str | None = None
