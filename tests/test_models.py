@@ -571,14 +571,19 @@ def test_load_causal_trains_what_it_should(zoo: Zoo, mode: str) -> None:
     assert all(p.dtype == torch.float32 for p in trained.parameters() if p.requires_grad)
 
 
-def test_tokenizers_pad_on_the_left_and_fall_back_to_eos(zoo: Zoo, tmp_path: Path) -> None:
+def test_tokenizers_pad_on_the_left_and_never_with_eos(zoo: Zoo, tmp_path: Path) -> None:
     tokenizer = models.load_tokenizer(zoo["full"])
     assert tokenizer.padding_side == "left" and tokenizer.pad_token_id == 1
     save_llama(tmp_path / "m", word_tokenizer(), hidden=32)
     bare = word_tokenizer()
-    bare.pad_token = None
+    for pad in (None, bare.eos_token):
+        bare.pad_token = pad
+        bare.save_pretrained(tmp_path / "m")
+        assert models.load_tokenizer(tmp_path / "m").pad_token_id == 1  # the only special token that is not in use
+    bare.chat_template = "{{ '<|pad|>' }}"  # closes a turn, say
     bare.save_pretrained(tmp_path / "m")
-    assert models.load_tokenizer(tmp_path / "m").pad_token_id == EOS
+    with pytest.raises(ModelError, match="no token to pad with"):
+        models.load_tokenizer(tmp_path / "m")
     bare.eos_token = None
     bare.save_pretrained(tmp_path / "m")
     with pytest.raises(ModelError, match="no EOS token"):

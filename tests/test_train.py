@@ -12,11 +12,17 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import in_a_new_process, naive_logprobs, save_llama
-from transformers import LlamaForSequenceClassification, PreTrainedTokenizerBase
+from tiny import in_a_new_process, naive_logprobs, save_llama, word_tokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf_kit import models, train
+from rlhf_kit.models import ModelError
 from rlhf_kit.ppo import PPOConfig, PPOTrainer
 from rlhf_kit.rewards import RewardModel
 
@@ -171,6 +177,42 @@ def test_the_reward_model_is_normalised_on_its_own_completions(stages: Stages) -
     assert torch.tensor(scores).mean().item() == pytest.approx(0, abs=1e-5)
     assert torch.tensor(scores).std().item() == pytest.approx(1, abs=1e-5)
     assert models.read_score_head(stages.reward).dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "4bit"])
+def test_a_reward_model_is_read_where_it_was_trained_also_where_pad_was_eos(mode: str, tmp_path: Path) -> None:
+    """The kit's score of a text against transformers' own head on the saved weights, padded and alone."""
+    tokenizer = word_tokenizer()
+    base = save_llama(tmp_path / "base", tokenizer, hidden=32)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(base)
+    adapter = {} if mode == "full" else {"lora": models.lora(4, 8), "load_in_4bit": mode == "4bit"}
+    texts = {"prompt": ["a c", "b d"] * 4, "chosen": [" e f g", " h"] * 4, "rejected": [" i", " j i j"] * 4}
+    settings = COMMON | {"max_steps": 8, "learning_rate": 1e-2} | adapter
+    out = train.reward_model(base, Dataset.from_dict(texts), tmp_path / "reward", **settings)
+    reward = RewardModel(out)
+    scores = torch.tensor(reward(texts["prompt"][:2], texts["chosen"][:2])) * reward.scale + reward.shift
+    auto, read = AutoModelForSequenceClassification, models.load_tokenizer(out)
+    own = models.load_base(out, auto.from_pretrained, None, num_labels=1)
+    if mode != "full":
+        own = PeftModel.from_pretrained(own, out)
+    own.config.pad_token_id, read.padding_side = read.pad_token_id, "right"
+    rows = [
+        prompt + chosen + read.eos_token for prompt, chosen in zip(texts["prompt"][:2], texts["chosen"], strict=False)
+    ]
+    with torch.no_grad():
+        logits = own.eval()(**read(rows, padding=True, return_tensors="pt")).logits.squeeze(1)
+    assert torch.allclose(scores, logits.float(), atol=2e-2 if mode == "4bit" else 1e-4)
+    assert logits[0] != logits[1]
+
+
+def test_a_reward_model_that_reloads_to_other_scores_is_not_published(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RewardModel, "_text", lambda self, prompt, completion: f"{prompt}{completion}")  # without EOS
+    with pytest.raises(ModelError, match="scores the rows it was trained on differently"):
+        train.reward_model(zoo["full"], PREFERENCES, tmp_path / "reward", max_steps=2, **COMMON)
+    assert not (tmp_path / "reward").exists()
 
 
 @pytest.mark.slow

@@ -79,14 +79,35 @@ def write_notes(model: ModelPath, **notes: Any) -> None:
 
 
 def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, padding on the left; EOS stands in for a missing pad token (no mask reads ids)."""
+    """The tokenizer of a model, padding on the left with a token that is not EOS; ModelError if there is none.
+
+    transformers' score heads read the last token that is not the pad token: padded with EOS, they would be trained at
+    the last word, and a finished completion is scored at EOS.
+    """
     source = model if (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
     tokenizer = _load(AutoTokenizer.from_pretrained, source, padding_side="left")
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{source}: its tokenizer has no EOS token, so completions could never end; set `eos_token`")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = _spare_token(tokenizer, source)
     return tokenizer
+
+
+def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
+    """A token to pad with: a special one that the chat template does not use, else the one of the NUL byte.
+
+    Decoding leaves the pad token out, so no token of ordinary text will do.
+    """
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    in_use = f"{tokenizer.chat_template} {tokenizer.eos_token} {tokenizer.bos_token}"
+    spare = [token for token in special if token not in in_use]
+    spare.sort(key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token, "reserved" not in token))
+    for token in (*spare, "\u0100", "<0x00>"):  # the NUL byte as byte-level BPE and as sentencepiece write it
+        if token in tokenizer.get_vocab():
+            return token
+    raise ModelError(
+        f"{source}: its tokenizer has no token to pad with but EOS; set `pad_token` to one that no text has"
+    )
 
 
 def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False) -> Model:

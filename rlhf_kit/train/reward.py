@@ -16,8 +16,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_kit.models import Model, ModelError, ModelPath, hidden_size, is_adapter, load_base, load_causal
-from rlhf_kit.rewards import normalise
+from rlhf_kit.rewards import RewardModel, normalise
 from rlhf_kit.train.stage import exact_start, fit, partial, prepare, publish, watched
+
+CHECKED = 16  # rows whose scores are compared once more after the model was saved and loaded
 
 
 class ItemBatches:
@@ -107,13 +109,45 @@ def reward_model(
         callbacks=watched("reward model", callbacks),
     )
     fit(trainer, out, exact)
+    rows = trainer.train_dataset.select(range(min(CHECKED, len(trainer.train_dataset))))
+    own, rounded = _own_scores(trainer, rows), args.bf16 or bool(exact)
     # What was written is loaded once more to be normalised: without this, weights would be held twice.
     del trainer, start, exact
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    _check_reloaded(partial(out), rows, own, tolerance=2e-2 if rounded else 1e-4)
     normalise(partial(out), 2 * dataset["prompt"][:], dataset["chosen"][:] + dataset["rejected"][:])
     return publish(out)
+
+
+@torch.no_grad()
+def _own_scores(trainer: RewardTrainer, rows: Dataset) -> torch.Tensor:
+    """What the trained model itself gives the rows as TRL tokenised them, chosen before rejected: (2N,)."""
+    trainer.model.eval()
+    batch = trainer.data_collator(list(rows))
+    where = trainer.model.device
+    with trainer.accelerator.autocast():
+        logits = trainer.model(
+            input_ids=batch["input_ids"].to(where), attention_mask=batch["attention_mask"].to(where)
+        ).logits
+    return logits[:, 0].float().cpu()
+
+
+def _check_reloaded(path: ModelPath, rows: Dataset, own: torch.Tensor, tolerance: float) -> None:
+    """ModelError unless the saved model, loaded again, gives the texts of the rows what the trained one gave them."""
+    reward = RewardModel(path)
+    eos = reward.tokenizer.eos_token
+    # TRL has joined each prompt with its completions and, where they are texts, closed these with EOS.
+    texts = [row[side][len(row["prompt"]) :] for side in ("chosen", "rejected") for row in rows]
+    texts = [text.removesuffix(eos) if isinstance(text, str) else text for text in texts]
+    again = torch.tensor(reward(2 * rows["prompt"][:], texts))
+    furthest = ((again - own).abs() / own.abs().clamp(min=1)).max().item()
+    if not furthest <= tolerance:
+        raise ModelError(
+            f"{path}: loaded again, it scores the rows it was trained on differently, by up to {furthest:.3g} of a "
+            "score; its tokenizer and its head do not read the same token, so it is not published"
+        )
 
 
 def _with_score_head(
