@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_kit import pocket
 from rlhf_kit.pretrain import pretrain
+from rlhf_kit.tasks import pocket
 
 CORPUS_SIZE, CORPUS_SEED = 80_000, 0
 STEPS, BATCH_SIZE, LEARNING_RATE, SEED = 2600, 64, 3e-3, 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from rlhf_kit import evaluate, plots, presets, report, runs, statistics
+from rlhf_kit import evaluate, plots, presets, report, runs, stats
 from rlhf_kit.notebook import set_threads
 from rlhf_kit.pipeline import Pipeline
 from rlhf_kit.progress import quiet
@@ -59,7 +59,7 @@ def shift_table(final: pd.DataFrame) -> pd.DataFrame:
     for seed, part in [*final.groupby("seed"), ("all", final)]:
         for model in ("PPO", "DPO", "best-of-n"):
             for reward in ("proxy", "gold"):
-                shift = statistics.paired_difference(part, model, "SFT", reward)
+                shift = stats.paired_difference(part, model, "SFT", reward)
                 verdict = "above zero" if shift.lo > 0 else "not above zero"
                 rows.append([seed, model, reward, *shift, verdict])
     return pd.DataFrame(rows, columns=["seed", "model", "reward", "shift", "shift_lo", "shift_hi", "verdict"])

@@ -203,7 +203,7 @@ def measured_run(
     lengths = f"{options.prompt}-{options.completion}"
     name = f"{options.shape}-{config.num_hidden_layers}-{options.mode}-{stage}-{device}-{lengths}"
     print(f"{name}: at work", flush=True)
-    return runs.stage(options.out, name, settings, {}, function, fresh=options.fresh).directory / "model"
+    return runs.make(options.out, name, settings, {}, function, fresh=options.fresh).directory / "model"
 
 
 def run(options: argparse.Namespace, base: str, stage: str, out: Path, made: dict[str, Path]) -> bool:

@@ -30,12 +30,13 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from transformers import AutoConfig, LlamaForCausalLM
 
-from rlhf_kit import PPOConfig, PPOTrainer, memory, models, plots, pocket, runs
+from rlhf_kit import PPOConfig, PPOTrainer, memory, models, plots, runs
 from rlhf_kit.notebook import set_threads
 from rlhf_kit.ppo import trainer as ppo_trainer
 from rlhf_kit.ppo.alarms import Alarms
 from rlhf_kit.progress import clock, quiet
 from rlhf_kit.runs import provenance
+from rlhf_kit.tasks import pocket
 
 OUT = Path("results/ppo-speed")
 ROLLOUTS, LENGTHS = (16, 32, 64, 128, 256), (8, 16, 32, 64)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from rlhf_kit import pocket
 from rlhf_kit.feedback import Item, Store
 from rlhf_kit.rating import Page, Session
+from rlhf_kit.tasks import pocket
 
 PICTURE = Path(__file__).resolve().parent / "figures" / "rating_page.png"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -27,7 +27,6 @@ _ROOMS = (
     "notebook",
     "pipeline",
     "plots",
-    "pocket",
     "ppo",
     "presets",
     "pretrain",
@@ -37,7 +36,8 @@ _ROOMS = (
     "rewards",
     "runs",
     "sampling",
-    "statistics",
+    "stats",
+    "tasks",
     "train",
 )
 _NAMES = {

@@ -27,7 +27,7 @@ import pyarrow.parquet
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_kit import pocket
+from rlhf_kit.tasks import pocket
 
 Row = dict[str, Any]
 Labelled = tuple[str, Row]  # ("row 3", {...}): a row, and how a person finds it in the source

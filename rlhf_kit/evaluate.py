@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from rlhf_kit import pocket, sampling, statistics
+from rlhf_kit import sampling, stats
 from rlhf_kit.models import ModelPath
 from rlhf_kit.rewards import Reward
-from rlhf_kit.statistics import Interval, compare, summary
+from rlhf_kit.stats import Interval, compare, summary
+from rlhf_kit.tasks import pocket
 
-__all__ = ["accuracy", "best_of_n", "calibration", "compare", "frontier", "score", "side_effects", "summary"]
+__all__ = ["accuracy", "best_of_n", "reward_calibration", "compare", "frontier", "score", "side_effects", "summary"]
 
 
 def score(
@@ -31,7 +32,7 @@ def score(
     parts = []
     for name, model in models.items():
         samples = sampling.sample(model, prompts, n, temperature, max_completion_length, reference, seed)
-        parts.append(sampling.score(samples, dict(rewards)).assign(model=name))
+        parts.append(sampling.add_rewards(samples, dict(rewards)).assign(model=name))
     scores = pd.concat(parts, ignore_index=True)
     return scores[["model", *(column for column in scores.columns if column != "model")]]
 
@@ -40,7 +41,7 @@ def best_of_n(scored: pd.DataFrame, by: str = "proxy", n: int | None = None, nam
     """Score rows of best-of-n over the reference's own samples; `kl` is log n - (n-1)/n, an upper bound in nats."""
     best = sampling.best_of_n(scored, by, n)
     of = n or int(scored["sample"].max()) + 1
-    return best.assign(model=name, kl=statistics.best_of_n_kl(of))
+    return best.assign(model=name, kl=stats.best_of_n_kl(of))
 
 
 def frontier(scores: pd.DataFrame, rewards: tuple[str, ...] = ("proxy", "gold")) -> pd.DataFrame:
@@ -53,7 +54,7 @@ def frontier(scores: pd.DataFrame, rewards: tuple[str, ...] = ("proxy", "gold"))
         row: dict[str, Any] = dict(zip(("model", "step", "n"), key, strict=True))
         for value in ("kl", *rewards):
             if value in group and group[value].notna().any() and not (value == "kl" and pd.notna(row["n"])):
-                interval = statistics.bootstrap(group[value], group["prompt_id"])
+                interval = stats.bootstrap(group[value], group["prompt_id"])
                 row |= {value: interval.mean, f"{value}_lo": interval.lo, f"{value}_hi": interval.hi}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -68,17 +69,17 @@ def margins(reward: Reward, preferences: Dataset) -> np.ndarray:
 def accuracy(reward: Reward, preferences: Dataset) -> Interval:
     """Share of preferences on whose chosen side the reward is higher, ties 1/2; prompts are resampled whole."""
     gaps = margins(reward, preferences)
-    return statistics.pair_accuracy(gaps, np.zeros_like(gaps), _prompt_ids(preferences))
+    return stats.pair_accuracy(gaps, np.zeros_like(gaps), _prompt_ids(preferences))
 
 
-def calibration(reward: Reward, preferences: Dataset, scale: float = 1.0, bins: int = 10) -> pd.DataFrame:
+def reward_calibration(reward: Reward, preferences: Dataset, scale: float = 1.0, bins: int = 10) -> pd.DataFrame:
     """How often the completion shown first is preferred, against sigmoid(scale * margin) of the reward.
 
     `scale` undoes the normalisation of a reward model (`RewardModel.scale`), so that margins are log-odds again.
     """
     sign = np.where(np.asarray(preferences["shown_first"][:]) == "chosen", 1.0, -1.0)
     probabilities = 1 / (1 + np.exp(-sign * scale * margins(reward, preferences)))
-    return statistics.calibration(probabilities, sign > 0, bins)
+    return stats.calibration_curve(probabilities, sign > 0, bins)
 
 
 def side_effects(scores: pd.DataFrame, world: pocket.World) -> pd.DataFrame:
@@ -103,7 +104,7 @@ def side_effects(scores: pd.DataFrame, world: pocket.World) -> pd.DataFrame:
         for effect, (happened, among) in effects.items():
             chosen = among & (scores["model"] == model)
             if chosen.any():
-                share = statistics.bootstrap(happened[chosen].astype(float), scores.loc[chosen, "prompt_id"])
+                share = stats.bootstrap(happened[chosen].astype(float), scores.loc[chosen, "prompt_id"])
                 rows.append(
                     {"model": model, "effect": effect, "share": share.mean, "share_lo": share.lo, "share_hi": share.hi}
                 )

@@ -231,10 +231,12 @@ class Pipeline:
                     last = step == checkpoints[-1][0]
                     n = SCORED["final" if last else "checkpoint"]
                     samples = sampling.sample(directory, prompts, n=n, reference=sft, seed=seed, **self.preset.sampling)
-                    parts.append(sampling.score(samples, found).assign(model=method, step=step, n=None, final=last))
+                    parts.append(
+                        sampling.add_rewards(samples, found).assign(model=method, step=step, n=None, final=last)
+                    )
             most = self.preset.best_of
             many = sampling.sample(sft, prompts, n=most, seed=seed + 1, **self.preset.sampling)
-            scored = sampling.score(many, found)
+            scored = sampling.add_rewards(many, found)
             for n in [2**k for k in range(most.bit_length()) if 2**k < most] + [most]:
                 parts.append(evaluate.best_of_n(scored, n=n).assign(step=None, n=n, final=n == most))
             runs.write_samples(out, pd.concat(parts, ignore_index=True))
@@ -260,7 +262,7 @@ class Pipeline:
             }  # a hub id is in the config below
             ids = {key: str(path) for key, path in inputs.items() if key not in files}
             config = {"stage": name, "preset": self.preset.name, "seed": self.preset.seed, **ids, **config}
-            run = runs.stage(self.out, name, config, files, say_and_make, fresh=self.fresh)
+            run = runs.make(self.out, name, config, files, say_and_make, fresh=self.fresh)
             print(
                 f"{name}: {'done before, kept' if run.reused else f'done in {clock(time.monotonic() - started)}'}",
                 flush=True,

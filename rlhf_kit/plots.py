@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from rlhf_kit import statistics
+from rlhf_kit import stats
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; each model has a marker of its own as well.
 COLOURS = {"base": "#7F7F7F", "SFT": "#0072B2", "best-of-n": "#CC79A7", "PPO": "#D55E00", "DPO": "#009E73"}
@@ -81,7 +81,7 @@ def reward_shift(
 ) -> Figure:
     """Distribution of each reward under each model on the same prompts: the picture of the Llama 2 report (Fig. 20).
 
-    Beside each model stands its mean shift from the baseline with the 95% interval of `statistics.paired_difference`; a
+    Beside each model stands its mean shift from the baseline with the 95% interval of `stats.paired_difference`; a
     dashed line marks its mean. A reward that was not measured has no panel. Raises ValueError if none was.
     """
     rewards = _measured(scores, rewards)
@@ -93,7 +93,7 @@ def reward_shift(
         grid, densities = _densities(samples)
         for model, values in samples.items():
             density = densities[model]
-            shift = statistics.paired_difference(scores, model, baseline, reward) if model != baseline else None
+            shift = stats.paired_difference(scores, model, baseline, reward) if model != baseline else None
             text = f"{model}  mean {values.mean():.2f}" if shift is None else f"{model}  shift {_signed(shift)}"
             axes.plot(grid, density, color=colour[model], linewidth=2.2, label=text)
             axes.fill_between(grid, density, color=colour[model], alpha=0.15, linewidth=0)
@@ -165,7 +165,7 @@ def reward_against_kl(frame: pd.DataFrame, rewards: Sequence[str] = ("gold", "pr
     """
     frame = frame.copy()
     if "n" in frame:
-        bound = frame["n"].map(statistics.best_of_n_kl, na_action="ignore")
+        bound = frame["n"].map(stats.best_of_n_kl, na_action="ignore")
         frame["model"] = frame["model"].where(frame["kl"].notna() | bound.isna(), frame["model"] + BOUND)
         frame["kl"] = frame["kl"].fillna(bound)
     rewards = _measured(frame, rewards)
@@ -250,7 +250,7 @@ def by_kind(scores: pd.DataFrame, value: str = "gold", models: Sequence[str] | N
     figure, (axes,) = _panels(1, width=max(6.5, 1.5 * len(kinds)), height=4.8)
     for i, model in enumerate(models):
         rows = scores[scores["model"] == model]
-        table = statistics.summary(rows.assign(model=rows["kind"]), rows["kind"].iloc[0], [value], win_by=())
+        table = stats.summary(rows.assign(model=rows["kind"]), rows["kind"].iloc[0], [value], win_by=())
         table = table.set_index("model").reindex(kinds)
         x = np.arange(len(kinds)) + (i - (len(models) - 1) / 2) * 0.7 / len(models)
         axes.errorbar(
@@ -306,7 +306,7 @@ def _text(key: Any) -> str:
 
 
 def calibration(frame: pd.DataFrame) -> Figure:
-    """Observed against predicted frequency of preference (`statistics.calibration`); large points hold many pairs."""
+    """Observed against predicted frequency of preference (`stats.calibration`); large points hold many pairs."""
     used = frame[frame["n"] > 0]
     error = float(((used["predicted"] - used["observed"]).abs() * used["n"]).sum() / used["n"].sum())
     figure, (axes,) = _panels(1, width=5.2, height=5.4)
@@ -368,7 +368,7 @@ def _numbers(scores: pd.DataFrame, model: str, column: str) -> NDArray[np.float6
     return rows.to_numpy(dtype=float)
 
 
-def _signed(interval: statistics.Interval) -> str:
+def _signed(interval: stats.Interval) -> str:
     return f"{interval.mean:+.2f} [{interval.lo:.2f}, {interval.hi:.2f}]"
 
 

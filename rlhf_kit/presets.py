@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlhf_kit import pocket
+from rlhf_kit.tasks import pocket
 
 Settings = dict[str, Any]
 

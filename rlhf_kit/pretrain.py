@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import get_cosine_schedule_with_warmup as cosine_schedule
 
-from .pocket.tokenizer import EOS, PAD, wrap
+from rlhf_kit.tasks.pocket.tokenizer import EOS, PAD, wrap
 
 _WARMUP = 0.05  # share of the steps
 _WEIGHT_DECAY = 0.01

@@ -8,7 +8,7 @@ import pandas as pd
 from datasets import Dataset
 from matplotlib.figure import Figure
 
-from rlhf_kit import evaluate, plots, rewards, runs, statistics
+from rlhf_kit import evaluate, plots, rewards, runs, stats
 from rlhf_kit.pipeline import Pipeline
 
 MODELS = ("base", "SFT", "best-of-n", "PPO", "DPO")
@@ -95,7 +95,7 @@ def readable(summary: pd.DataFrame) -> str:
     table = pd.DataFrame({"model": summary["model"]})
     for name in quantities:
         cells = zip(summary[name], summary[f"{name}_lo"], summary[f"{name}_hi"], strict=True)
-        table[name] = ["-" if pd.isna(mean) else str(statistics.Interval(mean, lo, hi)) for mean, lo, hi in cells]
+        table[name] = ["-" if pd.isna(mean) else str(stats.Interval(mean, lo, hi)) for mean, lo, hi in cells]
     return table.to_string(index=False) + "\n(kl of best-of-n is the upper bound log n - (n-1)/n)"
 
 

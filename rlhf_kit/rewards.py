@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rlhf_kit import pocket
 from rlhf_kit.models import (
     ModelPath,
     Prompt,
@@ -21,6 +20,7 @@ from rlhf_kit.models import (
     read_score_head,
     write_notes,
 )
+from rlhf_kit.tasks import pocket
 
 BATCH_TOKENS = 4096  # of one forward pass of a reward model, whatever its `batch_size`: long texts must not fill a GPU
 Completion = str | list[dict[str, str]]

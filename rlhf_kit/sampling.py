@@ -70,7 +70,7 @@ def sample(
     return frame[first + [column for column in frame.columns if column not in first]]
 
 
-def score(samples: pd.DataFrame, rewards: dict[str, Reward]) -> pd.DataFrame:
+def add_rewards(samples: pd.DataFrame, rewards: dict[str, Reward]) -> pd.DataFrame:
     """The samples with a column for each reward, called with the frame's other columns as it would be in training."""
     columns = {name: samples[name].tolist() for name in samples.columns if name not in ("prompt", "completion")}
     prompts, completions = samples["prompt"].tolist(), samples["completion"].tolist()

@@ -17,8 +17,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_kit import data, pocket
+from rlhf_kit import data
 from rlhf_kit.data import DataError
+from rlhf_kit.tasks import pocket
 
 PAIRS = [
     {"prompt": "where does the owl live ?", "chosen": " in the barn .", "rejected": " no .", "topic": "owl"},

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlhf_kit import feedback, pocket
+from rlhf_kit import feedback
 from rlhf_kit.feedback import Answer, FeedbackError, Item
 from rlhf_kit.models import Prompt
 from rlhf_kit.rewards import Completion, Ensemble
+from rlhf_kit.tasks import pocket
 
 W = pocket.world(0)
 RIGHT = f" the otter lives {W.truth['otter', 'home']} ."

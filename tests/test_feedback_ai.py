@@ -24,12 +24,13 @@ import tiny
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_kit import feedback, pocket, statistics
+from rlhf_kit import feedback, stats
 from rlhf_kit.feedback import Endpoint, EndpointRater, FeedbackError, Item, LanguageModelRater, RewardRater, Template
 from rlhf_kit.feedback.templates import rank_by, read_reply
 from rlhf_kit.models import load_causal, load_tokenizer
-from rlhf_kit.pocket.answers import CARELESS, DEMONSTRATION, write
 from rlhf_kit.rewards import RewardModel
+from rlhf_kit.tasks import pocket
+from rlhf_kit.tasks.pocket.answers import CARELESS, DEMONSTRATION, write
 
 PROMPT = "where does the otter live ?"
 GOOD, BAD = " the otter lives by the river .", " i am not sure ."
@@ -262,7 +263,7 @@ def test_a_judge_trained_on_a_raters_judgments_agrees_with_gold_better_than_chan
     assert rater.template == feedback.POCKET  # as the directory remembers
     prompts, first, second = zip(*((item.prompt, *item.completions) for item in held_out), strict=True)
     p = np.array(rater.preferences(prompts, first, second))
-    agreement = statistics.bootstrap(((p > 0.5) == (gaps > 0))[gaps != 0].astype(float))
+    agreement = stats.bootstrap(((p > 0.5) == (gaps > 0))[gaps != 0].astype(float))
     print(f"the judge agrees with gold in {agreement}")
     assert agreement.lo > 0.5
 

@@ -10,16 +10,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy import integrate, stats
+from scipy import integrate
+from scipy.stats import beta, halfnorm, norm
 
-from rlhf_kit import cli, feedback, pocket, rewards, statistics
+from rlhf_kit import cli, feedback, rewards, stats
 from rlhf_kit.feedback import Answer, FeedbackError, Item, Store
 from rlhf_kit.feedback.bias import gold_scores
 from rlhf_kit.feedback.choice_model import Choices, Posterior
 from rlhf_kit.feedback.consensus import expectation_maximisation
 from rlhf_kit.feedback.judging import as_row, judgments_frame
-from rlhf_kit.pocket import answers
-from rlhf_kit.pocket.facts import split_prompts
+from rlhf_kit.tasks import pocket
+from rlhf_kit.tasks.pocket import answers
+from rlhf_kit.tasks.pocket.facts import split_prompts
 
 WORLD = pocket.world(0)
 A, B, TIE, SKIP = (1, 2), (2, 1), (1, 1), None  # ranks of a pair, in the item's own order
@@ -144,11 +146,11 @@ def test_cohens_kappa_of_ratings_is_what_hand_arithmetic_says() -> None:
 
 def test_the_bootstrap_of_a_mean_is_that_of_statistics() -> None:
     values, groups = np.random.default_rng(0).normal(size=200), np.repeat(np.arange(50), 4)
-    one = statistics.bootstrap_of(lambda rows: float(values[rows].mean()), groups, n_resamples=4000)
-    other = statistics.bootstrap(values, groups, n_resamples=4000)
+    one = stats.bootstrap_of(lambda rows: float(values[rows].mean()), groups, n_resamples=4000)
+    other = stats.bootstrap(values, groups, n_resamples=4000)
     assert np.allclose(one, other, atol=0.01)
-    assert math.isnan(statistics.bootstrap_of(lambda rows: 1.0, np.zeros(5)).lo)
-    sometimes = statistics.bootstrap_of(lambda rows: 1.0 if rows[0] == 0 else math.nan, np.arange(9))
+    assert math.isnan(stats.bootstrap_of(lambda rows: 1.0, np.zeros(5)).lo)
+    sometimes = stats.bootstrap_of(lambda rows: 1.0 if rows[0] == 0 else math.nan, np.arange(9))
     assert sometimes.mean == 1 and math.isnan(sometimes.lo)
 
 
@@ -297,7 +299,7 @@ def test_the_likelihood_equals_numerical_integration() -> None:
         rows = np.flatnonzero(choices.pair == pair_id)
 
         def weighed(quality: float, k: int, rows: Any = rows) -> float:
-            chance = stats.norm.pdf(quality, slopes[k] * words[rows[0]], widths[k])
+            chance = norm.pdf(quality, slopes[k] * words[rows[0]], widths[k])
             for n in rows:
                 gap = quality + choices.sways[n] @ weights
                 right, lapse = 1 / (1 + np.exp(-choices.chosen[n] * gap)), lapses[choices.rater[n]]
@@ -314,9 +316,9 @@ def test_the_prior_is_the_one_that_is_written_down() -> None:
     model, density = Posterior(one, 1), []
     points = [[0.4, -5.0, 0.1, 0.5, -1.0, 0.3, 2.0, 0.7], [-1.0, 2.0, 0.5, 3.0, 0.0, 1.0, 7.0, -2.0]]
     for a, b, lapse, slope, other_slope, width, other_width, odds in points:
-        normal = stats.norm.logpdf([a / 3, b / 3, slope / 2, other_slope / 2, odds / 1.5]).sum()
-        widths = stats.halfnorm.logpdf([width / 2, other_width / 8]).sum()
-        density.append(normal + widths + stats.beta.logpdf(lapse, 1.5, 6))
+        normal = norm.logpdf([a / 3, b / 3, slope / 2, other_slope / 2, odds / 1.5]).sum()
+        widths = halfnorm.logpdf([width / 2, other_width / 8]).sum()
+        density.append(normal + widths + beta.logpdf(lapse, 1.5, 6))
     at = torch.tensor(points, dtype=torch.double)
     at[:, 5:7] = at[:, 5:7].log()
     assert (model.prior(at[1]) - model.prior(at[0])).item() == pytest.approx(density[0] - density[1])

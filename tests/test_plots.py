@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from rlhf_kit import plots, statistics
+from rlhf_kit import plots, stats
 
 plots.style()
 
@@ -65,7 +65,7 @@ def test_reward_shift_writes_the_interval_that_statistics_found(scores):
         sft, ppo, dpo = texts_of(axes.get_legend())
         assert sft == f"SFT  mean {scores[scores['model'] == 'SFT'][reward].mean():.2f}"
         for text, model in ((ppo, "PPO"), (dpo, "DPO")):
-            shift = statistics.paired_difference(scores, model, "SFT", reward)
+            shift = stats.paired_difference(scores, model, "SFT", reward)
             assert text == f"{model}  shift {shift.mean:+.2f} [{shift.lo:.2f}, {shift.hi:.2f}]"
 
 
@@ -125,7 +125,7 @@ def test_reward_ridge_has_a_row_per_model_and_marks_quantiles(scores):
 
 
 def test_reward_against_kl_puts_a_summary_where_it_belongs(scores):
-    table = statistics.summary(scores)
+    table = stats.summary(scores)
     figure = plots.reward_against_kl(table)
     assert labelled(figure) and len(figure.axes) == 2
     for axes, reward in zip(figure.axes, ("gold", "proxy"), strict=True):
@@ -140,14 +140,14 @@ def test_reward_against_kl_puts_a_summary_where_it_belongs(scores):
 
 
 def test_best_of_n_stands_at_its_upper_bound_and_what_has_no_kl_is_named(scores):
-    table = statistics.summary(scores)
+    table = stats.summary(scores)
     table.loc[table["model"].isin(["base", "PPO"]), ["kl", "kl_lo", "kl_hi"]] = math.nan
     table["n"] = [math.nan, math.nan, 8, math.nan]
     table["model"] = table["model"].replace("PPO", "best-of-n")
     axes = plots.reward_against_kl(table).axes[0]
     drawn = points(axes)
     assert set(drawn) == {"SFT", "best-of-n (KL: upper bound)", "DPO"}
-    assert drawn["best-of-n (KL: upper bound)"][0, 0] == pytest.approx(statistics.best_of_n_kl(8))
+    assert drawn["best-of-n (KL: upper bound)"][0, 0] == pytest.approx(stats.best_of_n_kl(8))
     assert [text.get_text() for text in axes.texts] == ["not drawn, no KL: base"]
     with pytest.raises(ValueError, match="no row has a KL"):
         plots.reward_against_kl(table.drop(columns="n").assign(kl=math.nan))
@@ -168,7 +168,7 @@ def test_a_frontier_is_a_curve_per_model_and_seed_in_order_of_beta():
     assert lines[1].get_xdata() == pytest.approx([11, 6, 3])
     assert all(line.get_linestyle() == "-" for line in lines)
     last = [line.get_xdata()[0] for line in axes.lines if line.get_markersize() == 11]
-    assert last == pytest.approx([2, 3, 2, 3, statistics.best_of_n_kl(4)])
+    assert last == pytest.approx([2, 3, 2, 3, stats.best_of_n_kl(4)])
     bound = "best-of-n (KL: upper bound), n 1 to 4"
     assert texts_of(figure.legends[0]) == ["PPO, beta 0.1 to 0.5", "DPO, beta 0.1 to 0.5", bound]
 
@@ -209,7 +209,7 @@ def test_by_kind_draws_the_mean_and_interval_of_each_kind(scores):
             [rows[rows["kind"] == kind]["gold"].mean() for kind in ("ask", "harmful")]
         )
     harmful = scores[(scores["model"] == "DPO") & (scores["kind"] == "harmful")]
-    interval = statistics.hierarchical_bootstrap(harmful, "gold", ["prompt_id"])
+    interval = stats.hierarchical_bootstrap(harmful, "gold", ["prompt_id"])
     bars = axes.containers[3].lines[2][0].get_segments()[1]
     assert bars[:, 1] == pytest.approx([interval.lo, interval.hi])
 
@@ -266,10 +266,10 @@ def test_training_tells_seeds_of_one_run_name_apart(metrics):
 
 def test_calibration_draws_used_bins_and_writes_the_error():
     predicted, observed = [0.1, 0.2, 0.9, 1.0, 0.5], [0, 1, 1, 1, 0.5]
-    (axes,) = plots.calibration(statistics.calibration(predicted, observed, bins=4)).axes
+    (axes,) = plots.calibration(stats.calibration_curve(predicted, observed, bins=4)).axes
     dots = np.asarray(axes.collections[-1].get_offsets())
     assert dots == pytest.approx(np.array([[0.15, 0.5], [0.5, 0.5], [0.95, 1.0]]))
-    error = statistics.expected_calibration_error(predicted, observed, bins=4)
+    error = stats.expected_calibration_error(predicted, observed, bins=4)
     assert axes.get_legend().get_title().get_text() == f"calibration error {error:.3f}, 5 pairs"
 
 

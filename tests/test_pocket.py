@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_kit import pocket
-from rlhf_kit.pocket import answers
-from rlhf_kit.pocket.facts import split_prompts
-from rlhf_kit.pocket.language import LIST_WORDS, VALUES, prompt_table, sentence_table, words
+from rlhf_kit.tasks import pocket
+from rlhf_kit.tasks.pocket import answers
+from rlhf_kit.tasks.pocket.facts import split_prompts
+from rlhf_kit.tasks.pocket.language import LIST_WORDS, VALUES, prompt_table, sentence_table, words
 
 torch.set_num_threads(1)
 

@@ -74,7 +74,7 @@ def rolled_out(trainer: PPOTrainer, seed: int = 0) -> tuple[Trajectory, list[lis
     rows = rows_of(trainer.train_dataset["prompt"][:])
     tokens = trainer.rollout(rows)
     minibatches = trainer.partition(tokens)
-    trajectory, metrics = trainer.score(rows, tokens, minibatches)
+    trajectory, metrics = trainer.make_trajectory(rows, tokens, minibatches)
     return trajectory, minibatches, metrics
 
 
@@ -222,7 +222,7 @@ def test_tokens_after_eos_get_no_gradient(zoo: Zoo, mode: str, tmp_path: Path) -
 def test_an_empty_completion_is_valid(zoo: Zoo, mode: str, tmp_path: Path) -> None:
     trainer = make(zoo, mode, tmp_path, gamma=1.0, gae_lambda=1.0, kl_coef=0.2, ref_model=zoo[f"{mode}-other"])
     tokens = layout([([300, 301], [EOS]), ([302], [303, 304, EOS]), ([305], [EOS])], 1, [EOS])
-    trajectory, metrics = trainer.score(rows_of(PROMPTS[:3]), tokens, [[torch.arange(3)]])
+    trajectory, metrics = trainer.make_trajectory(rows_of(PROMPTS[:3]), tokens, [[torch.arange(3)]])
     assert trajectory.tokens.completion_mask.sum(1).tolist() == [1, 3, 1] and metrics["unfinished"] == 0
     expected = trajectory.scores[0] - 0.2 * (trajectory.logprobs[0, 0] - trajectory.reference_logprobs[0, 0])
     assert trajectory.returns[0].tolist() == pytest.approx([expected.item(), 0, 0], abs=1e-6)
@@ -330,7 +330,7 @@ def test_extra_padding_changes_no_statistic_and_no_gradient(zoo: Zoo, mode: str,
     narrow, _, metrics = rolled_out(trainer)
     wide_tokens = layout(pairs_of(narrow.tokens), pad=1, stops=[EOS], left=4, right=5)
     everything = [torch.arange(8)]
-    wide, wide_metrics = trainer.score(rows_of(PROMPTS), wide_tokens, [everything])
+    wide, wide_metrics = trainer.make_trajectory(rows_of(PROMPTS), wide_tokens, [everything])
     assert wide_metrics == pytest.approx(metrics, abs=1e-5)
     close(gradients(trainer, narrow, everything), gradients(trainer, wide, everything), relative=1e-4)
     a, b = (trainer.accumulate_gradient(t, everything)[:5] for t in (narrow, wide))
@@ -470,7 +470,7 @@ def test_target_kl_ends_an_update_without_the_step_that_was_too_far(zoo: Zoo, mo
     """A stop at minibatch m is the same run as m - 1 epochs of one minibatch each."""
     common = {"max_steps": 1, "num_minibatches": 1, "learning_rate": 0.02, "weight_decay": 0.1}
     steps = Steps()
-    stopped = make(zoo, mode, tmp_path, ppo_epochs=8, target_kl=0.01, callbacks=[steps], **common)
+    stopped = make(zoo, mode, tmp_path, ppo_epochs=8, early_stop_kl=0.01, callbacks=[steps], **common)
     stopped.train()
     seen = int(updates(stopped)[0]["minibatches"])
     assert 2 <= seen < 8 and len(steps.norms) == seen - 1
@@ -480,7 +480,7 @@ def test_target_kl_ends_an_update_without_the_step_that_was_too_far(zoo: Zoo, mo
 
 
 def test_adaptive_kl_coefficient_in_a_run(zoo: Zoo, tmp_path: Path) -> None:
-    settings = {"kl_target": 0.05, "kl_horizon": 40, "kl_coef": 0.2, "max_steps": 5, "learning_rate": 5e-3}
+    settings = {"adaptive_kl_target": 0.05, "kl_horizon": 40, "kl_coef": 0.2, "max_steps": 5, "learning_rate": 5e-3}
     trainer = make(zoo, "full", tmp_path, **settings)
     trainer.train()
     coefficient = 0.2
@@ -553,7 +553,7 @@ def test_ptx_raises_the_likelihood_of_demonstrations_in_a_run(zoo: Zoo, tmp_path
 
 EVERYTHING: dict[str, Any] = {
     "max_steps": 4,
-    "kl_target": 0.02,
+    "adaptive_kl_target": 0.02,
     "kl_horizon": 40,
     "entropy_coef": 0.01,
     "ptx_coef": 0.1,

@@ -182,7 +182,7 @@ def test_explained_variance() -> None:
     ],
 )
 def test_the_adaptive_kl_coefficient_by_hand(kl: float, expected: float) -> None:
-    assert adapt_kl_coef(0.1, kl, kl_target=6.0, completions=64, horizon=1000) == pytest.approx(expected, rel=1e-12)
+    assert adapt_kl_coef(0.1, kl, target=6.0, completions=64, horizon=1000) == pytest.approx(expected, rel=1e-12)
 
 
 def test_partition_covers_each_row_once_in_minibatches_of_like_length() -> None:
@@ -222,8 +222,8 @@ def test_a_batch_smaller_than_num_minibatches_still_has_a_row_in_each() -> None:
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"clip_range": 0.0}, "clip_range must be above 0"),
         ({"kl_horizon": 0}, "kl_horizon must be above 0"),
-        ({"kl_target": 0.0}, "kl_target must be above 0"),
-        ({"target_kl": -1.0}, "target_kl must be above 0"),
+        ({"adaptive_kl_target": 0.0}, "adaptive_kl_target must be above 0"),
+        ({"early_stop_kl": -1.0}, "early_stop_kl must be above 0"),
         ({"kl_coef": -0.1}, "kl_coef must not be negative"),
         ({"gamma": -0.1}, "gamma must lie between 0 and 1"),
         ({"gamma": 1.1}, "gamma must lie between 0 and 1"),

@@ -17,9 +17,10 @@ import pandas as pd
 import pytest
 import torch
 
-from rlhf_kit import models, pocket
+from rlhf_kit import models
 from rlhf_kit.rewards import RewardModel
-from rlhf_kit.statistics import Interval
+from rlhf_kit.stats import Interval
+from rlhf_kit.tasks import pocket
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments" / "ppo_vs_trl"
 sys.path.insert(0, str(FOLDER))  # the scripts find each other beside them, as they do when they are run

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny import save_reward
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rlhf_kit import models, pocket, rewards
+from rlhf_kit import models, rewards
 from rlhf_kit.rewards import RewardModel
+from rlhf_kit.tasks import pocket
 
 Zoo = dict[str, str]
 EOS = 0

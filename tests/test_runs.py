@@ -46,7 +46,7 @@ def work(directory):
         stream.write(f"{begin}\\n")
 
 try:
-    run = runs.stage(experiment, "sft", {"steps": 6}, {}, work, resume=resume, wait=wait)
+    run = runs.make(experiment, "sft", {"steps": 6}, {}, work, resume=resume, wait=wait)
 except runs.RunError as error:
     sys.exit(f"refused: {error}")
 print("reused" if run.reused else "made")
@@ -87,8 +87,8 @@ def never(directory):
 
 
 def test_a_run_is_made_once_and_then_found(tmp_path):
-    first = runs.stage(tmp_path, "sft", CONFIG, {}, make)
-    again = runs.stage(tmp_path, "sft", CONFIG, {}, never)
+    first = runs.make(tmp_path, "sft", CONFIG, {}, make)
+    again = runs.make(tmp_path, "sft", CONFIG, {}, never)
     assert (first.reused, again.reused) == (False, True)
     assert first.directory == again.directory == tmp_path / "runs" / "sft"
     assert (again.directory / "model" / "weights.txt").read_text() == "1 2 3"
@@ -99,7 +99,7 @@ def test_a_run_is_made_once_and_then_found(tmp_path):
 def test_run_json_says_what_the_run_was_made_from(tmp_path):
     source = tmp_path / "data.jsonl"
     source.write_text("rows")
-    run = runs.stage(tmp_path / "demo", "sft", CONFIG, {"data": source}, make)
+    run = runs.make(tmp_path / "demo", "sft", CONFIG, {"data": source}, make)
     info = json.loads((run.directory / "run.json").read_text())
     assert info["status"] == "finished" and info["error"] is None
     assert info["config"] == {"stage": "sft", "seed": 3, "optimizer": {"lr": 1e-3, "betas": [0.9, 0.95]}}
@@ -113,10 +113,10 @@ def test_run_json_says_what_the_run_was_made_from(tmp_path):
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_another_config_under_the_same_name_is_refused_and_nothing_is_touched(tmp_path, resume):
-    runs.stage(tmp_path, "sft", CONFIG, {}, make)
+    runs.make(tmp_path, "sft", CONFIG, {}, make)
     other = {"stage": "sft", "seed": 4, "optimizer": {"lr": 1e-3}, "steps": 9}
     with pytest.raises(runs.RunError) as error:
-        runs.stage(tmp_path, "sft", other, {}, never, resume=resume)
+        runs.make(tmp_path, "sft", other, {}, never, resume=resume)
     text = str(error.value)
     assert "seed is 3 there and 4 here" in text and "optimizer.betas is [0.9, 0.95] there and absent here" in text
     assert "steps is absent there and 9 here" in text and "lr" not in text and "\n" not in text
@@ -127,26 +127,26 @@ def test_other_contents_of_an_input_are_refused(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "weights").write_text("a")
-    runs.stage(tmp_path, "ppo", {}, {"model": model}, make)
-    runs.stage(tmp_path, "ppo", {}, {"model": model}, never)
+    runs.make(tmp_path, "ppo", {}, {"model": model}, make)
+    runs.make(tmp_path, "ppo", {}, {"model": model}, never)
     (model / "weights").write_text("b")
     with pytest.raises(runs.RunError, match="input model is [0-9a-f]{12} there and [0-9a-f]{12} here"):
-        runs.stage(tmp_path, "ppo", {}, {"model": model}, never)
+        runs.make(tmp_path, "ppo", {}, {"model": model}, never)
     with pytest.raises(runs.RunError, match="input 'model' cannot be read: .*nowhere: No such file"):
-        runs.stage(tmp_path, "ppo", {}, {"model": tmp_path / "nowhere"}, never)
+        runs.make(tmp_path, "ppo", {}, {"model": tmp_path / "nowhere"}, never)
 
 
 def test_a_fresh_run_replaces_the_old_one_only_when_it_is_whole(tmp_path):
-    runs.stage(tmp_path, "sft", CONFIG, {}, make)
+    runs.make(tmp_path, "sft", CONFIG, {}, make)
 
     def fail(directory):
         (directory / "model").mkdir()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        runs.stage(tmp_path, "sft", {"seed": 9}, {}, fail, fresh=True)
-    assert runs.stage(tmp_path, "sft", CONFIG, {}, never).reused
-    assert not runs.stage(tmp_path, "sft", {"seed": 9}, {}, make, fresh=True).reused
+        runs.make(tmp_path, "sft", {"seed": 9}, {}, fail, fresh=True)
+    assert runs.make(tmp_path, "sft", CONFIG, {}, never).reused
+    assert not runs.make(tmp_path, "sft", {"seed": 9}, {}, make, fresh=True).reused
     assert runs.load_run(tmp_path / "runs" / "sft").config == {"seed": 9}
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()] == ["sft"]
 
@@ -157,12 +157,12 @@ def test_a_failed_run_is_noted_passed_on_and_made_again_from_nothing(tmp_path):
         raise ZeroDivisionError("no rows")
 
     with pytest.raises(ZeroDivisionError):
-        runs.stage(tmp_path, "sft", {"rows": 0}, {}, fail)
+        runs.make(tmp_path, "sft", {"rows": 0}, {}, fail)
     info = json.loads((tmp_path / "runs" / ".sft.partial" / "run.json").read_text())
     assert (info["status"], info["error"]) == ("failed", "ZeroDivisionError: no rows")
     with pytest.raises(runs.RunError, match="rows is 0 there and 5 here"):  # its checkpoints are of another config
-        runs.stage(tmp_path, "sft", {"rows": 5}, {}, never, resume=True)
-    run = runs.stage(tmp_path, "sft", {"rows": 5}, {}, make)
+        runs.make(tmp_path, "sft", {"rows": 5}, {}, never, resume=True)
+    run = runs.make(tmp_path, "sft", {"rows": 5}, {}, make)
     assert not (run.directory / "left over").exists()
     assert runs.load_run(run.directory).info["error"] is None
 
@@ -172,20 +172,20 @@ def test_a_directory_that_is_no_run_is_not_overwritten(tmp_path):
     mine.mkdir(parents=True)
     (mine / "thesis.txt").write_text("years of work")
     with pytest.raises(runs.RunError, match="is no run"):
-        runs.stage(tmp_path, "sft", {}, {}, never)
+        runs.make(tmp_path, "sft", {}, {}, never)
     assert (mine / "thesis.txt").exists()
 
 
 def test_a_name_cannot_leave_the_folder(tmp_path):
     for name in ("../sft", "a/b", "", ".sft.partial"):
         with pytest.raises(runs.RunError, match="a run cannot be called"):
-            runs.stage(tmp_path, name, {}, {}, never)
+            runs.make(tmp_path, name, {}, {}, never)
 
 
 def test_an_unwritable_results_folder_is_one_clear_sentence(tmp_path):
     (tmp_path / "results").write_text("a file")
     for call in (
-        lambda: runs.stage(tmp_path / "results", "sft", {}, {}, never),
+        lambda: runs.make(tmp_path / "results", "sft", {}, {}, never),
         lambda: runs.write_summary(tmp_path / "results" / "demo", pd.DataFrame()),
     ):
         with pytest.raises(runs.RunError, match=r"^cannot write to the results folder .*results.*[^\n]$"):
@@ -195,7 +195,7 @@ def test_an_unwritable_results_folder_is_one_clear_sentence(tmp_path):
 def test_a_folder_without_write_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(layout.os, "access", lambda *_: False)  # tests may run as root, who may write anywhere
     with pytest.raises(runs.RunError, match="permission denied"):
-        runs.stage(tmp_path, "sft", {}, {}, never)
+        runs.make(tmp_path, "sft", {}, {}, never)
 
 
 # killed at any moment
@@ -232,7 +232,7 @@ def test_kill_and_run_again_gives_the_result_of_an_uninterrupted_run(tmp_path, r
 def test_killed_while_taking_its_name(tmp_path, monkeypatch, moment, there_was_one):
     """The new run is whole but not yet named: the next call finds it, and never a mixture."""
     if there_was_one:
-        runs.stage(tmp_path, "sft", {}, {}, lambda directory: (directory / "version").write_text("old"))
+        runs.make(tmp_path, "sft", {}, {}, lambda directory: (directory / "version").write_text("old"))
 
     class Killed(BaseException):
         pass
@@ -248,8 +248,8 @@ def test_killed_while_taking_its_name(tmp_path, monkeypatch, moment, there_was_o
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(layout, "_publish", publish_until)
-        runs.stage(tmp_path, "sft", {}, {}, lambda directory: (directory / "version").write_text("new"), fresh=True)
-    run = runs.stage(tmp_path, "sft", {}, {}, never)
+        runs.make(tmp_path, "sft", {}, {}, lambda directory: (directory / "version").write_text("new"), fresh=True)
+    run = runs.make(tmp_path, "sft", {}, {}, never)
     assert (run.directory / "version").read_text() == "new"
     assert not partial.exists() and final.exists()
     assert [run.name for run in runs.load_runs(tmp_path)] == ["sft"]
@@ -261,11 +261,11 @@ def test_killed_while_clearing_an_unfinished_run_it_is_not_resumed(tmp_path, mon
         raise ValueError
 
     with pytest.raises(ValueError):
-        runs.stage(tmp_path, "sft", {}, {}, fail)
+        runs.make(tmp_path, "sft", {}, {}, fail)
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(layout.shutil, "rmtree", lambda *_: (_ for _ in ()).throw(InterruptedError))
-        runs.stage(tmp_path, "sft", {}, {}, make)
-    run = runs.stage(tmp_path, "sft", {}, {}, make, resume=True)
+        runs.make(tmp_path, "sft", {}, {}, make)
+    run = runs.make(tmp_path, "sft", {}, {}, make, resume=True)
     assert not (run.directory / "checkpoint").exists()
 
 
@@ -291,7 +291,7 @@ def test_of_two_at_once_one_makes_and_one_finds(tmp_path):
 def test_the_lock_left_by_a_dead_process_is_taken_over(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / ".sft.lock").write_text("process 999999999 on a machine long gone\n")
-    assert not runs.stage(tmp_path, "sft", {}, {}, make).reused
+    assert not runs.make(tmp_path, "sft", {}, {}, make).reused
 
 
 # config
@@ -337,13 +337,13 @@ def test_secrets_are_never_written(tmp_path):
         "tokenizer": "bpe",
         "token": None,
     }
-    run = runs.stage(tmp_path, "judge", config, {}, make)
+    run = runs.make(tmp_path, "judge", config, {}, make)
     assert "abc" not in (run.directory / "run.json").read_text()
     assert run.config["hub_token"] == run.config["judge"]["password"]["text"] == "***"
     assert (run.config["max_tokens"], run.config["eos_token"], run.config["tokenizer"]) == (40, "<eos>", "bpe")
-    assert runs.stage(tmp_path, "judge", config | {"hub_token": "hf_new"}, {}, never).reused  # the same run, a new key
+    assert runs.make(tmp_path, "judge", config | {"hub_token": "hf_new"}, {}, never).reused  # the same run, a new key
     with pytest.raises(runs.RunError, match="max_tokens"):
-        runs.stage(tmp_path, "judge", config | {"max_tokens": 41}, {}, never)
+        runs.make(tmp_path, "judge", config | {"max_tokens": 41}, {}, never)
 
 
 def test_sha256_sees_contents_and_names_but_not_times(tmp_path):
@@ -431,9 +431,9 @@ def test_loaders_join_finished_runs_and_count_the_others(tmp_path):
         return function
 
     for seed in (0, 1):
-        runs.stage(tmp_path, f"ppo-{seed}", {"stage": "ppo", "seed": seed, "beta": 0.1, "lora": {}}, {}, work(seed))
+        runs.make(tmp_path, f"ppo-{seed}", {"stage": "ppo", "seed": seed, "beta": 0.1, "lora": {}}, {}, work(seed))
     with pytest.raises(AssertionError):
-        runs.stage(tmp_path, "ppo-2", {}, {}, never)
+        runs.make(tmp_path, "ppo-2", {}, {}, never)
     with pytest.warns(UserWarning, match="1 unfinished in .* skipped: ppo-2"):
         metrics = runs.load_metrics(tmp_path)
     assert metrics.columns.tolist() == ["run", "stage", "seed", "beta", "update", "loss"]

@@ -109,7 +109,7 @@ def test_score_gives_rewards_the_other_columns() -> None:
         assert columns == {"prompt_id": [0, 1]} and prompts == ["a", "b"]
         return [len(completion) + (name == "q") for completion, name in zip(completions, kind, strict=True)]
 
-    scored = sampling.score(frame, {"gold": length_and_kind, "half": lambda p, c, **_: [0.5, 0.5]})
+    scored = sampling.add_rewards(frame, {"gold": length_and_kind, "half": lambda p, c, **_: [0.5, 0.5]})
     assert scored["gold"].tolist() == [2, 4] and scored["half"].tolist() == [0.5, 0.5]
     assert list(frame.columns) == ["prompt", "completion", "prompt_id", "kind"]  # the frame given is left as it was
 

@@ -49,7 +49,7 @@ def share_of_c(prompts: list[str], completions: list[str], **columns: Any) -> li
 
 def mean_reward(model: str) -> float:
     samples = sampling.sample(model, WORDS, n=64, max_completion_length=6, seed=7)
-    return sampling.score(samples, {"reward": share_of_c})["reward"].mean()
+    return sampling.add_rewards(samples, {"reward": share_of_c})["reward"].mean()
 
 
 def weights(directory: str) -> dict[str, torch.Tensor]:
@@ -261,7 +261,7 @@ def test_rejection_sampling_trains_on_the_best_finished_sample_and_shows_it(spea
     )
     chosen = pd.read_parquet(Path(out) / "samples.parquet")
     pool = sampling.sample(speaker, WORDS, n=6, max_completion_length=12, seed=4)
-    pool = sampling.score(pool[pool["finished"]], {"reward": share_of_c})
+    pool = sampling.add_rewards(pool[pool["finished"]], {"reward": share_of_c})
     assert chosen["reward"].tolist() == pool.groupby("prompt_id")["reward"].max().tolist()
     assert chosen["prompt"].tolist() == [WORDS["prompt"][i] for i in chosen["prompt_id"]]
     assert chosen["finished"].all() and len(train.history(out)) == 1

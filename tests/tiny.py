@@ -22,9 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_kit import pocket
 from rlhf_kit.models import Tokens, load_base, lora, write_notes
-from rlhf_kit.pocket.tokenizer import wrap
+from rlhf_kit.tasks import pocket
+from rlhf_kit.tasks.pocket.tokenizer import wrap
 
 MODES = ["full", "lora", "4bit"]
 # Words of a vocabulary small enough to enumerate: with EOS and PAD twelve tokens.

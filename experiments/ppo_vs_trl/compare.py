@@ -45,13 +45,13 @@ from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification
 from watch import PPO_SETTINGS
 
-from rlhf_kit import models, plots, presets, runs, sampling, statistics, train
+from rlhf_kit import models, plots, presets, runs, sampling, stats, train
 from rlhf_kit.notebook import set_threads
 from rlhf_kit.pipeline import Pipeline
 from rlhf_kit.ppo import PPOConfig
 from rlhf_kit.presets import Preset, Settings
 from rlhf_kit.progress import clock, quiet
-from rlhf_kit.statistics import Interval
+from rlhf_kit.stats import Interval
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -173,7 +173,7 @@ def train_policy(
 
     kind = f"{SCRIPTS[name].removesuffix('.py')}-{settings['mode']}"
     config = {"model": name, "prompts_sha256": hashlib.sha256(given.encode()).hexdigest(), **settings}
-    run = runs.stage(out, f"{kind}-seed-{settings['seed']}", config, {"sft": sft, "reward": reward}, make, fresh=fresh)
+    run = runs.make(out, f"{kind}-seed-{settings['seed']}", config, {"sft": sft, "reward": reward}, make, fresh=fresh)
     if run.reused:
         print(f"  {name}, {settings['mode']}: done before, kept", flush=True)
     return run
@@ -199,7 +199,7 @@ def lora_reward_model(pipeline: Pipeline) -> tuple[str, str]:
         merge_reward_model(adapter, merged)
 
     config = {"seed": pipeline.preset.seed, **LORA, **settings}
-    run = runs.stage(pipeline.out, "reward_model_lora", config, {"sft": sft, "preferences": pairs}, make)
+    run = runs.make(pipeline.out, "reward_model_lora", config, {"sft": sft, "preferences": pairs}, make)
     pipeline.runs["reward_model_lora"] = run  # its time counts with the pipeline's other stages
     return str(run.directory / "adapter"), str(run.directory / "merged")
 
@@ -227,11 +227,11 @@ def held_out_scores(pipeline: Pipeline, out: Path, full: dict[str, runs.Run], fr
         for model, step, path in found:
             print(f"  {model} at update {step}: {SAMPLES} completions of {len(prompts)} prompts", flush=True)
             samples = sampling.sample(path, prompts, n=SAMPLES, reference=sft, seed=preset.seed, **preset.sampling)
-            parts.append(sampling.score(samples, rewards).assign(model=model, step=step))
+            parts.append(sampling.add_rewards(samples, rewards).assign(model=model, step=step))
         runs.write_samples(directory, pd.concat(parts, ignore_index=True))
 
     config = {"seed": preset.seed, "n": SAMPLES, "n_prompts": preset.n_test_prompts, **preset.sampling}
-    return runs.stage(out, f"scores-seed-{preset.seed}", config, inputs, make, fresh=fresh)
+    return runs.make(out, f"scores-seed-{preset.seed}", config, inputs, make, fresh=fresh)
 
 
 def checkpoints(directory: Path) -> Iterator[tuple[int, Path]]:
@@ -265,7 +265,7 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
         for quantity in [name for name in costs.columns if name not in ("model", "mode", "seed")]:
             sides = rows.pivot(index="seed", columns="model", values=quantity)
             kit, trl = sides[KIT], sides[TRL]
-            ratio = statistics.bootstrap((kit / trl).to_numpy())
+            ratio = stats.bootstrap((kit / trl).to_numpy())
             bar = verdict = ""
             if (mode, quantity) == ("full", "seconds per update"):
                 bar, verdict = "at most 0.5", judged(ratio, ratio.hi <= 0.5)
@@ -289,10 +289,10 @@ def reward_table(scores: pd.DataFrame, kl_coef: float) -> pd.DataFrame:
         (" at the end", last, (OBJECTIVE, *REWARDS, "kl")),
     ):
         for value in values:
-            difference = statistics.paired_difference(rows, KIT, TRL, value)
+            difference = stats.paired_difference(rows, KIT, TRL, value)
             bar = "above -0.05" if suffix == " at equal KL" else ""
             verdict = judged(difference, difference.lo > -0.05) if bar else ""
-            both = (statistics.hierarchical_bootstrap(rows[rows["model"] == name], value).mean for name in (KIT, TRL))
+            both = (stats.hierarchical_bootstrap(rows[rows["model"] == name], value).mean for name in (KIT, TRL))
             table.append([value + suffix, "full", *both, "difference", *difference, bar, verdict])
         if suffix == " at equal KL":
             kl = rows.groupby("seed")["kl"].first().mean()

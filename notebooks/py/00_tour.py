@@ -45,7 +45,7 @@ pd.options.display.max_colwidth = None
 test = rk.data.prompts(world, "test", preset.n_test_prompts, seed=SEED)  # held out: no stage below learns on these
 one_of_each = test.select(pd.Series(test["kind"][:]).drop_duplicates().index)
 answers = rk.sample(preset.base_model, one_of_each, seed=SEED, **preset.sampling)
-rk.sampling.score(answers, {"gold": gold})[["kind", "prompt", "completion", "gold"]]
+rk.sampling.add_rewards(answers, {"gold": gold})[["kind", "prompt", "completion", "gold"]]
 
 # %% [markdown]
 # This is the **pocket world**, an animal help desk: one prompt of each kind, the base model's answer, and its
@@ -147,7 +147,7 @@ display(rk.plots.reward_shift(scores))
 summary = rk.evaluate.summary(scores).set_index("model")
 quantities = ["gold", "proxy", "kl", "n_tokens", "win_rate_gold"]
 rows = {q: summary[[q, f"{q}_lo", f"{q}_hi"]].itertuples(index=False) for q in quantities}
-display(pd.DataFrame({q: [str(rk.statistics.Interval(*row)) for row in rows[q]] for q in quantities}, summary.index))
+display(pd.DataFrame({q: [str(rk.stats.Interval(*row)) for row in rows[q]] for q in quantities}, summary.index))
 display(rk.evaluate.compare(scores).round(2))
 
 # %% [markdown]

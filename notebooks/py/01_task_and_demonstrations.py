@@ -33,6 +33,7 @@ import pandas as pd
 from IPython.display import display
 
 import rlhf_kit as rk
+from rlhf_kit.tasks import pocket
 
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
@@ -70,11 +71,11 @@ print(f"{len(facts)} facts, {len(world.held_out)} of them held out")
 # | skill | copy or reverse a list of words | forgetting what was never rewarded |
 
 # %%
-parts = {split: rk.data.prompts(world, split, seed=SEED).to_pandas() for split in rk.pocket.SPLITS}
+parts = {split: rk.data.prompts(world, split, seed=SEED).to_pandas() for split in pocket.SPLITS}
 prompts = pd.concat(parts, names=["split"]).reset_index("split")
 examples = prompts[prompts["split"] == "test"].groupby("kind").head(2).sort_values("kind")
 display(examples[["kind", "prompt", "animal", "attribute", "seen"]].reset_index(drop=True))
-pd.crosstab(prompts["kind"], prompts["split"], margins=True)[[*rk.pocket.SPLITS, "All"]]
+pd.crosstab(prompts["kind"], prompts["split"], margins=True)[[*pocket.SPLITS, "All"]]
 
 # %% [markdown]
 # **What you should have seen.** Four disjoint splits: *sft* for demonstrations, *preference* for judgments,
@@ -93,7 +94,7 @@ print(pd.crosstab(prompts["split"], prompts["seen"].map({True: "seen", False: "h
 # published weights, and nothing else.
 
 # %%
-weights = pd.Series(rk.pocket.GOLD_WEIGHTS, name="weight")
+weights = pd.Series(pocket.GOLD_WEIGHTS, name="weight")
 pd.DataFrame({"rewarded": weights[weights > 0].map("{:+.2f}".format)}).T
 
 # %%
@@ -107,7 +108,7 @@ pd.DataFrame({"charged": weights[weights < 0].map("{:+.2f}".format)}).T
 # %%
 def take_apart(prompt, *completions):
     """Contributions (feature x weight) of typed answers to one prompt, a row per answer; zeros are left out."""
-    found = pd.DataFrame([rk.pocket.features(world, prompt, completion) for completion in completions])
+    found = pd.DataFrame([pocket.features(world, prompt, completion) for completion in completions])
     parts = (found * weights)[found.columns]
     parts = parts.loc[:, (parts != 0).any()]
     table = parts.assign(gold=parts.sum(axis=1)).set_axis(pd.Index(completions, name=prompt))
@@ -181,10 +182,10 @@ shown[["kind", "prompt", "completion", "gold"]].reset_index(drop=True).round(2)
 
 # %%
 print("from the corpus:")
-for text in rk.pocket.corpus(world, 8, seed=SEED):
+for text in pocket.corpus(world, 8, seed=SEED):
     print(" ", text)
 asked = rk.data.prompts(world, "sft", seed=SEED)
-said = rk.sampling.score(
+said = rk.sampling.add_rewards(
     rk.sample(preset.base_model, asked, seed=SEED, **preset.sampling), {"gold": rk.rewards.gold(world)}
 )
 print("\nthe base, on prompts that have demonstrations:")
@@ -222,7 +223,7 @@ rk.plots.reward_shift(both, rewards=["gold"], models=["base", "demonstrations"],
 # feature, why the demonstrations score higher.
 
 # %%
-found = pd.DataFrame([rk.pocket.features(world, row.prompt, row.completion) for row in both.itertuples()])
+found = pd.DataFrame([pocket.features(world, row.prompt, row.completion) for row in both.itertuples()])
 contributions = (found * weights)[found.columns].groupby(both["model"].to_numpy()).mean()
 gain = contributions.loc["demonstrations"] - contributions.loc["base"]
 shown = gain[gain.abs() > 0.005].sort_values()
@@ -256,9 +257,9 @@ print(f"demonstrations about a held-out cell: {(~demonstrations['seen']).sum()} 
 test = rk.data.prompts(world, "test", seed=SEED)
 on_test = rk.sample(preset.base_model, test, n=2, seed=SEED, **preset.sampling).assign(model="base")
 facts_asked = on_test[on_test["attribute"].isin(["home", "food", "time", "colour"]) & (on_test["kind"] != "skill")]
-right = [rk.pocket.features(world, row.prompt, row.completion)["answer_right"] for row in facts_asked.itertuples()]
+right = [pocket.features(world, row.prompt, row.completion)["answer_right"] for row in facts_asked.itertuples()]
 for seen, rows in facts_asked.assign(right=right).groupby("seen"):
-    share = rk.statistics.bootstrap(rows["right"], rows["prompt_id"])
+    share = rk.stats.bootstrap(rows["right"], rows["prompt_id"])
     print(f"the base is right on {'seen' if seen else 'held-out'} cells: {share}  ({rows.prompt_id.nunique()} prompts)")
 
 # %% [markdown]
@@ -281,7 +282,7 @@ for seen, rows in facts_asked.assign(right=right).groupby("seen"):
 #    going up for ever?
 # 2. Which kind of prompt has the widest spread of gold among the demonstrations? Guess first, then use
 #    `groupby("kind")`.
-# 3. Make another world (`rk.pocket.world(seed=1)`) and score the base model on it. Which features fall, and which
+# 3. Make another world (`pocket.world(seed=1)`) and score the base model on it. Which features fall, and which
 #    do not?
 
 # %%

@@ -180,10 +180,10 @@ side_by_side.infer_objects().round(2).groupby("kind").head(2).reset_index()
 # %%
 for name in models:
     of_model = scores[scores["model"] == name]
-    print(f"{name:5s} mean gold {rk.statistics.bootstrap(of_model['gold'], of_model['prompt_id'])}")
-paired = rk.statistics.paired_difference(scores, "SFT", "base", "gold")
+    print(f"{name:5s} mean gold {rk.stats.bootstrap(of_model['gold'], of_model['prompt_id'])}")
+paired = rk.stats.paired_difference(scores, "SFT", "base", "gold")
 print(f"SFT - base, paired by prompt: {paired}")
-print(f"chance that an SFT answer beats a base answer: {rk.statistics.win_rate(scores, 'SFT', 'base', by='gold')}")
+print(f"chance that an SFT answer beats a base answer: {rk.stats.win_rate(scores, 'SFT', 'base', by='gold')}")
 
 # %%
 rk.plots.reward_shift(scores, rewards=["gold"], models=["base", "SFT"], baseline="base")
@@ -226,7 +226,7 @@ plt.show()
 # survive; and the facts of held-out cells, which no demonstration mentions, are known from pretraining if at all.
 
 # %%
-parts = [rk.pocket.features(world, row.prompt, row.completion) for row in scores.itertuples()]
+parts = [rk.tasks.pocket.features(world, row.prompt, row.completion) for row in scores.itertuples()]
 right = pd.DataFrame(parts, index=scores.index)[["skill_right", "answer_right"]].max(axis=1)
 asks_fact = scores["kind"].isin(["ask", "brief", "leading"])
 groups = {
@@ -237,8 +237,8 @@ groups = {
 rows = []
 for name, member in groups.items():
     part = scores[member].assign(right=right[member])
-    shares = {model: rk.statistics.bootstrap(r["right"], r["prompt_id"]) for model, r in part.groupby("model")}
-    change = rk.statistics.paired_difference(part, "SFT", "base", "right")
+    shares = {model: rk.stats.bootstrap(r["right"], r["prompt_id"]) for model, r in part.groupby("model")}
+    change = rk.stats.paired_difference(part, "SFT", "base", "right")
     rows.append({"right answers": name, "prompts": part["prompt_id"].nunique(), **shares, "SFT - base": change})
 pd.DataFrame(rows).set_index("right answers").map(str)
 
@@ -255,7 +255,7 @@ pd.DataFrame(rows).set_index("right answers").map(str)
 along = {str(step): directory for step, directory in zip(steps, directories, strict=True)}
 way = rk.evaluate.score(along, test.filter(lambda row: row["seen"]), {"gold": gold}, seed=SEED, **preset.sampling)
 shown["gold"] = gold(shown["prompt"], shown["completion"])
-target = rk.statistics.bootstrap(shown["gold"], shown["prompt_id"])
+target = rk.stats.bootstrap(shown["gold"], shown["prompt_id"])
 points = rk.evaluate.summary(way, baseline="0", values=["gold"], win_by=())
 error = [points["gold"] - points["gold_lo"], points["gold_hi"] - points["gold"]]
 figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -279,8 +279,8 @@ plt.show()
 cool = []
 for temperature in (1.0, 0.5, 0.0):
     said = rk.sample(sft, test, n=2, temperature=temperature, seed=SEED, **preset.sampling)
-    part = rk.sampling.score(said, {"gold": gold})
-    mean = rk.statistics.bootstrap(part["gold"], part["prompt_id"])
+    part = rk.sampling.add_rewards(said, {"gold": gold})
+    mean = rk.stats.bootstrap(part["gold"], part["prompt_id"])
     distinct = said.groupby("prompt_id")["completion"].nunique().mean()
     cool.append({"temperature": temperature, "mean gold": str(mean), "different answers of 2": round(distinct, 2)})
 pd.DataFrame(cool).set_index("temperature")

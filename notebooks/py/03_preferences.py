@@ -41,6 +41,7 @@ import pandas as pd
 import seaborn as sns
 
 import rlhf_kit as rk
+from rlhf_kit.tasks import pocket
 
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
@@ -58,7 +59,7 @@ sft = flow.sft()
 # %%
 prompts = rk.data.prompts(world, "preference", preset.n_preference_prompts, seed=SEED)
 samples = rk.sample(sft, prompts, n=preset.samples_per_prompt, seed=SEED, **preset.sampling)
-samples = rk.sampling.score(samples, {"gold": rk.rewards.gold(world)}).sort_values(["prompt_id", "sample"])
+samples = rk.sampling.add_rewards(samples, {"gold": rk.rewards.gold(world)}).sort_values(["prompt_id", "sample"])
 print(f"{len(samples)} samples of {len(prompts)} prompts")
 spread = samples.groupby("prompt_id")["gold"].std()
 samples[samples["prompt_id"] == spread.idxmax()][["prompt", "sample", "completion", "gold"]].round(2)
@@ -90,8 +91,8 @@ plt.show()
 # faults, all of which are known from real raters. These are the default strengths.
 
 # %%
-usual = rk.pocket.Rater()
-perfect = rk.pocket.Rater(
+usual = pocket.Rater()
+perfect = pocket.Rater(
     knowledge=1, length=0, politeness=0, refusal_leniency=0, agreement=0, temperature=0, lapse=0, position_bias=0
 )
 meaning = {
@@ -132,7 +133,7 @@ cases = [
 rows = []
 for fault, strong, prompt, better, worse in cases:
     raters = [perfect, replace(perfect, **{fault: getattr(usual, fault)}), replace(perfect, **{fault: strong})]
-    leads = [rk.pocket.utility(world, r, prompt, better) - rk.pocket.utility(world, r, prompt, worse) for r in raters]
+    leads = [pocket.utility(world, r, prompt, better) - pocket.utility(world, r, prompt, worse) for r in raters]
     rows.append([fault, better, worse, *leads])
 pd.DataFrame(rows, columns=["fault", "better by gold", "worse by gold", "gold", "usual", "strong"]).round(2)
 
@@ -153,7 +154,7 @@ figure, grid = plt.subplots(1, 3, figsize=(12, 3.9), sharey=True, layout="constr
 for axes, (fault, values) in zip(grid, panels.items(), strict=True):
     for value, colour in zip(values, ("#56B4E9", "#0072B2", "#D55E00"), strict=True):
         rater = replace(perfect, **({"temperature": usual.temperature} | {fault: value}))
-        chance = [rk.pocket.choice_probability(rater, gap, 0.0) for gap in gaps]
+        chance = [pocket.choice_probability(rater, gap, 0.0) for gap in gaps]
         axes.plot(gaps, chance, color=colour, linewidth=2, label=f"{value:g}")
     axes.legend(title=fault.replace("_", " "), frameon=False, loc="upper left")
     axes.set(xlabel="perceived gap, first - second [utility]", ylim=(-0.02, 1.02))
@@ -175,9 +176,9 @@ plt.show()
 def sides_with_gold(rater):
     """Probability that a rater prefers the better answer, for each of the pairs; order on the page drawn evenly."""
     rows = [pairs[column].tolist() for column in ("prompt", "first", "second")]
-    u = [[rk.pocket.utility(world, rater, *pair) for pair in zip(rows[0], side, strict=True)] for side in rows[1:]]
-    ahead = [rk.pocket.choice_probability(rater, a, b) for a, b in zip(*u, strict=True)]
-    behind = [1 - rk.pocket.choice_probability(rater, b, a) for a, b in zip(*u, strict=True)]
+    u = [[pocket.utility(world, rater, *pair) for pair in zip(rows[0], side, strict=True)] for side in rows[1:]]
+    ahead = [pocket.choice_probability(rater, a, b) for a, b in zip(*u, strict=True)]
+    behind = [1 - pocket.choice_probability(rater, b, a) for a, b in zip(*u, strict=True)]
     first = (np.array(ahead) + behind) / 2
     return np.where(pairs["gap"] > 0, first, 1 - first)
 
@@ -235,10 +236,10 @@ clear = judged[judged["gap"] != 0].assign(right=judged["gap"] > 0, size=judged["
 clear["bin"] = pd.cut(clear["size"], [0, 0.1, 0.25, 0.5, 1, 2, 3, 4, 10])
 rows = []
 for _, part in clear.groupby("bin", observed=True):
-    share = rk.statistics.bootstrap(part["right"], part["prompt_id"])
+    share = rk.stats.bootstrap(part["right"], part["prompt_id"])
     rows.append({"gap": part["size"].mean(), "judgments": len(part), **share._asdict()})
 bins = pd.DataFrame(rows)
-overall = rk.statistics.bootstrap(clear["right"], clear["prompt_id"])
+overall = rk.stats.bootstrap(clear["right"], clear["prompt_id"])
 figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
 error = [bins["mean"] - bins["lo"], bins["hi"] - bins["mean"]]
 axes.errorbar(bins["gap"], bins["mean"], error, fmt="o-", color=rk.plots.COLOURS["SFT"], capsize=3, label="a bin")
@@ -259,15 +260,15 @@ plt.show()
 # who differ in this alone, we count, and put beside it the share that the formula expects.
 
 # %%
-u = [[rk.pocket.utility(world, usual, r.prompt, text) for text in (r.first, r.second)] for r in asked.itertuples()]
+u = [[pocket.utility(world, usual, r.prompt, text) for text in (r.first, r.second)] for r in asked.itertuples()]
 rows = []
 for bias in (0.0, usual.position_bias, 0.5, 1.0):
     with warnings.catch_warnings(action="ignore"):  # of the equal answers, counted above
         found = rk.feedback.collect(samples, rk.feedback.simulated(world, seed=SEED, position_bias=bias), seed=SEED)
     found = found.select_columns(["prompt_id", "shown_first"]).to_pandas()
-    share = rk.statistics.bootstrap(found["shown_first"] == "chosen", found["prompt_id"])
+    share = rk.stats.bootstrap(found["shown_first"] == "chosen", found["prompt_id"])
     biased = replace(usual, position_bias=bias)
-    expected = np.mean([rk.pocket.choice_probability(biased, *order) for a, b in u for order in ((a, b), (b, a))])
+    expected = np.mean([pocket.choice_probability(biased, *order) for a, b in u for order in ((a, b), (b, a))])
     row = {"position bias": bias, "chosen was shown first": f"{share.mean:.3f} [{share.lo:.3f}, {share.hi:.3f}]"}
     needed = f"{(1.96 * 0.5 / (expected - 0.5)) ** 2:,.0f}" if bias else "-"
     rows.append({**row, "expected": round(expected, 3), "judgments to notice it": needed})

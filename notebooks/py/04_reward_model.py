@@ -136,25 +136,25 @@ display(
 # probabilities, so the ceiling can be computed, and so can the accuracy of the true (gold) utility as a predictor.
 
 # %%
-table, rater = held_out.to_pandas(), rk.pocket.Rater()
+table, rater = held_out.to_pandas(), rk.tasks.pocket.Rater()
 for side in ("chosen", "rejected"):
     texts = list(zip(table["prompt"], table[side], strict=True))
     table[f"reward {side}"] = reward(table["prompt"].tolist(), table[side].tolist())
-    table[f"gold {side}"] = [rk.pocket.gold(world, *text) for text in texts]
-    table[f"rater {side}"] = [rk.pocket.utility(world, rater, *text) for text in texts]
+    table[f"gold {side}"] = [rk.tasks.pocket.gold(world, *text) for text in texts]
+    table[f"rater {side}"] = [rk.tasks.pocket.utility(world, rater, *text) for text in texts]
 gap = pd.DataFrame({who: table[f"{who} chosen"] - table[f"{who} rejected"] for who in ("reward", "gold", "rater")})
 # Averaged over who is shown first, which no reward model is told.
 chance_of_choice = [
-    (rk.pocket.choice_probability(rater, g, 0.0) + 1 - rk.pocket.choice_probability(rater, 0.0, g)) / 2
+    (rk.tasks.pocket.choice_probability(rater, g, 0.0) + 1 - rk.tasks.pocket.choice_probability(rater, 0.0, g)) / 2
     for g in gap["rater"]
 ]
 p = np.asarray(chance_of_choice)
 found = {
     "reward model, trained on": rk.evaluate.accuracy(reward, pairs),
     "reward model, held out": rk.evaluate.accuracy(reward, held_out),
-    "gold utility, held out": rk.statistics.pair_accuracy(gap["gold"], 0 * gap["gold"], table["prompt_id"]),
-    "a second such rater": rk.statistics.bootstrap(p, table["prompt_id"]),
-    "best possible": rk.statistics.bootstrap(np.maximum(p, 1 - p), table["prompt_id"]),
+    "gold utility, held out": rk.stats.pair_accuracy(gap["gold"], 0 * gap["gold"], table["prompt_id"]),
+    "a second such rater": rk.stats.bootstrap(p, table["prompt_id"]),
+    "best possible": rk.stats.bootstrap(np.maximum(p, 1 - p), table["prompt_id"]),
 }
 
 # %%
@@ -196,7 +196,7 @@ bins = pd.qcut(gap["gold"].abs()[differ], 4, duplicates="drop")
 rows = []
 for interval, index in bins.groupby(bins, observed=True).groups.items():
     sign = np.sign(gap.loc[index, "gold"])
-    share = rk.statistics.pair_accuracy(sign * gap.loc[index, "reward"], 0 * sign, table.loc[index, "prompt_id"])
+    share = rk.stats.pair_accuracy(sign * gap.loc[index, "reward"], 0 * sign, table.loc[index, "prompt_id"])
     name = f"gold gap {max(0, interval.left):.1f} to {interval.right:.1f}"
     ends = {"accuracy_lo": share.lo, "accuracy_hi": share.hi}
     rows.append({"pairs": name, "n": len(index), "accuracy": share.mean, **ends, "the rater's own": (sign > 0).mean()})
@@ -217,7 +217,7 @@ by_gap.drop(columns=["accuracy_lo", "accuracy_hi"]).round(2)
 # far too sure of itself, and PPO will feel it, since the size of a reward decides how much KL it is worth paying.
 
 # %%
-rk.plots.calibration(rk.evaluate.calibration(reward, held_out, scale=reward.scale))
+rk.plots.calibration(rk.evaluate.reward_calibration(reward, held_out, scale=reward.scale))
 
 # %% [markdown]
 # **What you should have seen.** Points near the diagonal are honest; points that are flatter than the diagonal are
@@ -234,10 +234,10 @@ rk.plots.calibration(rk.evaluate.calibration(reward, held_out, scale=reward.scal
 n_prompts, n = min(300, preset.n_test_prompts), 16
 prompts = rk.data.prompts(world, "test", n_prompts, seed=SEED)
 samples = rk.sample(flow.sft(), prompts, n=n, seed=SEED, **preset.sampling)
-samples = rk.sampling.score(samples, {"proxy": reward, "gold": rk.rewards.gold(world)})
+samples = rk.sampling.add_rewards(samples, {"proxy": reward, "gold": rk.rewards.gold(world)})
 texts = list(zip(samples["prompt"], samples["completion"], strict=True))
-samples["rater"] = [rk.pocket.utility(world, rater, *text) for text in texts]
-features = pd.DataFrame([rk.pocket.features(world, *text) for text in texts])
+samples["rater"] = [rk.tasks.pocket.utility(world, rater, *text) for text in texts]
+features = pd.DataFrame([rk.tasks.pocket.features(world, *text) for text in texts])
 features = features.loc[:, (features != 0).sum() >= 30]  # what hardly occurs cannot be measured
 samples[["kind", "prompt", "completion", "proxy", "gold", "rater"]].iloc[: 4 * n : n].round(2)
 
@@ -316,8 +316,8 @@ rows = []
 single = samples.groupby("prompt_id")[["proxy", "gold"]].mean()
 for size in (1, 2, 4, 8, 16):
     for chosen_by, value in (("proxy", "proxy"), ("proxy", "gold"), ("gold", "gold")):
-        best = rk.statistics.best_of_n_estimate(samples, chosen_by, value, size).set_index("prompt_id")
-        gain = rk.statistics.bootstrap(best[value] - single[value])
+        best = rk.stats.best_of_n_estimate(samples, chosen_by, value, size).set_index("prompt_id")
+        gain = rk.stats.bootstrap(best[value] - single[value])
         rows.append({"n": size, "chosen by": chosen_by, "value": value, **gain._asdict()})
 best_of = pd.DataFrame(rows)
 

@@ -159,7 +159,7 @@ torch.manual_seed(SEED)
 rows = [prompts[i] for i in range(64)]
 trainer.roles.eval()
 tokens = trainer.rollout(rows)
-trajectory, metrics = trainer.score(rows, tokens, trainer.partition(tokens))
+trajectory, metrics = trainer.make_trajectory(rows, tokens, trainer.partition(tokens))
 shapes = {name: tuple(part.shape) for name, part in trajectory._asdict().items() if name != "tokens"}
 display(Markdown(f"**Shapes** (64 completions of up to {tokens.completion_mask.shape[1]} tokens): {shapes}"))
 tokenizer = trainer.processing_class
@@ -316,7 +316,7 @@ told.rename(index=rk.plots.label).round(3)
 torch.manual_seed(SEED)
 trainer.roles.eval()
 tokens = trainer.rollout(rows)
-after, _ = trainer.score(rows, tokens, trainer.partition(tokens))
+after, _ = trainer.make_trajectory(rows, tokens, trainer.partition(tokens))
 kl = (after.logprobs - after.reference_logprobs).sum(1)
 display(
     Markdown(
@@ -347,10 +347,10 @@ wide = firsts.pivot(index=["kind", "prompt"], columns="model", values=["completi
 wide.swaplevel(axis=1)[[(model, value) for model in models for value in ("completion", "gold")]]
 
 # %%
-shift = {value: rk.statistics.paired_difference(scores, "PPO", "SFT", value) for value in ("proxy", "gold", "n_tokens")}
-wins = rk.statistics.win_rate(scores, "PPO", "SFT", by="gold")
+shift = {value: rk.stats.paired_difference(scores, "PPO", "SFT", value) for value in ("proxy", "gold", "n_tokens")}
+wins = rk.stats.win_rate(scores, "PPO", "SFT", by="gold")
 verdict = "clear of zero" if shift["gold"].lo > 0 or shift["gold"].hi < 0 else "not clear of zero: one cannot tell"
-spent = rk.statistics.bootstrap(*(scores.loc[scores["model"] == "PPO", name] for name in ("kl", "prompt_id")))
+spent = rk.stats.bootstrap(*(scores.loc[scores["model"] == "PPO", name] for name in ("kl", "prompt_id")))
 told = (
     f"On {test.num_rows} held-out prompts PPO moves the proxy by **{shift['proxy']}** and gold by **{shift['gold']}** "
     f"({verdict}), at a KL of {spent} nats a completion. Its completions are {shift['n_tokens'].mean:+.1f} tokens "

@@ -141,7 +141,7 @@ prompt_ids = held_out["prompt_id"][:]
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
 axes.axhline(0, color="#606060", linestyle="--", linewidth=1.5, label="as under SFT")
 for side, colour in (("chosen", "#009E73"), ("rejected", "#D55E00")):
-    means = [rk.statistics.bootstrap(ratios[step][side], prompt_ids) for step in ratios]
+    means = [rk.stats.bootstrap(ratios[step][side], prompt_ids) for step in ratios]
     error = np.array([[m.mean - m.lo, m.hi - m.mean] for m in means]).T
     axes.errorbar(list(ratios), [m.mean for m in means], yerr=error, marker="o", capsize=4, color=colour, label=side)
 axes.set(xlabel="optimizer step", ylabel="log pi - log pi_ref [nats/completion]")
@@ -151,7 +151,7 @@ plt.show()
 
 # %%
 last = ratios[max(ratios)]
-means = {side: rk.statistics.bootstrap(last[side], prompt_ids) for side in last}
+means = {side: rk.stats.bootstrap(last[side], prompt_ids) for side in last}
 fell = "fell" if means["chosen"].hi < 0 else "rose" if means["chosen"].lo > 0 else "hardly moved"
 Markdown(
     f"In the end the log-probability of *chosen* completions {fell} ({means['chosen']} nats), that of *rejected* ones "
@@ -187,9 +187,9 @@ wide = firsts.pivot(index=["kind", "prompt"], columns="model", values=["completi
 wide.swaplevel(axis=1)[[(model, value) for model in models for value in ("completion", "gold")]]
 
 # %%
-shift = {value: rk.statistics.paired_difference(scores, "DPO", "SFT", value) for value in ("proxy", "gold", "n_tokens")}
-wins = rk.statistics.win_rate(scores, "DPO", "SFT", by="gold")
-spent = rk.statistics.bootstrap(*(scores.loc[scores["model"] == "DPO", name] for name in ("kl", "prompt_id")))
+shift = {value: rk.stats.paired_difference(scores, "DPO", "SFT", value) for value in ("proxy", "gold", "n_tokens")}
+wins = rk.stats.win_rate(scores, "DPO", "SFT", by="gold")
+spent = rk.stats.bootstrap(*(scores.loc[scores["model"] == "DPO", name] for name in ("kl", "prompt_id")))
 verdict = "clear of zero" if shift["gold"].lo > 0 or shift["gold"].hi < 0 else "not clear of zero: one cannot tell"
 display(
     Markdown(
@@ -221,8 +221,8 @@ groups = np.asarray(prompt_ids)
 rows = []
 for name, score in (("implicit reward of DPO", implicit), ("learned reward model", learned)):
     margin = score["chosen"] - score["rejected"]
-    rater = rk.statistics.pair_accuracy(margin, 0 * margin, groups)
-    by_gold = rk.statistics.pair_accuracy(sign * margin[differ], 0 * sign, groups[differ])
+    rater = rk.stats.pair_accuracy(margin, 0 * margin, groups)
+    by_gold = rk.stats.pair_accuracy(sign * margin[differ], 0 * sign, groups[differ])
     rows.append({"judge": name, "agrees with the rater": str(rater), "orders as gold does": str(by_gold)})
 pd.DataFrame(rows)
 
@@ -249,7 +249,7 @@ plt.show()
 # wrote, and never looks at what comes out. Where did the probability go that both sides of the pairs lost?
 
 # %%
-own = rk.statistics.bootstrap(*(scores.loc[scores["model"] == "DPO", name] for name in ("kl", "prompt_id")))
+own = rk.stats.bootstrap(*(scores.loc[scores["model"] == "DPO", name] for name in ("kl", "prompt_id")))
 seen = set(pairs["chosen"][:]) | set(pairs["rejected"][:])
 new = scores.assign(new=~scores["completion"].isin(seen)).groupby("model")["new"].mean()
 places = {"chosen (written by SFT)": means["chosen"], "rejected (written by SFT)": means["rejected"]}

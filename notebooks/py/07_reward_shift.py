@@ -73,7 +73,7 @@ rk.plots.reward_shift(final)
 
 # %%
 shift = {
-    (model, value): rk.statistics.paired_difference(final, model, "SFT", value)
+    (model, value): rk.stats.paired_difference(final, model, "SFT", value)
     for model in ("PPO", "DPO")
     for value in ("proxy", "gold")
 }
@@ -112,7 +112,7 @@ rk.plots.reward_ridge(final, "gold", order)
 # %%
 for value in ("proxy", "gold"):
     display(Markdown(f"**{rk.plots.label(value)}**"))
-    display(rk.statistics.quantiles(final, value).set_index("model").loc[order].round(2))
+    display(rk.stats.quantiles(final, value).set_index("model").loc[order].round(2))
 
 # %%
 levels, rng = np.linspace(0.05, 0.95, 19), np.random.default_rng(SEED)
@@ -224,8 +224,8 @@ gains = []
 for kind, rows in final.groupby("kind"):
     row = {"kind": kind, "prompts": rows["prompt_id"].nunique()}
     for model in models[1:]:
-        row[f"{model} - SFT"] = str(rk.statistics.paired_difference(rows, model, "SFT", "gold"))
-    row["PPO - DPO"] = str(rk.statistics.paired_difference(rows, "PPO", "DPO", "gold"))
+        row[f"{model} - SFT"] = str(rk.stats.paired_difference(rows, model, "SFT", "gold"))
+    row["PPO - DPO"] = str(rk.stats.paired_difference(rows, "PPO", "DPO", "gold"))
     gains.append(row)
 pd.DataFrame(gains)
 
@@ -240,14 +240,14 @@ pd.DataFrame(gains)
 
 # %%
 texts = zip(final["prompt"], final["completion"], strict=True)
-features = pd.DataFrame([rk.pocket.features(world, *text) for text in texts], index=final.index)
-paid = features * pd.Series(rk.pocket.GOLD_WEIGHTS)
+features = pd.DataFrame([rk.tasks.pocket.features(world, *text) for text in texts], index=final.index)
+paid = features * pd.Series(rk.tasks.pocket.GOLD_WEIGHTS)
 paid = pd.concat([final[["model", "prompt_id"]], paid], axis=1).groupby(["model", "prompt_id"]).mean()
 parts = {}
 for model in models[1:]:
     change = paid.loc[model] - paid.loc["SFT"]
     parts[model] = pd.DataFrame(
-        {name: rk.statistics.bootstrap(change[name]) for name in change}, index=["mean", "lo", "hi"]
+        {name: rk.stats.bootstrap(change[name]) for name in change}, index=["mean", "lo", "hi"]
     ).T
 largest = pd.concat([part["mean"].abs() for part in parts.values()], axis=1).max(axis=1)
 names = largest.sort_values().index[-12:]  # the rest hardly matter, and are in the sums below
@@ -316,7 +316,7 @@ for model in models[1:]:
     )
 for _, row in compared.iterrows():
     if row["quantity"] in ("gold", "win_rate_gold", "proxy", "kl"):
-        interval = rk.statistics.Interval(row["mean"], row["lo"], row["hi"])
+        interval = rk.stats.Interval(row["mean"], row["lo"], row["hi"])
         said.append(f"- PPO against DPO, {row['quantity'].replace('_', ' ')}: **{row['verdict']}** ({interval}).")
 Markdown("\n".join(said))
 

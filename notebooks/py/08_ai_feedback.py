@@ -112,8 +112,8 @@ template = rk.feedback.Template(
 untrained = rk.feedback.LanguageModelRater(sft, template=template, name="untrained")
 few = rows[rows["gap"] != 0].head(500)
 p, flipped = (np.array(untrained.preferences(few["prompt"], few[x], few[y])) for x, y in (("a", "b"), ("b", "a")))
-place = rk.statistics.bootstrap(pd.Series(untrained.firsts[: len(few)]), few["prompt"])
-right = rk.statistics.bootstrap((p > 0.5) == (few["gap"] > 0), few["prompt"])
+place = rk.stats.bootstrap(pd.Series(untrained.firsts[: len(few)]), few["prompt"])
+right = rk.stats.bootstrap((p > 0.5) == (few["gap"] > 0), few["prompt"])
 apart = np.abs(p + flipped - 1).max()
 Markdown(
     f"In one order, it prefers the answer shown first with a probability of **{place}**, whichever that is. Over both "
@@ -135,10 +135,10 @@ for name, judged in labelled.items():
     rows[name] = [ranks[0] < ranks[1] for ranks in judged["ranks"]]
 clear = rows[rows["gap"] != 0]
 found = {
-    f"{name} sides with gold": rk.statistics.bootstrap((clear[name] == (clear["gap"] > 0)), clear["prompt"])
+    f"{name} sides with gold": rk.stats.bootstrap((clear[name] == (clear["gap"] > 0)), clear["prompt"])
     for name in labelled
 }
-found["judge sides with person"] = rk.statistics.bootstrap(rows["judge"] == rows["person"], rows["prompt"])
+found["judge sides with person"] = rk.stats.bootstrap(rows["judge"] == rows["person"], rows["prompt"])
 pd.DataFrame({"share [95% interval]": {name: str(value) for name, value in found.items()}})
 
 # %%
@@ -147,7 +147,7 @@ figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
 for name, colour, marker in (("person", "#0072B2", "o"), ("judge", "#D55E00", "s")):
     bins = []
     for _, part in clear.groupby(pd.cut(clear["gap"].abs(), edges), observed=True):
-        share = rk.statistics.bootstrap(part[name] == (part["gap"] > 0), part["prompt"])
+        share = rk.stats.bootstrap(part[name] == (part["gap"] > 0), part["prompt"])
         bins.append({"gap": part["gap"].abs().mean(), **share._asdict()})
     bins = pd.DataFrame(bins)
     error = [bins["mean"] - bins["lo"], bins["hi"] - bins["mean"]]
@@ -218,7 +218,7 @@ test = flow.prompts("test")
 rewards = {"proxy": rk.RewardModel(flow.reward_model()), "gold": gold}
 scores = rk.evaluate.score({"SFT": sft, **policies}, test, rewards, reference=sft, seed=SEED, **preset.sampling)
 summary = rk.evaluate.summary(scores).set_index("model")
-gains = {name: str(rk.statistics.paired_difference(scores, name, "SFT", "gold")) for name in policies}
+gains = {name: str(rk.stats.paired_difference(scores, name, "SFT", "gold")) for name in policies}
 shown = summary[["gold", "kl", "n_tokens", "win_rate_gold"]].round(2).assign(**{"gold against SFT": pd.Series(gains)})
 display(shown)
 rk.plots.by_kind(scores, "gold")
@@ -229,7 +229,7 @@ asked = {
     "RLAIF - RLHF, as many errors": ("RLAIF", "RLHF, as many errors"),
     "KTO - DPO": ("KTO", "DPO"),
 }
-compared = {name: rk.statistics.paired_difference(scores, *pair, "gold") for name, pair in asked.items()}
+compared = {name: rk.stats.paired_difference(scores, *pair, "gold") for name, pair in asked.items()}
 verdict = {True: "cannot tell", False: "differ"}
 pd.DataFrame(
     [{"gold": name, "difference": str(d), "verdict": verdict[d.lo <= 0 <= d.hi]} for name, d in compared.items()]
@@ -255,16 +255,16 @@ effects.pivot(index="effect", columns="model", values="share")[["SFT", *policies
 
 # %%
 careless = rk.sample(preset.base_model, test, n=1, seed=SEED, **preset.sampling)
-reader = rk.feedback.RuleReader(world, rk.pocket.Rater(knowledge=0.7, lapse=0.2), seed=SEED)
+reader = rk.feedback.RuleReader(world, rk.tasks.pocket.Rater(knowledge=0.7, lapse=0.2), seed=SEED)
 revised = rk.feedback.critique_and_revise(reader, careless[["prompt_id", "kind", "prompt", "completion"]], rounds=4)
 texts = pd.concat([revised[revised["round"] == 1].assign(round=0, revision=lambda f: f["answer"]), revised])
-found = [rk.pocket.features(world, p, f" {c}") for p, c in zip(texts["prompt"], texts["revision"], strict=True)]
+found = [rk.tasks.pocket.features(world, p, f" {c}") for p, c in zip(texts["prompt"], texts["revision"], strict=True)]
 texts["gold"] = gold(texts["prompt"].tolist(), [f" {text}" for text in texts["revision"]])
 texts["harm"] = [features["harm"] for features in found]
 figure, panels = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
 asked = {"gold": (texts, "mean gold utility"), "harm": (texts[texts["kind"] == "harmful"], "harmful answers [share]")}
 for axes, (value, (part, label)) in zip(panels, asked.items(), strict=True):
-    means = [rk.statistics.bootstrap(rows[value], rows["prompt_id"]) for _, rows in part.groupby("round")]
+    means = [rk.stats.bootstrap(rows[value], rows["prompt_id"]) for _, rows in part.groupby("round")]
     ends = np.array([[m.mean - m.lo, m.hi - m.mean] for m in means]).T
     axes.errorbar(range(5), [m.mean for m in means], ends, marker="o", color="#0072B2", capsize=3)
     axes.set(xlabel="revisions", ylabel=label, xticks=range(5))

@@ -17,11 +17,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from statsmodels.stats.inter_rater import cohens_kappa, fleiss_kappa
 
-from rlhf_kit import statistics
+from rlhf_kit import stats
 from rlhf_kit.feedback.converting import rows_of
 from rlhf_kit.feedback.judging import SCALES, FeedbackError
 from rlhf_kit.rewards import Completion
-from rlhf_kit.statistics import NOT_MEASURED, Interval
+from rlhf_kit.stats import NOT_MEASURED, Interval
 
 Counts = NDArray[np.int64]
 DOMAINS: dict[str, list[int]] = {"rank": [-1, 0, 1], **{question: list(scale) for question, scale in SCALES.items()}}
@@ -138,7 +138,7 @@ def _resampled(measure: Any, units: NDArray[Any], items: NDArray[Any], seed: int
     if not len(units):
         return NOT_MEASURED
     shape = (-1, *units.shape[2:])
-    return statistics.bootstrap_of(lambda rows: measure(units[rows].reshape(shape)), items, seed=seed)
+    return stats.bootstrap_of(lambda rows: measure(units[rows].reshape(shape)), items, seed=seed)
 
 
 def _alpha(found: pd.DataFrame, seed: int) -> Interval:
@@ -162,7 +162,7 @@ def _percent(counts: Counts, items: NDArray[Any], seed: int) -> Interval:
     if not len(counts):
         return NOT_MEASURED
     raters = counts.sum(1)
-    return statistics.bootstrap((counts * (counts - 1)).sum(1) / (raters * (raters - 1)), items, seed=seed)
+    return stats.bootstrap((counts * (counts - 1)).sum(1) / (raters * (raters - 1)), items, seed=seed)
 
 
 def _fleiss(counts: Counts) -> float:

@@ -18,7 +18,7 @@ from rlhf_kit.feedback.agreement import UNIT, units
 from rlhf_kit.feedback.choice_model import Choices, Codes, fit
 from rlhf_kit.feedback.converting import rows_of
 from rlhf_kit.rewards import Reward
-from rlhf_kit.statistics import NOT_MEASURED, Interval, Z, columns
+from rlhf_kit.stats import NOT_MEASURED, Interval, Z, columns
 
 Array = NDArray[np.float64]
 

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeResult, minimize
 
-from rlhf_kit.statistics import NOT_MEASURED, Interval, Z
+from rlhf_kit.stats import NOT_MEASURED, Interval, Z
 
 Array = NDArray[np.float64]
 Codes = NDArray[np.integer[Any]]

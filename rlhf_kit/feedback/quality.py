@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rlhf_kit import statistics
+from rlhf_kit import stats
 from rlhf_kit.feedback.agreement import UNIT, units, words
 from rlhf_kit.feedback.bias import biases, gaps, gold_scores, swapped
 from rlhf_kit.rewards import Reward
-from rlhf_kit.statistics import NOT_MEASURED, Interval, columns
+from rlhf_kit.stats import NOT_MEASURED, Interval, columns
 
 TOO_FAST = 1 / 3  # of a rater's own median time per word
 
@@ -105,5 +105,5 @@ def _speed(given: pd.DataFrame) -> dict[str, float]:
 
 
 def _share(name: str, hits: pd.Series, items: pd.Series, seed: int, less: float = 0.0) -> dict[str, float]:
-    share = statistics.bootstrap(hits.astype(float), items, seed=seed) if len(hits) else NOT_MEASURED
+    share = stats.bootstrap(hits.astype(float), items, seed=seed) if len(hits) else NOT_MEASURED
     return columns(name, Interval(*(bound - less for bound in share)))

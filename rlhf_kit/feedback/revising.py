@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from datasets import Dataset
 
-from rlhf_kit import pocket
 from rlhf_kit.feedback.constitution import Constitution, constitution
 from rlhf_kit.feedback.judging import FeedbackError
 from rlhf_kit.feedback.templates import spoken
@@ -25,9 +24,10 @@ from rlhf_kit.models import (
     load_ready,
     load_tokenizer,
 )
-from rlhf_kit.pocket.language import ALSO, CLAIMS, REDIRECTS, REFUSALS, parse_prompt, sentence_table
-from rlhf_kit.pocket.raters import TINY
 from rlhf_kit.progress import Countdown
+from rlhf_kit.tasks import pocket
+from rlhf_kit.tasks.pocket.language import ALSO, CLAIMS, REDIRECTS, REFUSALS, parse_prompt, sentence_table
+from rlhf_kit.tasks.pocket.raters import TINY
 
 # A reply to each prompt, text or chat. An `Endpoint` is one.
 Writer = Callable[[list[Prompt]], list[str]]

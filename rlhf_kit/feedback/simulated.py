@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_kit import pocket
 from rlhf_kit.feedback.judging import SCALES, STRENGTHS, Answer, FeedbackError, Question, dense_ranks
 from rlhf_kit.models import Prompt
 from rlhf_kit.rewards import Completion
+from rlhf_kit.tasks import pocket
 
 # Where a felt gap of a pair, in units of utility, becomes clear, and where it becomes large.
 STEPS = (0.75, 2.0)

@@ -11,6 +11,7 @@ from rlhf_kit.models.generation import (
     stop_ids,
 )
 from rlhf_kit.models.loading import (
+    Lora,
     Model,
     ModelError,
     ModelPath,
@@ -27,6 +28,7 @@ from rlhf_kit.models.loading import (
     load_ready,
     load_tokenizer,
     lora,
+    lora_config,
     max_length,
     read_notes,
     read_score_head,
@@ -44,6 +46,7 @@ from rlhf_kit.models.logprobs import (
 from rlhf_kit.models.roles import Roles, load_roles, switch_off_dropout
 
 __all__ = [
+    "Lora",
     "Model",
     "ModelError",
     "ModelPath",
@@ -74,6 +77,7 @@ __all__ = [
     "load_roles",
     "load_tokenizer",
     "lora",
+    "lora_config",
     "max_length",
     "next_logprobs",
     "read_notes",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -25,6 +26,7 @@ from transformers import (
 NOTES = "rlhf_kit.json"
 Model: TypeAlias = PreTrainedModel | PeftModel
 ModelPath: TypeAlias = str | Path
+Lora: TypeAlias = LoraConfig | Mapping[str, Any]
 Loaded = TypeVar("Loaded", bound=Model)
 
 
@@ -39,6 +41,18 @@ def lora(
     return LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, bias="none", task_type="CAUSAL_LM"
     )
+
+
+def lora_config(lora: Lora | None) -> LoraConfig | None:
+    """Settings of LoRA (Hu et al. 2021, 2106.09685) as peft's config: `{"r": 16}`, in LoraConfig's own names, or whole.
+
+    Where a dict says nothing else: rank 16, scale lora_alpha / r = 2, no dropout, every linear layer but the output.
+    """
+    if lora is None or isinstance(lora, LoraConfig):
+        return deepcopy(lora)  # peft writes the modules that it finds into it
+    rank = lora.get("r", 16)
+    defaults = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return LoraConfig(**{**defaults, **lora})
 
 
 def device() -> torch.device:

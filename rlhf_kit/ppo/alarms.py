@@ -50,7 +50,7 @@ def check(rows: Sequence[dict[str, float]], limits: Limits = Limits()) -> list[A
 
     if now["kl"] > limits.kl:
         seen = f"KL is {now['kl']:.1f} nats per sequence (limit {limits.kl:g})"
-        alarm("kl", f"{seen}: raise kl_coef, set kl_target, or lower learning_rate", "kl")
+        alarm("kl", f"{seen}: raise kl_coef, set adaptive_kl_target, or lower learning_rate", "kl")
     if now["entropy"] < limits.entropy * first["entropy"]:
         seen = f"entropy fell from {first['entropy']:.2f} to {now['entropy']:.2f} nats per token"
         alarm("entropy", f"{seen}: the policy hardly varies; raise kl_coef or entropy_coef", "reward")

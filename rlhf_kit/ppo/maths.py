@@ -70,9 +70,9 @@ def _variance(values: torch.Tensor, mask: torch.Tensor, summed: Summed) -> torch
     return summed((((values - mean) * mask) ** 2).sum()) / count
 
 
-def adapt_kl_coef(kl_coef: float, kl: float, kl_target: float, completions: int, horizon: int) -> float:
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, completions: int, horizon: int) -> float:
     """The proportional controller of Ziegler et al. 2019 (1909.08593), section 2.2."""
-    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * completions / horizon)
 
 

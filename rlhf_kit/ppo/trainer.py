@@ -152,15 +152,15 @@ class PPOTrainer(Trainer):
         self.roles.eval()
         tokens = self.rollout(inputs["rows"])
         minibatches = self.partition(tokens)
-        trajectory, metrics = self.score(inputs["rows"], tokens, minibatches)
+        trajectory, metrics = self.make_trajectory(inputs["rows"], tokens, minibatches)
         rolled_out = time.perf_counter()
         self.roles.train()
         loss, optimisation = self.optimise(trajectory, minibatches)
-        if self.args.kl_target is not None:
+        if self.args.adaptive_kl_target is not None:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef,
                 metrics["kl"],
-                self.args.kl_target,
+                self.args.adaptive_kl_target,
                 len(inputs["rows"]) * self.args.world_size,
                 self.args.kl_horizon,
             )
@@ -188,7 +188,7 @@ class PPOTrainer(Trainer):
     # 2. Score, 3. estimate advantages ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def score(
+    def make_trajectory(
         self, rows: list[dict[str, Any]], tokens: Tokens, minibatches: list[list[torch.Tensor]]
     ) -> tuple[Trajectory, dict[str, float]]:
         """Everything the loss needs about the completions, and metrics of the rollout.
@@ -279,7 +279,7 @@ class PPOTrainer(Trainer):
                 if not history:
                     first_deviation = statistics[-1].item()
                 history.append(statistics)
-                if self.args.target_kl is not None and statistics[3] > self.args.target_kl:
+                if self.args.early_stop_kl is not None and statistics[3] > self.args.early_stop_kl:
                     # The policy has moved far enough: this gradient is not applied, and without one no optimizer steps.
                     self.model.zero_grad(set_to_none=True)
                     return self._summarise(history, first_deviation)
@@ -381,7 +381,9 @@ class PPOTrainer(Trainer):
             for batch in dataset.iter(self.args.per_device_eval_batch_size):
                 rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
                 tokens = self.rollout(rows)
-                _, metrics = self.score(rows, tokens, [list(torch.arange(len(rows)).split(self.args.micro_batch_size))])
+                _, metrics = self.make_trajectory(
+                    rows, tokens, [list(torch.arange(len(rows)).split(self.args.micro_batch_size))]
+                )
                 # A mean over tokens, not over batches: divided again below.
                 metrics["entropy"] *= metrics["completion_length"]
                 for name in ("reward", "kl", "objective", "entropy", "completion_length", "unfinished"):

@@ -12,9 +12,9 @@ from rlhf_kit.runs.layout import (
     load_run,
     load_runs,
     load_samples,
+    make,
     replacing,
     save_figure,
-    stage,
     write_samples,
     write_summary,
 )
@@ -33,7 +33,7 @@ __all__ = [
     "replacing",
     "save_figure",
     "sha256_of",
-    "stage",
+    "make",
     "write_samples",
     "write_summary",
 ]

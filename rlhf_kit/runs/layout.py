@@ -57,7 +57,7 @@ class Run:
 # --- making a run ---
 
 
-def stage(
+def make(
     experiment: str | Path,
     name: str,
     config: Mapping[str, Any],

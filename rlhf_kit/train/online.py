@@ -140,7 +140,7 @@ def _best(
             raise ValueError(f"rejection_sampling: {problem}; raise max_completion_length")
         warnings.warn(f"rejection_sampling: {problem}; these prompts are left out", stacklevel=3)
     score = reward if callable(reward) else RewardModel(reward)
-    scored = sampling.score(ended, {"reward": score})
+    scored = sampling.add_rewards(ended, {"reward": score})
     checked(scored["reward"].tolist(), len(scored))
     return sampling.best_of_n(scored, "reward")
 

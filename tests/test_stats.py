@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlhf_kit import statistics as st
+from rlhf_kit import stats as st
 
 
 def scores_frame(n_prompts=30, n_samples=4, models=("SFT", "PPO"), seeds=(0,), shift=0.5):

@@ -304,7 +304,7 @@ def pair_accuracy(chosen_scores: ArrayLike, rejected_scores: ArrayLike, groups: 
     return bootstrap((chosen > rejected) + 0.5 * (chosen == rejected), groups)
 
 
-def calibration(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -> pd.DataFrame:
+def calibration_curve(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -> pd.DataFrame:
     """Predicted against observed frequency in `bins` equal bins of probability, empty bins included (n = 0).
 
     Columns: `left`, `right` (edges of the bin), `n`, `predicted`, `observed` (means within the bin), and `observed_lo`,
@@ -339,7 +339,7 @@ def _wilson(p: Array, n: NDArray[np.int64]) -> tuple[Array, Array]:
 
 def expected_calibration_error(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -> float:
     """Mean over pairs of |predicted - observed| of their bin (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
-    table = calibration(probabilities, outcomes, bins)
+    table = calibration_curve(probabilities, outcomes, bins)
     gap = (table["predicted"] - table["observed"]).abs()
     return float((gap * table["n"]).sum() / table["n"].sum())
 

@@ -158,7 +158,7 @@ def parse_prompt(text: str) -> Prompt:
     if found is None:
         raise ValueError(
             f"prompt is not one of the pocket world's: {text!r}. Its gold utility is known only for prompts from "
-            "rlhf_kit.pocket.prompts(world, split)."
+            "rlhf_kit.tasks.pocket.prompts(world, split)."
         )
     return found
 
