@@ -31,7 +31,7 @@ _ROOMS = (
     "presets",
     "pretrain",
     "progress",
-    "report",
+    "outputs",
     "rating",
     "rewards",
     "runs",

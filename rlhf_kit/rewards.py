@@ -20,20 +20,10 @@ from rlhf_kit.models import (
     read_score_head,
     write_notes,
 )
-from rlhf_kit.tasks import pocket
 
 BATCH_TOKENS = 4096  # of one forward pass of a reward model, whatever its `batch_size`: long texts must not fill a GPU
 Completion = str | list[dict[str, str]]
 Reward = Callable[..., list[float]]
-
-
-def gold(world: pocket.World) -> Reward:
-    """The pocket world's known utility; raises ValueError on a prompt that is not of this world."""
-
-    def gold_reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        return [pocket.gold(world, prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-
-    return gold_reward
 
 
 def checked(rewards: list[float], count: int) -> torch.Tensor:

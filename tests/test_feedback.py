@@ -15,7 +15,7 @@ from rlhf_kit import feedback
 from rlhf_kit.feedback import Answer, FeedbackError, Item
 from rlhf_kit.models import Prompt
 from rlhf_kit.rewards import Completion, Ensemble
-from rlhf_kit.tasks import pocket
+from rlhf_kit.tasks import Pocket, pocket
 
 W = pocket.world(0)
 RIGHT = f" the otter lives {W.truth['otter', 'home']} ."
@@ -270,7 +270,7 @@ def test_ratings_become_ktos_labels() -> None:
 
 
 def test_a_faultless_rater_ranks_and_rates_by_gold() -> None:
-    rater = feedback.simulated(W, **FAULTLESS)
+    rater = Pocket(W).rater(**FAULTLESS)
     gold = {text: pocket.gold(W, ASK, text) for text in FOUR}
     for order in permutations(FOUR):
         ranks = rater(ASK, order, "rank").ranks
@@ -284,14 +284,14 @@ def test_a_faultless_rater_ranks_and_rates_by_gold() -> None:
 
 
 def test_pairs_have_the_stated_probability_and_stronger_words_for_wider_gaps() -> None:
-    rater = feedback.simulated(W, temperature=1.0, lapse=0.2, position_bias=0.4)
+    rater = Pocket(W).rater(temperature=1.0, lapse=0.2, position_bias=0.4)
     expected = pocket.choice_probability(
         rater.rater, *(pocket.utility(W, rater.rater, ASK, text) for text in (WRONG, REFUSAL))
     )
     answers = [rater(ASK, [WRONG, REFUSAL], "rank") for _ in range(4000)]
     first = np.mean([answer.ranks == (1, 2) for answer in answers])
     assert first == pytest.approx(expected, abs=4 * math.sqrt(0.25 / 4000))
-    exact = feedback.simulated(W, **FAULTLESS)
+    exact = Pocket(W).rater(**FAULTLESS)
     order = [feedback.STRENGTHS.index(str(exact(ASK, [RIGHT, worse], "rank").strength)) for worse in (FOUR[1], WRONG)]
     assert order == [0, 2]
 
@@ -312,7 +312,7 @@ def test_rankings_of_two_are_bradley_terry_and_of_three_plackett_luce() -> None:
 
 
 def test_an_indifferent_rater_ties_what_is_close() -> None:
-    rater = feedback.simulated(W, **FAULTLESS | {"indifference": 0.5})
+    rater = Pocket(W).rater(**FAULTLESS | {"indifference": 0.5})
     assert rater(ASK, [RIGHT, FOUR[1]], "rank").ranks == (1, 1)
     assert rater(ASK, [RIGHT, WRONG], "rank").ranks == (1, 2)
     ranks = rater(ASK, FOUR, "rank").ranks
@@ -320,21 +320,21 @@ def test_an_indifferent_rater_ties_what_is_close() -> None:
 
 
 def test_a_panel_has_groups_of_different_values_and_members_who_know_different_things() -> None:
-    raters = feedback.panel(W, 5, groups={"terse": {"length": -0.1}, "wordy": {"length": 0.1}}, lapse=0.0)
+    raters = Pocket(W).panel(5, groups={"terse": {"length": -0.1}, "wordy": {"length": 0.1}}, lapse=0.0)
     assert [rater.name for rater in raters] == ["terse-1", "wordy-1", "terse-2", "wordy-2", "terse-3"]
     assert [rater.rater.length for rater in raters] == [-0.1, 0.1, -0.1, 0.1, -0.1]
     known = {pocket.known_cells(rater.rater.seed, rater.rater.knowledge) for rater in raters}
     assert len(known) == 5 and {rater.rater.lapse for rater in raters} == {0.0}
     with pytest.raises(FeedbackError, match="one rater or more"):
-        feedback.panel(W, 0)
+        Pocket(W).panel(0)
 
 
 def test_the_same_seed_gives_the_same_judgments() -> None:
     made = [Item(ASK, FOUR), Item(ASK, FOUR[1:3])]
-    once, again, other = (feedback.ask(made * 9, feedback.simulated(W, seed=seed), seed=seed) for seed in (0, 0, 1))
+    once, again, other = (feedback.ask(made * 9, Pocket(W).rater(seed=seed), seed=seed) for seed in (0, 0, 1))
     assert once["ranks"].tolist() == again["ranks"].tolist() != other["ranks"].tolist()
 
 
 def test_simulated_raters_refuse_chats() -> None:
     with pytest.raises(FeedbackError, match="reads the pocket world's texts, not chats"):
-        feedback.simulated(W)([{"role": "user", "content": ASK}], [RIGHT, WRONG], "rank")
+        Pocket(W).rater()([{"role": "user", "content": ASK}], [RIGHT, WRONG], "rank")

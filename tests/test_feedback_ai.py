@@ -29,7 +29,7 @@ from rlhf_kit.feedback import Endpoint, EndpointRater, FeedbackError, Item, Lang
 from rlhf_kit.feedback.templates import rank_by, read_reply
 from rlhf_kit.models import load_causal, load_tokenizer
 from rlhf_kit.rewards import RewardModel
-from rlhf_kit.tasks import pocket
+from rlhf_kit.tasks import Pocket, pocket
 from rlhf_kit.tasks.pocket.answers import CARELESS, DEMONSTRATION, write
 
 PROMPT = "where does the otter live ?"
@@ -110,7 +110,7 @@ def test_a_preference_is_the_mean_over_both_orders_of_the_answer_words_probabili
     assert abs(rater.position_bias) > 0.02  # there is a bias to cancel
 
 
-@pytest.mark.parametrize("template", [PAIR, feedback.POCKET], ids=["pair", "alone"])
+@pytest.mark.parametrize("template", [PAIR, pocket.JUDGE_TEMPLATE], ids=["pair", "alone"])
 def test_the_two_orders_cancel_exactly(zoo: dict[str, str], template: Template) -> None:
     rater = LanguageModelRater(zoo["gpt2"], template=template)
     answers = [GOOD, BAD, " the otter eats fish .", " maybe the otter lives by the lake .", " yes ."]
@@ -249,7 +249,7 @@ def written_items(world: pocket.World, n: int) -> list[Item]:
 def judge(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A pocket judge who learnt from a simulated rater; the first 400 of `written_items` it has not seen."""
     world = pocket.world()
-    judgments = feedback.ask(written_items(world, 2400)[400:], feedback.simulated(world))
+    judgments = feedback.ask(written_items(world, 2400)[400:], Pocket(world).rater())
     settings = {"max_steps": 130, "per_device_train_batch_size": 32, "learning_rate": 1e-3}
     return feedback.train_judge(pocket.BASE_MODEL, judgments, tmp_path_factory.mktemp("judge") / "judge", **settings)
 
@@ -260,7 +260,7 @@ def test_a_judge_trained_on_a_raters_judgments_agrees_with_gold_better_than_chan
     held_out = written_items(world, 2400)[:400]
     gaps = np.array([np.subtract(*(pocket.gold(world, item.prompt, c) for c in item.completions)) for item in held_out])
     rater = LanguageModelRater(judge)
-    assert rater.template == feedback.POCKET  # as the directory remembers
+    assert rater.template == pocket.JUDGE_TEMPLATE  # as the directory remembers
     prompts, first, second = zip(*((item.prompt, *item.completions) for item in held_out), strict=True)
     p = np.array(rater.preferences(prompts, first, second))
     agreement = stats.bootstrap(((p > 0.5) == (gaps > 0))[gaps != 0].astype(float))
@@ -276,8 +276,8 @@ def test_both_orders_of_a_pair_are_training_rows() -> None:
 
     ab, ba = (PAIR.comparison(PROMPT, *pair, "") for pair in ((GOOD, BAD), (BAD, GOOD)))
     assert _as_rows(judgments, PAIR) == [(ab, "this"), (ba, "that")]
-    good, bad = (feedback.POCKET.rating(PROMPT, each) for each in (GOOD, BAD))
-    assert _as_rows(judgments, feedback.POCKET) == [(good, "yes"), (bad, "no")]
+    good, bad = (pocket.JUDGE_TEMPLATE.rating(PROMPT, each) for each in (GOOD, BAD))
+    assert _as_rows(judgments, pocket.JUDGE_TEMPLATE) == [(good, "yes"), (bad, "no")]
 
 
 def test_a_judgment_longer_than_the_positions_is_not_cut_in_training(zoo: dict[str, str], tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_a_judgment_longer_than_the_positions_is_not_cut_in_training(zoo: dict[s
 
 
 def test_words_of_the_pocket_template_are_one_token_each(tokenizer: PreTrainedTokenizerBase) -> None:
-    text = feedback.POCKET.rating(PROMPT, GOOD)
+    text = pocket.JUDGE_TEMPLATE.rating(PROMPT, GOOD)
     assert len(tokenizer(text)["input_ids"]) == len(text.split())
     assert max(len(p["prompt"].split()) for p in pocket.prompts(pocket.world(), "test")) + 40 + 6 <= 128
 
@@ -531,7 +531,7 @@ def test_ratings_and_pairs_of_ratings_at_an_endpoint(key: str) -> None:
         url,
         _,
     ):
-        rater = rater_at(url, constitution=None, template=feedback.POCKET)
+        rater = rater_at(url, constitution=None, template=pocket.JUDGE_TEMPLATE)
         assert rater(PROMPT, [GOOD], "good/bad").rating == 1 and rater(PROMPT, [BAD], "good/bad").rating == 0
         assert rater.preference(PROMPT, GOOD, BAD) == 1 and rater.preference(PROMPT, BAD, " no .") == 0.5
 
@@ -600,7 +600,7 @@ def test_a_real_server_gives_the_answers_of_the_model_itself(judge: str, tmp_pat
             time.sleep(0.5)
         connection = {"key_variable": None, "max_tokens": 3, "cache": tmp_path / "replies.sqlite"}
         url = f"http://127.0.0.1:{port}/v1"
-        remote = EndpointRater(url, judge, template=feedback.POCKET, **connection)
+        remote = EndpointRater(url, judge, template=pocket.JUDGE_TEMPLATE, **connection)
         here = LanguageModelRater(judge)
         for item in written_items(pocket.world(), 20):
             for each in item.completions:
@@ -683,7 +683,7 @@ def test_the_rule_reader_mends_what_a_principle_names_and_gold_rises() -> None:
             {"prompt": row["prompt"], "completion": write(world, pocket.parse_prompt(row["prompt"]), CARELESS, rng)[0]}
         )
     answers = pd.DataFrame(rows)
-    frame = feedback.critique_and_revise(feedback.RuleReader(world), answers, rounds=3)
+    frame = feedback.critique_and_revise(pocket.RuleReader(world), answers, rounds=3)
     before = [pocket.gold(world, *row) for row in answers.itertuples(index=False)]
     rounds = [
         np.mean([pocket.gold(world, p, r) for p, r in zip(part["prompt"], part["revision"], strict=True)])
@@ -706,4 +706,4 @@ def test_the_rule_reader_mends_what_a_principle_names_and_gold_rises() -> None:
 def test_the_rule_reader_knows_the_default_constitution_only() -> None:
     answers = pd.DataFrame({"prompt": [PROMPT], "completion": [BAD]})
     with pytest.raises(FeedbackError, match="principles of the default constitution only"):
-        feedback.critique_and_revise(feedback.RuleReader(pocket.world()), answers, ONE)
+        feedback.critique_and_revise(pocket.RuleReader(pocket.world()), answers, ONE)

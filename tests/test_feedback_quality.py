@@ -13,13 +13,13 @@ import torch
 from scipy import integrate
 from scipy.stats import beta, halfnorm, norm
 
-from rlhf_kit import cli, feedback, rewards, stats
+from rlhf_kit import cli, feedback, stats
 from rlhf_kit.feedback import Answer, FeedbackError, Item, Store
 from rlhf_kit.feedback.bias import gold_scores
 from rlhf_kit.feedback.choice_model import Choices, Posterior
 from rlhf_kit.feedback.consensus import expectation_maximisation
 from rlhf_kit.feedback.judging import as_row, judgments_frame
-from rlhf_kit.tasks import pocket
+from rlhf_kit.tasks import Pocket, pocket
 from rlhf_kit.tasks.pocket import answers
 from rlhf_kit.tasks.pocket.facts import split_prompts
 
@@ -357,9 +357,9 @@ def recovered(
     """What `biases` finds in panels, and what was planted: `bias, truth, value, lo, hi`, over several seeds."""
     rows = []
     for seed in range(n_seeds):
-        panel = feedback.panel(WORLD, raters, seed=100 * seed, groups=GROUPS, **faults)
+        panel = Pocket(WORLD).panel(raters, seed=100 * seed, groups=GROUPS, **faults)
         judgments = feedback.ask(texts(pairs, seed, k), panel, per_item=raters, seed=seed)
-        found = feedback.biases(judgments, rewards.gold(WORLD) if with_gold else None).set_index("rater")
+        found = feedback.biases(judgments, Pocket(WORLD).gold if with_gold else None).set_index("rater")
         mean = 0.0 if with_gold else np.mean([rater.rater.length for rater in panel])
         for rater in panel:
             truth = {"position": rater.rater.position_bias, "lapse": rater.rater.lapse}
@@ -419,7 +419,7 @@ def test_a_careless_rater_is_told_from_the_careful() -> None:
     """In all of ten panels. Of ten intervals of 95% at least eight hold the truth with probability .99."""
     lows, inside = [], []
     for seed in range(10):
-        panel = feedback.panel(WORLD, 5, seed=100 * seed, lapse=0.02)
+        panel = Pocket(WORLD).panel(5, seed=100 * seed, lapse=0.02)
         panel.append(feedback.SimulatedRater(WORLD, pocket.Rater(lapse=0.4, name="careless"), 1000 + seed))
         judgments = feedback.ask(texts(300, seed), panel, per_item=6, seed=seed)
         found = feedback.biases(judgments).set_index("rater")
@@ -436,7 +436,7 @@ def test_swapped_repeats_recover_position_with_nothing_but_bradley_terry() -> No
     """Tastes and gaps of knowledge do not matter to it: one quality per rater and pair is all it needs."""
     inside = []
     for seed in range(10):
-        panel = feedback.panel(WORLD, 6, seed=100 * seed, groups=GROUPS, lapse=0.0, temperature=1.5)
+        panel = Pocket(WORLD).panel(6, seed=100 * seed, groups=GROUPS, lapse=0.0, temperature=1.5)
         items, rows = texts(150, seed), []
         for item in items:
             for rater in panel:
@@ -501,7 +501,7 @@ def test_dawid_and_skene_see_through_a_rater_who_says_the_opposite() -> None:
 
 def kept(path: Path) -> Store:
     store = Store(path)
-    feedback.ask(texts(40, 0), feedback.panel(WORLD, 3, groups={"<b>": {}, "plain": {}}), per_item=3, store=store)
+    feedback.ask(texts(40, 0), Pocket(WORLD).panel(3, groups={"<b>": {}, "plain": {}}), per_item=3, store=store)
     store.withdraw(1, "<b>-1")
     return store
 
@@ -532,7 +532,7 @@ def test_a_report_of_no_store_is_one_sentence_and_touches_nothing(tmp_path: Path
 
 
 def test_the_figure_says_what_is_in_the_table(tmp_path: Path) -> None:
-    table, figure = feedback.report(kept(tmp_path / "feedback.sqlite"), rewards.gold(WORLD))
+    table, figure = feedback.report(kept(tmp_path / "feedback.sqlite"), Pocket(WORLD).gold)
     agreement, side, length, speed = figure.axes
     assert np.allclose(agreement.lines[0].get_xdata(), table["agree"])
     assert np.allclose(agreement.lines[1].get_xdata(), table["agree_gold"])

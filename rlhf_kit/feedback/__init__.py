@@ -12,16 +12,14 @@ from .judging import COLUMNS, QUESTIONS, SCALES, STRENGTHS, Answer, FeedbackErro
 from .language_model import LanguageModelRater, RewardRater, train_judge
 from .quality import raters
 from .reporting import report
-from .revising import RuleReader, Writer, as_demonstrations, critique_and_revise, writer
-from .simulated import SimulatedRater, panel, simulated
+from .revising import Writer, as_demonstrations, critique_and_revise, writer
 from .store import Showing, Store
-from .templates import PLAIN, POCKET, Template
+from .templates import PLAIN, Template
 
 __all__ = [
     "COLUMNS",
     "MARGINS",
     "PLAIN",
-    "POCKET",
     "QUESTIONS",
     "SCALES",
     "STRENGTHS",
@@ -37,9 +35,7 @@ __all__ = [
     "Question",
     "Rater",
     "RewardRater",
-    "RuleReader",
     "Showing",
-    "SimulatedRater",
     "Store",
     "Template",
     "Writer",
@@ -57,12 +53,10 @@ __all__ = [
     "items",
     "labels",
     "load",
-    "panel",
     "preferences",
     "raters",
     "reliability",
     "report",
-    "simulated",
     "swapped",
     "train_judge",
     "units",

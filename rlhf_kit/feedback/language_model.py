@@ -15,7 +15,7 @@ from rlhf_kit import train
 from rlhf_kit.feedback.constitution import Constitution
 from rlhf_kit.feedback.converting import labels, preferences
 from rlhf_kit.feedback.judging import Answer, FeedbackError, Question
-from rlhf_kit.feedback.templates import OVERALL, PLAIN, POCKET, Template, check_asked, questions, rank_by
+from rlhf_kit.feedback.templates import OVERALL, PLAIN, Template, check_asked, questions, rank_by
 from rlhf_kit.models import (
     Model,
     ModelPath,
@@ -203,7 +203,7 @@ class RewardRater:
 
 
 def train_judge(
-    model: ModelPath, judgments: pd.DataFrame, out: ModelPath, template: Template = POCKET, **settings: Any
+    model: ModelPath, judgments: pd.DataFrame, out: ModelPath, template: Template = PLAIN, **settings: Any
 ) -> str:
     """Fine-tune a causal LM to answer in `template` as raters did; `settings` go to `train.sft`. Returns `out`.
 

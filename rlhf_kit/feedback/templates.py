@@ -48,9 +48,6 @@ PLAIN = Template(
     rate="You judge an answer to a conversation.\n\n[Conversation]\n{prompt}\n\n[Answer]\n{completion}\n\n"
     "Is this a good answer? Reply with one word, yes or no.\nGood answer:",
 )
-# In words of the pocket language, where each is one token. A model of half a million parameters learns to say whether
-# an answer is good; to compare two in one text it did not learn from a thousand judgments.
-POCKET = Template(compare="", rate="{prompt} {completion} is this good ?", chat=False)
 
 
 def spoken(text: Prompt | Completion) -> str:
