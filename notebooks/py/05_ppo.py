@@ -33,6 +33,7 @@ SEED = 0
 
 # %%
 import time
+from dataclasses import replace
 from importlib.metadata import version
 
 import matplotlib.pyplot as plt
@@ -101,7 +102,7 @@ pd.DataFrame([*rows, judge | {"learns": False}])
 # ## Four roles, one base
 #
 # Here the reward model is trained as an adapter over the SFT model (briefly, it is only to be looked at), and PPO gets
-# a `peft_config`. Policy and value learn adapters of their own; the reference is the adapter the policy began as.
+# `lora` as a setting. Policy and value learn adapters of their own; the reference is the adapter the policy began as.
 
 # %%
 lora = {"r": 8}
