@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": {"models"},
     "progress": set(),
     "stats": set(),
-    "runs": set(),
+    "runs": {"files"},
     "plots": {"stats"},
     "pretrain": {"tasks"},
     "data": {"tasks"},
