@@ -141,7 +141,7 @@ def _densities(axes: Axes, samples: dict[str, Array], colour: dict[str, str]) ->
     """
     pooled = np.concatenate(list(samples.values()))
     span = np.ptp(pooled) or 1.0
-    width = max(span / 160, *map(bw_silverman, samples.values()))
+    width = max([span / 160, *(bw_silverman(values) for values in samples.values() if np.ptp(values) > 0)])
     axes.set_xlim(pooled.min() - 0.12 * span, pooled.max() + 0.12 * span)
     for model, values in samples.items():
         if np.ptp(values) == 0:  # seaborn draws no density of equal values, so two stand close beside them
