@@ -14,7 +14,7 @@ from .quality import raters
 from .reporting import report
 from .revising import RuleReader, Writer, as_demonstrations, critique_and_revise, writer
 from .simulated import SimulatedRater, panel, simulated
-from .store import Showing, Store
+from .store import Store
 from .templates import PLAIN, POCKET, Template
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "Rater",
     "RewardRater",
     "RuleReader",
-    "Showing",
     "SimulatedRater",
     "Store",
     "Template",
