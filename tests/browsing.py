@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ from urllib.error import URLError
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
+
+from rlhf_kit.rating import Page as Served
+from rlhf_kit.rating import Session
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET_CHROMIUM = [
@@ -95,6 +99,19 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[tuple[str, str]]:
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
+
+
+@contextmanager
+def served(session: Session) -> Iterator[Served]:
+    """The rating page of a session, answering until the block ends."""
+    with Served(session) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @contextmanager
