@@ -47,7 +47,7 @@ function render({ model, el }) {
   let waiting = false; // for the session's word
   let ready = 0; // when this item takes its first answer
   let timer;
-  let keys, note, strength, picked; // of this item: what keys do, the field, how much better, level of each place ranked
+  let keys, note, strength, picked; // of this item: what keys do, the field, how much better, levels of a ranking
   const radios = `rk-strength-${Math.random()}`; // one group of its own, where a notebook shows two pages
 
   const busy = (is) => root.setAttribute("aria-busy", String(is));
@@ -113,11 +113,11 @@ function render({ model, el }) {
       element.setAttribute("aria-pressed", String(rank > 0));
       element.querySelector("span").textContent = `Answer ${place + 1}${rank ? `: rank ${rank}` : ""}`;
     });
-    const places = (level) => [...picked.keys()].filter((place) => picked.get(place) === level).map((place) => place + 1);
-    const order = levels().map((level) => places(level).join(" = ")).join(" > ");
+    const tied = (level) => [...picked].filter((pair) => pair[1] === level).map(([place]) => place + 1).join(" = ");
+    const order = levels().map(tied).join(" > ");
     item.querySelector(".rk-order").textContent = order ? `Your order: ${order}` : "Press the answers, the best first.";
-    const enabled = { ".rk-confirm": complete(), ".rk-tie": levels().length > 1, ".rk-back": picked.size > 0 };
-    for (const [name, is] of Object.entries(enabled)) item.querySelector(name).setAttribute("aria-disabled", String(!is));
+    const disabled = { ".rk-confirm": !complete(), ".rk-tie": levels().length < 2, ".rk-back": !picked.size };
+    for (const [name, is] of Object.entries(disabled)) item.querySelector(name).setAttribute("aria-disabled", String(is));
   }
 
   // What an item looks like
@@ -144,9 +144,8 @@ function render({ model, el }) {
 
   function choices() {
     if (state.question === "good/bad") {
-      const buttons = [button("Good", "g", () => answer({ rating: 1 })), button("Bad", "b", () => answer({ rating: 0 }))];
-      [keys["1"], keys["2"]] = [keys.g, keys.b];
-      return buttons;
+      [keys["1"], keys["2"]] = [() => answer({ rating: 1 }), () => answer({ rating: 0 })];
+      return [button("Good", "g", keys["1"]), button("Bad", "b", keys["2"])];
     }
     if (state.question === "1-7")
       return [1, 2, 3, 4, 5, 6, 7].map((rating) => button({ 1: "worst", 7: "best" }[rating], String(rating),
@@ -160,7 +159,8 @@ function render({ model, el }) {
   function strengths() {
     const choice = (name, i) => {
       const key = ["", "7", "8", "9"][i];
-      const radio = make("input", { type: "radio", name: radios, checked: i === 0, ...(key && { "aria-keyshortcuts": key }) });
+      const shortcut = key && { "aria-keyshortcuts": key };
+      const radio = make("input", { type: "radio", name: radios, checked: i === 0, ...shortcut });
       radio.addEventListener("change", () => { strength = i ? name : null; });
       if (key) keys[key] = () => radio.click();
       return make("label", {}, radio, ` ${name} `, key && keyCap(key));
