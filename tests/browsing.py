@@ -24,7 +24,8 @@ from rlhf_kit.rating import Page as Served
 from rlhf_kit.rating import Session
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
+QUIET = "no-sandbox disable-gpu disable-quic no-first-run disable-sync disable-background-networking "
+QUIET += "disable-component-update"
 START_SECONDS = 60
 
 

@@ -116,8 +116,10 @@ function render({ model, el }) {
     const tied = (level) => [...picked].filter((pair) => pair[1] === level).map(([place]) => place + 1).join(" = ");
     const order = levels().map(tied).join(" > ");
     item.querySelector(".rk-order").textContent = order ? `Your order: ${order}` : "Press the answers, the best first.";
-    const disabled = { ".rk-confirm": !complete(), ".rk-tie": levels().length < 2, ".rk-back": !picked.size };
-    for (const [name, is] of Object.entries(disabled)) item.querySelector(name).setAttribute("aria-disabled", String(is));
+    const disable = (name, is) => item.querySelector(name).setAttribute("aria-disabled", String(is));
+    disable(".rk-confirm", !complete());
+    disable(".rk-tie", levels().length < 2);
+    disable(".rk-back", !picked.size);
   }
 
   // What an item looks like
