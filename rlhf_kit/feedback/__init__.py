@@ -7,13 +7,12 @@ from .consensus import Consensus, dawid_skene
 from .constitution import Constitution, Principle, constitution
 from .converting import MARGINS, labels, preferences
 from .endpoint import Endpoint, EndpointRater
-from .exchange import export, load
 from .judging import COLUMNS, QUESTIONS, SCALES, STRENGTHS, Answer, FeedbackError, Item, Question, Rater
 from .language_model import LanguageModelRater, RewardRater, train_judge
 from .quality import raters
 from .reporting import report
 from .revising import Writer, as_demonstrations, critique_and_revise, writer
-from .store import Showing, Store
+from .store import Store
 from .templates import PLAIN, Template
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "Question",
     "Rater",
     "RewardRater",
-    "Showing",
     "Store",
     "Template",
     "Writer",
@@ -49,10 +47,8 @@ __all__ = [
     "critique_and_revise",
     "dawid_skene",
     "disagreement",
-    "export",
     "items",
     "labels",
-    "load",
     "preferences",
     "raters",
     "reliability",
