@@ -331,7 +331,7 @@ rows = {(bias, "planted"): planted[bias].map("{:+.2f}".format) for bias in ("pos
     ]
     for bias in ("position", "length")
 }
-agreement = rk.feedback.reliability(judged).query("measure == 'alpha'").iloc[0]
+agreement = rk.feedback.agreement(judged).query("measure == 'alpha'").iloc[0]
 print(f"Krippendorff's alpha {agreement['value']:.2f} [{agreement['lo']:.2f}, {agreement['hi']:.2f}]")
 pd.DataFrame(rows)[[(bias, known) for bias in ("position", "length") for known in ("planted", "found")]]
 

@@ -1,13 +1,11 @@
 """Feedback of people and models: what is judged, who judges it, the store of judgments, and the datasets they make."""
 
-from .agreement import alpha, reliability, units
-from .bias import biases, swapped
+from .agreement import agreement, votes
+from .bias import biases, position_from_swaps
 from .collecting import ask, choose, collect, disagreement, items
-from .consensus import Consensus, dawid_skene
 from .constitution import Constitution, Principle, constitution
 from .converting import MARGINS, labels, preferences
 from .endpoint import Endpoint, EndpointRater
-from .exchange import export, load
 from .judging import COLUMNS, QUESTIONS, SCALES, STRENGTHS, Answer, FeedbackError, Item, Question, Rater
 from .language_model import LanguageModelRater, RewardRater, train_judge
 from .quality import raters
@@ -26,7 +24,6 @@ __all__ = [
     "SCALES",
     "STRENGTHS",
     "Answer",
-    "Consensus",
     "Constitution",
     "Endpoint",
     "EndpointRater",
@@ -43,7 +40,7 @@ __all__ = [
     "Store",
     "Template",
     "Writer",
-    "alpha",
+    "agreement",
     "as_demonstrations",
     "ask",
     "biases",
@@ -51,20 +48,16 @@ __all__ = [
     "collect",
     "constitution",
     "critique_and_revise",
-    "dawid_skene",
     "disagreement",
-    "export",
     "items",
     "labels",
-    "load",
     "panel",
+    "position_from_swaps",
     "preferences",
     "raters",
-    "reliability",
     "report",
     "simulated",
-    "swapped",
     "train_judge",
-    "units",
+    "votes",
     "writer",
 ]
