@@ -1,9 +1,8 @@
 """Feedback of people and models: what is judged, who judges it, the store of judgments, and the datasets they make."""
 
-from .agreement import alpha, reliability, units
-from .bias import biases, swapped
+from .agreement import agreement, votes
+from .bias import biases, position_from_swaps
 from .collecting import ask, choose, collect, disagreement, items
-from .consensus import Consensus, dawid_skene
 from .constitution import Constitution, Principle, constitution
 from .converting import MARGINS, labels, preferences
 from .endpoint import Endpoint, EndpointRater
@@ -23,7 +22,6 @@ __all__ = [
     "SCALES",
     "STRENGTHS",
     "Answer",
-    "Consensus",
     "Constitution",
     "Endpoint",
     "EndpointRater",
@@ -37,7 +35,7 @@ __all__ = [
     "Store",
     "Template",
     "Writer",
-    "alpha",
+    "agreement",
     "as_demonstrations",
     "ask",
     "biases",
@@ -45,16 +43,14 @@ __all__ = [
     "collect",
     "constitution",
     "critique_and_revise",
-    "dawid_skene",
     "disagreement",
     "items",
     "labels",
+    "position_from_swaps",
     "preferences",
     "raters",
-    "reliability",
     "report",
-    "swapped",
     "train_judge",
-    "units",
+    "votes",
     "writer",
 ]
