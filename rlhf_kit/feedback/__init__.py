@@ -9,7 +9,7 @@ from .converting import MARGINS, labels, preferences
 from .endpoint import Endpoint, EndpointRater
 from .exchange import export, load
 from .judging import COLUMNS, QUESTIONS, SCALES, STRENGTHS, Answer, FeedbackError, Item, Question, Rater
-from .language_model import LanguageModelRater, RewardRater, train_judge
+from .language_model import LanguageModelRater, train_judge
 from .quality import raters
 from .reporting import report
 from .revising import Writer, as_demonstrations, critique_and_revise, writer
@@ -34,7 +34,6 @@ __all__ = [
     "Principle",
     "Question",
     "Rater",
-    "RewardRater",
     "Showing",
     "Store",
     "Template",
