@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import comb
-from statsmodels.stats.proportion import proportion_confint
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -309,9 +308,11 @@ def calibration_curve(probabilities: ArrayLike, outcomes: ArrayLike, bins: int =
     inside = pd.DataFrame({"predicted": predicted, "observed": observed}).groupby(index)
     table = pd.DataFrame({"left": edges[:-1], "right": edges[1:], "n": inside.size()}, index=range(bins))
     table = table.fillna({"n": 0}).astype({"n": int}).join(inside.mean())
-    with np.errstate(divide="ignore", invalid="ignore"):  # an empty bin has no interval
-        lo, hi = proportion_confint(table["observed"] * table["n"], table["n"], method="wilson")
-    return table.assign(observed_lo=lo, observed_hi=hi)
+    n, p = table["n"].where(table["n"] > 0), table["observed"]  # an empty bin has no interval
+    # Wilson 1927: unlike p +- 1.96 standard errors it stays in [0, 1], and is not empty where p is 0 or 1.
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
+    return table.assign(observed_lo=(centre - half).clip(0, 1), observed_hi=(centre + half).clip(0, 1))
 
 
 def expected_calibration_error(curve: pd.DataFrame) -> float:

@@ -166,8 +166,8 @@ def test_raters_take_turns_and_the_budget_ends_it() -> None:
 @pytest.mark.parametrize(
     ("raters", "asking", "said"),
     [
-        ([Longest("")], {}, "a rater has no name"),
-        ([Longest(), Longest()], {}, "same name"),
+        ([Longest("")], {}, "give each a `name` of its own"),
+        ([Longest(), Longest()], {}, "give each a `name` of its own"),
         ([Longest()], {"per_item": 2}, "there are 1 raters"),
         ([Longest()], {"question": "stars"}, "there are rank, good/bad, 1-7"),
         ([Longest()], {"question": "1-7"}, "asks about one completion"),

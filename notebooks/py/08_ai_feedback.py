@@ -90,7 +90,9 @@ to_teach, to_label = items[::2], items[1::2]
 person = task.rater(seed=SEED)
 lessons = rk.feedback.ask(to_teach, person, seed=SEED)
 judge = rk.feedback.LanguageModelRater(
-    rk.feedback.train_judge(sft, lessons, work / "judge", seed=SEED, **preset.sft | {"learning_rate": 1e-3}),
+    rk.feedback.train_judge(
+        sft, lessons, work / "judge", pocket.JUDGE_TEMPLATE, seed=SEED, **preset.sft | {"learning_rate": 1e-3}
+    ),
     name="judge",
 )
 print(f"{len(lessons)} judgments to learn from, {len(to_label)} pairs to label")

@@ -7,7 +7,7 @@ from .constitution import Constitution, Principle, constitution
 from .converting import MARGINS, labels, preferences
 from .endpoint import Endpoint, EndpointRater
 from .judging import COLUMNS, QUESTIONS, SCALES, STRENGTHS, Answer, FeedbackError, Item, Question, Rater
-from .language_model import LanguageModelRater, RewardRater, train_judge
+from .language_model import LanguageModelRater, train_judge
 from .quality import raters
 from .reporting import report
 from .revising import Writer, as_demonstrations, critique_and_revise, writer
@@ -31,7 +31,6 @@ __all__ = [
     "Principle",
     "Question",
     "Rater",
-    "RewardRater",
     "Store",
     "Template",
     "Writer",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from rlhf_kit.feedback import FeedbackError, Template, constitution
@@ -41,7 +43,7 @@ class RuleReader:
         self.rules = constitution()
         self.generator = np.random.default_rng([seed, 11])
 
-    def __call__(self, prompts: list[Prompt]) -> list[str]:
+    def __call__(self, prompts: Sequence[Prompt]) -> list[str]:
         """Critiques of chats of three messages, revisions of chats of five, as `critique_and_revise` asks for them."""
         return [self._reply(prompt) for prompt in prompts]
 
