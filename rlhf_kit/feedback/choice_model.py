@@ -149,7 +149,8 @@ class Posterior:
     def covariance(self, mode: Array) -> Array:
         """H^-1 (S + P) H^-1 (White 1982): H, P the curvatures of posterior and prior, S the items' scores, squared."""
         at = torch.from_numpy(mode)
-        each = torch.func.jacfwd(self.of_pairs)(at)
+        ways = torch.eye(len(at), dtype=at.dtype)
+        each = torch.stack([torch.autograd.functional.jvp(self.of_pairs, at, way)[1] for way in ways], 1)
         scores = torch.zeros(int(self.item.max()) + 1, len(at), dtype=at.dtype).index_add(0, self.item, each)
         prior = torch.autograd.functional.hessian(self.prior, at)
         inverse = torch.linalg.pinv(torch.autograd.functional.hessian(self.loss, at), hermitian=True, rtol=1e-8)
