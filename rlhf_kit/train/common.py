@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
 from rlhf_kit import models
-from rlhf_kit.files import replacing
 from rlhf_kit.models import Lora, Model, ModelPath
 from rlhf_kit.progress import ProgressCallback
 
@@ -26,6 +23,7 @@ class Request:
 
     label: str
     model: ModelPath
+    out: ModelPath
     lora: Lora | None
     load_in_4bit: bool | None
     seed: int
@@ -33,15 +31,12 @@ class Request:
     settings: dict[str, Any]
 
 
-@contextmanager
-def new_model(out: ModelPath) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block ends well; FileExistsError if `out` already holds files."""
+def refuse_existing(out: ModelPath) -> None:
+    """FileExistsError if `out` holds anything already."""
     if Path(out).is_file() or (Path(out).is_dir() and any(Path(out).iterdir())):
         raise FileExistsError(
             f"{out}: is there already; a trained model is never overwritten, so name another `out` or delete it"
         )
-    with replacing(out) as folder:
-        yield folder
 
 
 def arguments(config: type[Any], folder: Path, seed: int, settings: dict[str, Any]) -> Any:
@@ -62,7 +57,8 @@ def arguments(config: type[Any], folder: Path, seed: int, settings: dict[str, An
 
 
 def prepare(request: Request, config: type[Any], folder: Path, **defaults: Any) -> tuple[PreTrainedTokenizerBase, Any]:
-    """The tokenizer and the config of TRL's trainer; ModelError if an adapter would be put on an adapter."""
+    """The tokenizer and TRL's config; FileExistsError if `out` is taken, ModelError for an adapter on an adapter."""
+    refuse_existing(request.out)
     if models.is_adapter(request.model) and request.lora is not None:
         raise models.ModelError(f"{request.model}: is an adapter already, and is trained on as it is; leave `lora` out")
     tokenizer = models.load_tokenizer(request.model)
@@ -71,7 +67,7 @@ def prepare(request: Request, config: type[Any], folder: Path, **defaults: Any) 
 
 
 def load_trainable(request: Request) -> Model:
-    """The model, to be trained whole or by its adapter; frozen if `lora` is given, because then a new adapter is."""
+    """The model, to train whole or by its adapter; with `lora` it is frozen, because a new adapter is trained."""
     return models.load_causal(request.model, request.load_in_4bit, trainable=request.lora is None)
 
 
@@ -91,13 +87,13 @@ def make_trainer(
     switched the adapter off, the reference would be the raw base, not the SFT model.
     """
     as_path = request.lora is None and not models.is_adapter(request.model) and not request.load_in_4bit
-    start = start or (str(request.model) if as_path else load_trainable(request))
+    given: Any = start or (str(request.model) if as_path else load_trainable(request))
     exact = {}
-    if getattr(start, "is_loaded_in_4bit", False):  # TRL will round what it trains to bf16: off its reference
-        exact = {name: p.detach().clone() for name, p in start.named_parameters() if p.requires_grad}
+    if getattr(given, "is_loaded_in_4bit", False):  # TRL rounds what it trains to bf16, so it would leave its reference
+        exact = {name: p.detach().clone() for name, p in given.named_parameters() if p.requires_grad}
     callbacks = [ProgressCallback(request.label)] if request.callbacks is None else request.callbacks
     common = {"args": args, "train_dataset": dataset, "processing_class": tokenizer, "callbacks": callbacks}
-    trainer = trainer_class(model=start, **common, **more)
+    trainer = trainer_class(model=given, **common, **more)
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             parameter.data = exact.get(name, parameter.data).float()
@@ -108,7 +104,7 @@ def fit(trainer: Trainer, folder: Path) -> None:
     """Train, and write the model, its tokenizer and its history to `folder`."""
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    # Of an adapter's model only what was trained: TRL leaves the reference's clone in it.
+    # With adapters, TRL leaves the reference's clone in the model: only the trained adapter is written.
     trained = {"selected_adapters": ["default"]} if isinstance(trainer.model, PeftModel) else {}
     trainer.model.save_pretrained(folder, **trained)
     trainer.processing_class.save_pretrained(folder)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from pandas import DataFrame
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
+from rlhf_kit.files import replacing
 from rlhf_kit.models import Lora, ModelPath, lora_config
-from rlhf_kit.train.common import Request, fit, load_trainable, make_trainer, new_model, prepare
+from rlhf_kit.train.common import Request, fit, load_trainable, make_trainer, prepare
+
+SAMPLES = "samples.parquet"
 
 
 def sft(
@@ -24,10 +27,8 @@ def sft(
     **settings: Any,
 ) -> str:
     """Fine-tune on demonstrations (`prompt, completion`): cross-entropy on the completion's tokens only."""
-    request = Request("SFT", model, lora, load_in_4bit, seed, callbacks, settings)
-    with new_model(out) as folder:
-        fit_texts(SFTTrainer, SFTConfig, request, dataset, folder)
-    return str(out)
+    request = Request("SFT", model, out, lora, load_in_4bit, seed, callbacks, settings)
+    return fit_texts(SFTTrainer, SFTConfig, request, dataset)
 
 
 def dpo(
@@ -41,10 +42,8 @@ def dpo(
     **settings: Any,
 ) -> str:
     """Direct preference optimisation (Rafailov et al. 2023, 2305.18290, eq. 7) against a frozen copy of `model`."""
-    request = Request("DPO", model, lora, load_in_4bit, seed, callbacks, settings)
-    with new_model(out) as folder:
-        fit_texts(DPOTrainer, DPOConfig, request, dataset, folder)
-    return str(out)
+    request = Request("DPO", model, out, lora, load_in_4bit, seed, callbacks, settings)
+    return fit_texts(DPOTrainer, DPOConfig, request, dataset)
 
 
 def kto(
@@ -69,15 +68,19 @@ def kto(
             "kto: the column `label` must hold both True (wanted) and False (not wanted), because nothing is learned "
             f"from one kind alone; here it holds {', '.join(kinds[:4]) or 'nothing'}"
         )
-    request = Request("KTO", model, lora, load_in_4bit, seed, callbacks, settings)
-    with new_model(out) as folder:
-        fit_texts(KTOTrainer, KTOConfig, request, dataset.shuffle(seed=seed), folder)
-    return str(out)
+    request = Request("KTO", model, out, lora, load_in_4bit, seed, callbacks, settings)
+    return fit_texts(KTOTrainer, KTOConfig, request, dataset.shuffle(seed=seed))
 
 
-def fit_texts(trainer_class: type[Any], config: type[Any], request: Request, dataset: Dataset, folder: Path) -> None:
-    """Train by one of TRL's trainers, and write the model to `folder`."""
-    tokenizer, args = prepare(request, config, folder)
-    start = load_trainable(request) if config is SFTConfig else None  # SFT has no reference
-    adapter = lora_config(request.lora)
-    fit(make_trainer(trainer_class, request, args, tokenizer, dataset, start, peft_config=adapter), folder)
+def fit_texts(
+    trainer_class: type[Any], config: type[Any], request: Request, dataset: Dataset, samples: DataFrame | None = None
+) -> str:
+    """Train by one of TRL's trainers; `samples` are written beside the weights."""
+    with replacing(request.out) as folder:
+        tokenizer, args = prepare(request, config, folder)
+        start = load_trainable(request) if config is SFTConfig else None  # SFT has no reference
+        adapter = lora_config(request.lora)
+        fit(make_trainer(trainer_class, request, args, tokenizer, dataset, start, peft_config=adapter), folder)
+        if samples is not None:
+            samples.to_parquet(folder / SAMPLES)
+    return str(request.out)

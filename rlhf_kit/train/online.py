@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from rlhf_kit import models, sampling
+from rlhf_kit.files import replacing
 from rlhf_kit.models import Lora, Model, ModelPath
 from rlhf_kit.rewards import Reward, RewardModel, checked
-from rlhf_kit.train.common import Request, fit, make_trainer, new_model, prepare
+from rlhf_kit.train.common import Request, fit, make_trainer, prepare
 from rlhf_kit.train.offline import fit_texts
 
-SAMPLES = "samples.parquet"
 # PPOConfig's values under TRL's names, so that only the methods differ; a batch is 16 prompts, 4 completions of each.
 LIKE_PPO: dict[str, Any] = {
     "per_device_train_batch_size": 64,
@@ -52,8 +53,8 @@ def rloo(
     steps. The logged `reward` has the penalty taken off, `rewards/score/mean` has not; `kl` is a mean over tokens.
     Raises ValueError if the prompts are too few or too long, ModelError if `model` counts positions from its padding.
     """
-    request = Request("RLOO", model, lora, load_in_4bit, seed, callbacks, settings)
-    return _on_policy(RLOOTrainer, RLOOConfig, request, reward, prompts, out, missing_eos_penalty)
+    request = Request("RLOO", model, out, lora, load_in_4bit, seed, callbacks, settings)
+    return _on_policy(RLOOTrainer, RLOOConfig, request, reward, prompts, missing_eos_penalty)
 
 
 def grpo(
@@ -74,8 +75,8 @@ def grpo(
     within a prompt: the same number means more or less than in PPO. The loss is a mean over the batch's tokens (TRL's
     `loss_type="dapo"`; `"grpo"` is the paper's mean of each completion's mean).
     """
-    request = Request("GRPO", model, lora, load_in_4bit, seed, callbacks, settings)
-    return _on_policy(GRPOTrainer, GRPOConfig, request, reward, prompts, out, missing_eos_penalty)
+    request = Request("GRPO", model, out, lora, load_in_4bit, seed, callbacks, settings)
+    return _on_policy(GRPOTrainer, GRPOConfig, request, reward, prompts, missing_eos_penalty)
 
 
 def rejection_sampling(
@@ -98,28 +99,25 @@ def rejection_sampling(
     with their `reward`. A prompt without a finished completion is left out with a warning; ValueError if all are.
     """
     _need_prompts(prompts)
-    request = Request("rejection sampling", model, lora, load_in_4bit, seed, callbacks, settings)
-    with new_model(out) as folder:
-        prepare(request, SFTConfig, folder)  # refuse wrong arguments before the sampling, which takes long
-        length = max_completion_length
-        samples = sampling.sample(model, prompts, n, temperature, length, seed=seed, load_in_4bit=load_in_4bit)
-        ended = samples[samples["finished"]].reset_index(drop=True)
-        if missing := len(prompts) - ended["prompt_id"].nunique():
-            problem = f"of {missing} of {len(prompts)} prompts no completion ended in {length} tokens"
-            if ended.empty:
-                raise ValueError(f"rejection_sampling: {problem}; raise max_completion_length")
-            warnings.warn(f"rejection_sampling: {problem}; these prompts are left out", stacklevel=2)
-        scored = sampling.add_rewards(ended, {"reward": reward if callable(reward) else RewardModel(reward)})
-        checked(scored["reward"].tolist(), len(scored))
-        chosen = sampling.best_of_n(scored, "reward")
-        is_text = isinstance(chosen["prompt"][0], str)
-        demonstrations = [
-            {"prompt": prompt, "completion": text if is_text else [{"role": "assistant", "content": text}]}
-            for prompt, text in zip(chosen["prompt"], chosen["completion"], strict=True)
-        ]
-        fit_texts(SFTTrainer, SFTConfig, request, Dataset.from_list(demonstrations), folder)
-        chosen.to_parquet(folder / SAMPLES)
-    return str(out)
+    request = Request("rejection sampling", model, out, lora, load_in_4bit, seed, callbacks, settings)
+    prepare(request, SFTConfig, Path(out))  # refuse wrong arguments before the sampling, which takes long
+    length = max_completion_length
+    samples = sampling.sample(model, prompts, n, temperature, length, seed=seed, load_in_4bit=load_in_4bit)
+    ended = samples[samples["finished"]].reset_index(drop=True)
+    if missing := len(prompts) - ended["prompt_id"].nunique():
+        problem = f"of {missing} of {len(prompts)} prompts no completion ended in {length} tokens"
+        if ended.empty:
+            raise ValueError(f"rejection_sampling: {problem}; raise max_completion_length")
+        warnings.warn(f"rejection_sampling: {problem}; these prompts are left out", stacklevel=2)
+    scored = sampling.add_rewards(ended, {"reward": reward if callable(reward) else RewardModel(reward)})
+    checked(scored["reward"].tolist(), len(scored))
+    chosen = sampling.best_of_n(scored, "reward")
+    is_text = isinstance(chosen["prompt"][0], str)
+    demonstrations = [
+        {"prompt": prompt, "completion": text if is_text else [{"role": "assistant", "content": text}]}
+        for prompt, text in zip(chosen["prompt"], chosen["completion"], strict=True)
+    ]
+    return fit_texts(SFTTrainer, SFTConfig, request, Dataset.from_list(demonstrations), chosen)
 
 
 def _on_policy(
@@ -128,19 +126,18 @@ def _on_policy(
     request: Request,
     reward: Reward | ModelPath,
     prompts: Dataset,
-    out: ModelPath,
     missing_eos_penalty: float,
 ) -> str:
     """Train by TRL's RLOO or GRPO trainer."""
     _need_prompts(prompts)
-    with new_model(out) as folder:
+    with replacing(request.out) as folder:
         weights = [1.0, -missing_eos_penalty]
         tokenizer, args = prepare(request, config, folder, **LIKE_PPO, reward_weights=weights)
         tokenizer.padding_side = "left"
         if len(prompts) < (needed := args.generation_batch_size // args.num_generations):
             raise ValueError(
                 f"{request.label}: {len(prompts)} prompts are fewer than the {needed} of one batch "
-                "(per_device_train_batch_size / num_generations); lower the first, raise the second or give more prompts"
+                "(per_device_train_batch_size / num_generations); lower the first, raise the second, or give more"
             )
         learned = reward if callable(reward) else RewardModel(reward)
         columns = [name for name in prompts.column_names if name != "prompt"]
@@ -163,7 +160,7 @@ def _on_policy(
         models.check_positions(trainer.model, longest, args.max_completion_length)
         _refuse_absolute_positions(request.model, trainer.model, tokenizer)
         fit(trainer, folder)
-    return str(out)
+    return str(request.out)
 
 
 def _need_prompts(prompts: Dataset) -> None:

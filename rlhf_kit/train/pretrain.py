@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import (
     DataCollatorForSeq2Seq,
     GenerationConfig,
@@ -19,10 +20,11 @@ from transformers import (
     set_seed,
 )
 
+from rlhf_kit.files import replacing
 from rlhf_kit.models import ModelPath
-from rlhf_kit.models.tokenizer import EOS, PAD, wrap
+from rlhf_kit.models.tokenizer import CHAT_TEMPLATE, wrap
 from rlhf_kit.progress import ProgressCallback
-from rlhf_kit.train.common import arguments, fit, new_model
+from rlhf_kit.train.common import arguments, fit, refuse_existing
 
 DEFAULTS: dict[str, Any] = {
     "max_steps": 2000,
@@ -37,21 +39,15 @@ DEFAULTS: dict[str, Any] = {
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on texts, of at most `vocab_size` entries; ValueError below 258.
+    """A byte-level BPE tokenizer trained on texts, with the kit's special tokens (pad is not EOS) and chat template.
 
-    It has the kit's special tokens (the pad token is not EOS) and chat template.
+    It has at most `vocab_size` entries, 256 bytes and 2 special tokens among them; ValueError if that is fewer.
     """
     if vocab_size < 258:
         raise ValueError(f"vocab_size={vocab_size}: 256 bytes and 2 special tokens need at least 258.")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = [EOS, PAD]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return wrap(tokenizer)
+    tokenizer = wrap(Tokenizer(BPE())).train_new_from_iterator(texts, vocab_size, show_progress=False)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def pretrain(
@@ -73,16 +69,14 @@ def pretrain(
     if config.vocab_size != len(tokenizer):
         raise ValueError(f"config.vocab_size={config.vocab_size}, but the tokenizer has {len(tokenizer)} entries.")
     config.eos_token_id, config.pad_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id, None
-    with new_model(out) as folder:
+    refuse_existing(out)
+    with replacing(out) as folder:
         args = arguments(TrainingArguments, folder, seed, DEFAULTS | settings)
         set_seed(seed)
         model = LlamaForCausalLM(config)
         special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         model.generation_config = GenerationConfig(**special, do_sample=True)
-        longest = config.max_position_embeddings
-        ended = [f"{text}{tokenizer.eos_token}" for text in texts]
-        cut = tokenizer(ended, truncation=True, max_length=longest, return_overflowing_tokens=True)["input_ids"]
-        rows = [ids for ids in cut if len(ids) > 1]  # one token predicts nothing
+        rows = _rows(texts, tokenizer, config.max_position_embeddings)
         trainer = Trainer(
             model=model,
             args=args,
@@ -93,3 +87,10 @@ def pretrain(
         )
         fit(trainer, folder)
     return str(out)
+
+
+def _rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[list[int]]:
+    """Token ids of each text with EOS, in pieces of at most `max_length`; one token alone predicts nothing."""
+    ended = [f"{text}{tokenizer.eos_token}" for text in texts]
+    pieces = tokenizer(ended, truncation=True, max_length=max_length, return_overflowing_tokens=True)["input_ids"]
+    return [ids for ids in pieces if len(ids) > 1]

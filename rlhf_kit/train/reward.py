@@ -13,13 +13,14 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_kit import models
+from rlhf_kit.files import replacing
 from rlhf_kit.models import Lora, Model, ModelPath
 from rlhf_kit.rewards import RewardModel, normalise
-from rlhf_kit.train.common import Request, fit, make_trainer, new_model, prepare
+from rlhf_kit.train.common import Request, fit, make_trainer, prepare
 
 CHECKED = 16  # rows whose scores are compared once more after the model was saved and loaded
 
@@ -94,15 +95,23 @@ def reward_model(
     that a pair comes from: the pairs of one item stay in one batch, because they are overfitted when they are shuffled
     among others (2203.02155, section 3.5). Raises ValueError if there are items and several processes.
     """
-    request = Request("reward model", model, lora, load_in_4bit, seed, callbacks, settings)
-    with new_model(out) as folder:
-        _fit_reward(request, dataset, folder)
+    request = Request("reward model", model, out, lora, load_in_4bit, seed, callbacks, settings)
+    with replacing(out) as folder:
+        rows, own, tolerance = _fit_and_score(request, dataset, folder)
+        # The saved model is loaded next: the trained one must not be in memory beside it.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        _check_reloaded(folder, rows, own, tolerance)
         normalise(folder, 2 * dataset["prompt"][:], dataset["chosen"][:] + dataset["rejected"][:])
     return str(out)
 
 
-def _fit_reward(request: Request, dataset: Dataset, folder: Path) -> None:
-    """Train, write to `folder`, and check that the reloaded model scores as the trained one does."""
+def _fit_and_score(request: Request, dataset: Dataset, folder: Path) -> tuple[Dataset, torch.Tensor, float]:
+    """Train and save; returns rows, the trained model's scores of them (2N,), and how far rounding may move these.
+
+    The rows are as TRL tokenised them; the scores are of all chosen completions and then of all rejected ones.
+    """
     tokenizer, args = prepare(request, RewardConfig, folder)
     by_item = "item" in dataset.column_names
     if by_item and args.world_size > 1:
@@ -114,25 +123,11 @@ def _fit_reward(request: Request, dataset: Dataset, folder: Path) -> None:
     trainer = make_trainer(ItemRewardTrainer if by_item else RewardTrainer, request, args, tokenizer, dataset, start)
     fit(trainer, folder)
     rows = trainer.train_dataset.select(range(min(CHECKED, len(trainer.train_dataset))))
-    own = _own_scores(trainer, rows)
-    rounded = args.bf16 or getattr(trainer.model, "is_loaded_in_4bit", False)
-    # The saved model is loaded next: without this, the weights would be in memory twice.
-    del trainer, start
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    _check_reloaded(folder, rows, own, tolerance=2e-2 if rounded else 1e-4)
-
-
-@torch.no_grad()
-def _own_scores(trainer: Trainer, rows: Dataset) -> torch.Tensor:
-    """The trained model's scores of rows as TRL tokenised them, all chosen before all rejected: (2N,)."""
-    trainer.model.eval()
     batch = trainer.data_collator(list(rows))
     inputs = {name: batch[name].to(trainer.model.device) for name in ("input_ids", "attention_mask")}
-    with trainer.accelerator.autocast():
-        logits = trainer.model(**inputs).logits
-    return logits[:, 0].float().cpu()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        own = trainer.model.eval()(**inputs).logits[:, 0].float().cpu()
+    return rows, own, 2e-2 if args.bf16 or getattr(start, "is_loaded_in_4bit", False) else 1e-4
 
 
 def _check_reloaded(path: Path, rows: Dataset, own: torch.Tensor, tolerance: float) -> None:
