@@ -29,7 +29,6 @@ _ROOMS = (
     "plots",
     "ppo",
     "presets",
-    "pretrain",
     "progress",
     "outputs",
     "rating",

@@ -17,10 +17,10 @@ import pandas as pd
 from datasets import Dataset
 from transformers import LlamaConfig, TrainerState
 
-from rlhf_kit import data, evaluate, feedback, models, pretrain, rewards, runs, sampling, train
+from rlhf_kit import data, evaluate, feedback, models, rewards, runs, sampling, train
 from rlhf_kit.ppo import PPOConfig, PPOTrainer
 from rlhf_kit.presets import Preset, Settings
-from rlhf_kit.progress import Countdown, LossCallback, ProgressCallback, clock
+from rlhf_kit.progress import LossCallback, ProgressCallback, clock
 
 HELD_OUT_RATER_SEED = 1_000_003  # the held-out pairs are judged by another draw of the same rater
 SCORED = {"final": 2, "checkpoint": 1}  # completions of each test prompt; for a point along a curve one will do
@@ -49,7 +49,7 @@ class Pipeline:
             )
             rows = self.preset.task.preferences("train")
             texts = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
-            tokenizer = pretrain.train_tokenizer(texts, settings["vocab_size"])
+            tokenizer = train.train_tokenizer(texts, settings["vocab_size"])
             width = settings["hidden_size"]
             shape = LlamaConfig(
                 vocab_size=len(tokenizer),
@@ -64,18 +64,9 @@ class Pipeline:
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
-            steps, batch = settings["steps"], settings["batch_size"]
-            progress = Countdown("pretraining", steps)
-            pretrain.pretrain(
-                texts,
-                tokenizer,
-                shape,
-                out / "model",
-                steps=steps,
-                batch_size=batch,
-                seed=self.preset.seed,
-                on_progress=lambda step, _, loss: progress.at(step, loss=loss),
-            )
+            batch = settings["batch_size"]
+            few = {"max_steps": settings["steps"], "per_device_train_batch_size": batch, "seed": self.preset.seed}
+            train.pretrain(texts, tokenizer, shape, out / "model", **few)
 
         return str(self._stage("base", settings, self._source(), make) / "model")
 

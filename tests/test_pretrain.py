@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from rlhf_kit.pretrain import _rows, pretrain, train_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-
-from rlhf_kit.pretrain import _rows, pretrain, train_tokenizer
 
 torch.set_num_threads(1)
 TEXTS = ["the cat sat on the mat .", "the dog sat on the log , and slept ."] * 8
