@@ -1,7 +1,7 @@
 """How much memory does each stage take, up to PPO with four roles in 4 bits, and does the estimate say so beforehand?
 
     python experiments/ppo_memory.py --shape llama-3.1-8b --scratch /tmp/shapes     # a GPU of 24 GB; 16 GB of disk
-    python experiments/ppo_memory.py --shape tiny --scratch /tmp/shapes             # seconds, on a CPU
+    python experiments/ppo_memory.py --shape pocket --scratch /tmp/shapes             # seconds, on a CPU
 
 The shapes are those of real models; the weights are random, which says everything about memory and nothing else. SFT,
 reward model, DPO and PPO run two steps through the kit's own functions; the peak is torch's own count, and `load_gib`
@@ -61,7 +61,8 @@ def llama(hidden: int, layers: int, heads: int, kv: int, wide: int, vocab: int, 
 # Qwen's own tokenizer whatever lies there, and the random one below could not be used.
 BIAS = {"attention_bias": True}
 SHAPES: dict[str, LlamaConfig] = {
-    "tiny": llama(128, 3, 4, 4, 256, 512),
+    "pocket": llama(128, 3, 4, 4, 256, 504, tie_word_embeddings=True),
+    "llama-30m": llama(512, 8, 8, 2, 1536, 4096, tie_word_embeddings=True),
     "qwen2.5-0.5b": llama(896, 24, 14, 2, 4864, 151936, tie_word_embeddings=True, **BIAS),
     "qwen2.5-1.5b": llama(1536, 28, 12, 2, 8960, 151936, tie_word_embeddings=True, **BIAS),
     "qwen2.5-7b": llama(3584, 28, 28, 4, 18944, 152064, **BIAS),
@@ -74,8 +75,8 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
     parser.add_argument("--mode", choices=("4bit", "lora", "full"), default="4bit")
     parser.add_argument("--layers", type=int, help="fewer decoder layers than the shape has")
-    parser.add_argument("--prompt", type=int, help="tokens (default: 512, tiny: 24)")
-    parser.add_argument("--completion", type=int, help="tokens (default: 512, tiny: 16)")
+    parser.add_argument("--prompt", type=int, help="tokens (default: 512, pocket: 24)")
+    parser.add_argument("--completion", type=int, help="tokens (default: 512, pocket: 16)")
     parser.add_argument("--rollout", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--fresh", action="store_true", help="measure again what was measured before")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
-    small = options.shape == "tiny"
+    small = options.shape in ("pocket", "llama-30m")
     options.prompt = options.prompt or (24 if small else 512)
     options.completion = options.completion or (16 if small else 512)
     quiet()
