@@ -1,8 +1,8 @@
 """What a stage will need, in GiB by part, from a model's config alone; which setting makes it fit; what a block took.
 
-Weights, gradients, optimizer and KV cache are exact: the model is built on torch's meta device, where tensors have a
-shape and no data, and is counted. Activations and logits are formulas (`_Activations`, `_logits`). They hold on a CPU
-within 25%; on a GPU nothing has been measured yet, and the CUDA context and fragmentation come on top.
+Weights, gradients, optimizer and KV cache are exact: they are counted on torch's meta device, where a model has shapes
+and no data. Activations and logits are formulas (`_activations`, `_logits`): on a CPU peaks come within 25% of what is
+measured, on a GPU nothing has been measured yet. Not counted: the loading, the CUDA context, fragmentation.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from math import ceil
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -29,12 +30,11 @@ from rlhf_kit.models import Lora, ModelError, ModelPath
 from rlhf_kit.models.logprobs import LOGITS_CHUNK_GIB
 
 GIB = 2**30
-STAGES = ("sft", "reward_model", "dpo", "ppo")
 Shape: TypeAlias = ModelPath | PreTrainedConfig
-# TRL's loss holds the logits of so many tokens and words of the vocabulary at once.
-TRL_TOKENS, TRL_WORDS = 4096, 32768
-# `rewards.RewardModel` scores so many rows and tokens at once, at most.
-SCORED_ROWS, SCORED_TOKENS = 64, 4096
+TRAINED = {"sft": ["policy"], "reward_model": ["reward"], "dpo": ["policy"], "ppo": ["policy", "value"]}
+STAGES = tuple(TRAINED)
+TRL_TILE = (4096, 32768)  # tokens and words of the vocabulary whose logits TRL's loss holds at once
+SCORED_ROWS, SCORED_TOKENS = 64, 4096  # what rewards.RewardModel scores at once, at most
 # On a GPU the CUDA context, the workspaces of cuBLAS and the gaps between blocks take memory that no tensor has: an
 # allowance, not a measurement.
 RESERVE_GIB, RESERVE_SHARE = 0.75, 0.05
@@ -42,9 +42,8 @@ RESERVE_GIB, RESERVE_SHARE = 0.75, 0.05
 
 @dataclass(frozen=True)
 class Estimate:
-    """GiB of a stage: in each phase by part, a row per part and role."""
+    """GiB of a stage by phase and part; a part is a role's weights or adapter, or what training adds."""
 
-    stage: str
     trained_parameters: int
     phases: dict[str, dict[str, float]]
 
@@ -55,7 +54,7 @@ class Estimate:
 
     @property
     def parts(self) -> dict[str, float]:
-        """GiB by part at the peak; they add up to `peak`."""
+        """GiB by part in that phase; they add up to `peak`."""
         return self.phases[self.peak_phase]
 
     @property
@@ -65,195 +64,129 @@ class Estimate:
 
     def table(self) -> str:
         """Parts in rows, phases in columns, GiB; the largest total is the peak."""
-        columns = list(self.phases.values())
-        rows = [(part, [column[part] for column in columns]) for part in columns[0]]
-        rows = [(part, cells) for part, cells in rows if any(cells)]
-        rows.append(("total", [sum(column.values()) for column in columns]))
-        lines = [f"{'GiB':<18}" + "".join(f"{name:>12}" for name in self.phases)]
-        return "\n".join(
-            [*lines, *(f"{part:<18}" + "".join(f"{cell:12.2f}" for cell in cells) for part, cells in rows)]
-        )
-
-
-@dataclass(frozen=True)
-class Knob:
-    """One setting changed: how to write it, and what the stage needs then."""
-
-    setting: str
-    estimate: Estimate
-    fits: bool
+        rows = {part: [phase[part] for phase in self.phases.values()] for part in self.parts}
+        rows["total"] = [sum(phase.values()) for phase in self.phases.values()]
+        lines = [f"{part:<18}" + "".join(f"{x:12.2f}" for x in row) for part, row in rows.items() if any(row)]
+        return "\n".join([f"{'GiB':<18}" + "".join(f"{name:>12}" for name in self.phases), *lines])
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Whether an estimate fits `gib` GiB and, where it does not, what each knob alone would do (the last: all)."""
+    """Whether an estimate fits the `room` GiB that a device of `gib` GiB has for tensors; if not, what changes give."""
 
     gib: float
-    estimate: Estimate
+    room: float
     fits: bool
-    knobs: list[Knob]
+    estimate: Estimate
+    changes: dict[str, Estimate]
 
     @property
     def knob(self) -> str | None:
-        """The first setting that makes it fit; None where nothing has to change, or nothing helps."""
-        return None if self.fits else next((knob.setting for knob in self.knobs if knob.fits), None)
+        """The first change that makes it fit, as it is written in settings, if there is one."""
+        return next((name for name, changed in self.changes.items() if changed.peak <= self.room), None)
 
     def sentence(self) -> str:
-        """The verdict in words and, where it does not fit, a line for each knob."""
+        """The verdict in words and, where it does not fit, a line for each change."""
         peak = f"{self.estimate.peak:.1f} GiB at the peak ({self.estimate.peak_phase})"
-        left = f"the {_room(self.gib):.1f} GiB that {self.gib:g} GiB leave for tensors"
+        left = f"the {self.room:.1f} GiB that {self.gib:g} GiB leave for tensors"
         if self.fits:
             return f"It fits: {peak}, within {left}."
-        first = f"Turn first: {self.knob}" if self.knob else "No knob suffices; take a smaller model or a larger GPU."
-        lines = [
-            f"  {knob.estimate.peak:6.1f} GiB {'fits' if knob.fits else '    '}  {knob.setting}" for knob in self.knobs
-        ]
-        return "\n".join([f"It does not fit: {peak}, above {left}.", first, *lines])
+        first = f"Change first: {self.knob}" if self.knob else "No setting helps; take a smaller model or a larger GPU."
+        lines = [f"It does not fit: {peak}, above {left}.", first]
+        for name, changed in self.changes.items():
+            lines.append(f"  {changed.peak:6.1f} GiB {'fits' if changed.peak <= self.room else '    '}  {name}")
+        return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """A causal LM's bytes as stored, with and without an output head of its own, and its tensors' sizes.
-
-    tensors: (name, parameters, is an embedding) of the causal LM, the output head's own named "head"; adapter: the
-    parameters of each tensor that one LoRA adapter trains; linears, largest: parameters of all linear layers but the
-    head, and of the largest.
-    """
-
-    base: int
-    backbone: int
-    tensors: list[tuple[str, int, bool]]
-    adapter: list[int]
-    linears: int
-    largest: int
-    tied: bool
-
-
-def _weights(config: PreTrainedConfig, lora: LoraConfig | None, load_in_4bit: bool, dtype: torch.dtype) -> _Weights:
-    """Build the model on the meta device and count it."""
+def _model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
+    """The causal LM of a config on the meta device; ModelError where transformers builds none."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        head, inside = model.get_output_embeddings(), {id(p) for p in models.decoder(model).parameters()}
-    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"model type {config.model_type!r}: transformers builds no causal LM from this config"
-        ) from error
-    total, own_head, linears, tensors = 0, 0, [], {}
-    for module in model.modules():
-        linear = isinstance(module, nn.Linear | Conv1D) and module is not head
-        if linear:
-            linears.append(module.weight.numel())
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"model type {config.model_type!r}: no causal LM can be built from it ({reason})") from error
+
+
+def _weights(model: Any, four_bit: bool = False, head: bool = True) -> tuple[int, list[tuple[int, bool]], list[int]]:
+    """Count a causal LM, with its output head or without; in 4 bits its other linear layers are quantised.
+
+    Returns bytes as stored, (parameters, whether it is an embedding) of each tensor, parameters of each linear layer.
+    """
+    stored, tensors, linears = 0, {}, []
+    for module in (model if head else models.decoder(model)).modules():
+        linear = isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings()
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if id(tensor) in tensors:  # tied
+            if id(tensor) in tensors:  # tied, and counted before
                 continue
-            n, is_parameter = tensor.numel(), isinstance(tensor, nn.Parameter)
-            size = _nf4(n) if load_in_4bit and linear and name == "weight" else n * tensor.element_size()
-            total += size
-            is_head = is_parameter and id(tensor) not in inside
-            own_head += size * is_head
-            if is_parameter:
-                tensors[id(tensor)] = ("head" if is_head else name, n, isinstance(module, nn.Embedding))
-    adapter = []
-    if lora is not None:
-        with torch.device("meta"):
-            adapted = get_peft_model(model, models.lora_config(lora))
-        adapter = [p.numel() for p in adapted.parameters() if p.requires_grad]
-    tied = not own_head
-    return _Weights(total, total - own_head, list(tensors.values()), adapter, sum(linears), max(linears), tied)
+            n, is_weight = tensor.numel(), linear and name == "weight"
+            stored += _nf4(n) if is_weight and four_bit else n * tensor.element_size()
+            linears += [n] * is_weight
+            if isinstance(tensor, nn.Parameter):
+                tensors[id(tensor)] = n, isinstance(module, nn.Embedding)
+    return stored, list(tensors.values()), linears
 
 
 def _nf4(n: int) -> int:
-    """Bytes of n weights in NF4 with double quantisation (QLoRA, 2305.14314), as bitsandbytes stores them.
+    """Bytes of n weights in NF4 with double quantisation (QLoRA, 2305.14314, section 3), as bitsandbytes stores them.
 
-    Half a byte a weight, a byte a block of 64, four a block of 256 of those, the mean of the scales and two code books.
+    Half a byte a weight; a byte for each block of 64, four for each 256 of those; the scales' mean and two code books.
     """
     blocks = ceil(n / 64)
     return ceil(n / 2) + blocks + 4 * ceil(blocks / 256) + 4 + 4 * 16 + 4 * 256
 
 
 def _adam(n: int, is_embedding: bool, optim: str) -> int:
-    """Bytes of AdamW's state of a tensor with n parameters: two moments, in fp32 or in 8 bits with their scales."""
+    """Bytes of AdamW's state of n parameters: two moments, in fp32 with a step count or in 8 bits with their scales."""
     if "8bit" not in optim:
-        return 8 * n + 4  # torch also keeps a step count
+        return 8 * n + 4
     # transformers keeps embeddings out of the 8-bit optimizers, bitsandbytes tensors of less than 4096 numbers.
     return 8 * n if is_embedding or n < 4096 else 2 * (n + 4 * ceil(n / 256) + 4 * 256)
 
 
-@dataclass(frozen=True)
-class _Activations:
-    """Bytes a token that a model makes.
+def _widths(config: PreTrainedConfig) -> tuple[int, int, int, int]:
+    """d, q, k, f: of hidden states, all query heads, all key heads, and the MLP times the experts that see a token."""
 
-    kept: by autograd, in each layer; checkpoint: in each layer whose activations are recomputed; working: what the
-    backward pass of one layer adds to `kept`; scoring: at most at once in a forward pass without gradients; ends: of
-    the hidden states that leave the last layer.
-    """
+    def first(default: int | None, *names: str) -> int:
+        numbers = (getattr(config.get_text_config(), name, None) for name in names)
+        found = next((number for number in numbers if isinstance(number, int)), default)
+        if found is None:
+            raise ModelError(f"model type {config.model_type!r}: its config has no number {names[0]!r}")
+        return found
 
-    kept: int
-    checkpoint: int
-    working: int
-    scoring: int
-    ends: int
+    d, heads = first(None, "hidden_size"), first(None, "num_attention_heads")
+    head = first(d // heads, "head_dim")
+    f = first(4 * d, "moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+    return d, heads * head, first(heads, "num_key_value_heads") * head, f * first(1, "num_experts_per_tok")
 
 
-def _activations(config: PreTrainedConfig, rank: int, compute: int, stored: int, autocast: bool) -> _Activations:
-    """The formula, for layers of attention and a gated MLP.
+def _activations(config: PreTrainedConfig, rank: int, compute: int, stored: int, autocast: bool) -> tuple[int, ...]:
+    """Bytes a token: kept in a layer, kept of one that is recomputed, added by a layer's backward, made in scoring.
 
-    With d the width, q and k those of all query and all key heads, f the MLP's (times the experts of a token), autograd
-    keeps in a layer: queries, keys, values and attention's result (2q + 2k); gate, its activation and the other factor
-    (3f); the inputs of linear layers (2d + f); the inputs of norms in fp32 (2d). Full training keeps these normalised
-    too (2d); LoRA keeps A(x) of seven linear layers. compute, stored: bytes of a number in linear layers, in weights.
+    compute, stored: bytes of a number in linear layers and in frozen weights. For layers of attention and a gated MLP:
+    autograd keeps queries, keys, values and attention's result (2q + 2k), the gate, its activation and the other factor
+    (3f), the inputs of linear layers (2d + f) and, in fp32, of norms (2d); full training also these normalised (2d),
+    LoRA A(x) of seven linear layers. Scoring holds four hidden states and the larger of MLP and attention.
     """
     d, q, k, f = _widths(config)
-    kept = compute * (2 * q + 2 * k + 3 * f) + 4 * 2 * d
-    if rank and compute == 2:
-        # Frozen layers keep no input; the adapters in fp32 take a copy each (under autocast rounded again).
-        kept += (2 if autocast else 4) * (5 * d + q + f)
-    else:
-        kept += compute * (2 * d + f)
-    kept += 4 * 7 * rank if rank else 4 * 2 * d
+    inputs = compute * (2 * d + f)
+    if rank and compute == 2:  # frozen layers keep none; each adapter keeps a copy in fp32, which autocast rounds again
+        inputs = (2 if autocast else 4) * (5 * d + q + f)
+    kept = compute * (2 * q + 2 * k + 3 * f) + inputs + 4 * 2 * d + 4 * (7 * rank if rank else 2 * d)
     mlp = (4 if rank else 3) * f
-    return _Activations(kept, stored * d, compute * mlp, compute * (4 * d + max(mlp, 4 * q + 2 * k)), 4 * 4 * d)
+    return kept, stored * d, compute * mlp, compute * (4 * d + max(mlp, 4 * q + 2 * k))
 
 
-def _widths(config: PreTrainedConfig) -> tuple[int, int, int, int]:
-    """d, q, k, f of `_activations`; ModelError where a config does not say them."""
-    text = config.get_text_config()
-    for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
-        if not isinstance(getattr(text, name, None), int):
-            raise ModelError(
-                f"model type {config.model_type!r}: its config has no number {name}; estimates are for transformers"
-            )
-    d, heads = text.hidden_size, text.num_attention_heads
-    kv_heads, head = getattr(text, "num_key_value_heads", None), getattr(text, "head_dim", None) or d // heads
-    named = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-    f = next((value for name in named if isinstance(value := getattr(text, name, None), int)), 4 * d)
-    experts = getattr(text, "num_experts_per_tok", None) or 1
-    return d, heads * head, (kv_heads if isinstance(kv_heads, int) else heads) * head, f * experts
-
-
-def _kv_cache(config: PreTrainedConfig, rows: int, tokens: int, size: int) -> int:
-    """Bytes of keys and values: key heads x head size x tokens x 2 in each layer, up to the window where it slides."""
-    text, (_, _, k, _) = config.get_text_config(), _widths(config)
-    window = getattr(text, "sliding_window", None)
-    kinds = (
-        getattr(text, "layer_types", None) or [f"{'sliding' if window else 'full'}_attention"] * text.num_hidden_layers
-    )
-    held = sum(min(tokens, window) if window and kind == "sliding_attention" else tokens for kind in kinds)
-    return 2 * rows * k * held * size
-
-
-def _logits(config: PreTrainedConfig, stage: str, rows: int, prompt: int, completion: int, on_gpu: bool) -> int:
+def _logits(words: int, stage: str, rows: int, length: int, completion: int, on_gpu: bool) -> int:
     """Bytes of the logits in a loss, which takes them chunk by chunk."""
-    words = config.get_text_config().vocab_size
     if stage == "reward_model":
         return 0
-    if stage == "ppo":  # three copies: log-probs, their gradient and that of the logits
+    if stage == "ppo":  # log-probs, their gradient, the logits' gradient
         return 3 * min(4 * rows * completion * words, int(LOGITS_CHUNK_GIB * GIB))
     if on_gpu:
-        return 2 * min(rows * completion, TRL_TOKENS) * TRL_WORDS
+        return 2 * min(rows * completion, TRL_TILE[0]) * TRL_TILE[1]
     # On a CPU TRL takes the prompts' tokens too, and works on seven fp32 copies of a tile.
-    return 4 * min(rows * (prompt + completion - 1), TRL_TOKENS) * (TRL_WORDS + 7 * min(words, TRL_WORDS))
+    return 4 * min(rows * (length - 1), TRL_TILE[0]) * (TRL_TILE[1] + 7 * min(words, TRL_TILE[1]))
 
 
 def estimate(
@@ -276,182 +209,148 @@ def estimate(
     """GiB that `stage` ("sft", "reward_model", "dpo" or "ppo") will need on one device, before anything is loaded.
 
     model: a directory, a hub id or a transformers config; lora: train adapters (None: all weights, or the adapter that
-    `model` is); load_in_4bit: None means as the directory remembers; dtype: of frozen weights that are not in 4 bits
-    (what trains is fp32); prompt_length, max_completion_length: tokens; rollout: completions that PPO generates at
-    once; micro_batch_size: rows (of preferences: pairs) in one forward pass; reward_model: the reward models stand on
-    this model, not on the policy's base; ensemble: how many of them (0: the reward is a function).
+    `model` is); load_in_4bit: None means as the directory remembers; dtype: of frozen weights outside 4 bits (what
+    trains is float32); prompt_length, max_completion_length: tokens; rollout: completions that PPO generates at once;
+    micro_batch_size: rows (of preferences: pairs) in one forward pass; reward_model: reward models stand on this model,
+    not on the policy's base; ensemble: how many there are (0: the reward is a function).
     Raises ValueError on settings that make no stage, ModelError where there is no such model.
     """
-    if stage not in STAGES:
-        raise ValueError(f"stage={stage!r}: choose one of {', '.join(STAGES)}")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
-    if "adam" not in optim:
-        raise ValueError(f"optim={optim!r}: the memory of AdamW is known, in fp32 (adamw_torch_fused) or 8 bits")
-    sizes = (prompt_length, max_completion_length, rollout, micro_batch_size, ensemble + 1)
-    names = ("prompt_length", "max_completion_length", "rollout", "micro_batch_size", "ensemble")
-    for name, size in zip(names, sizes, strict=True):
-        if size < 1:
-            raise ValueError(f"{name} is too small; it must be at least {int(name != 'ensemble')}")
+    counts = {"prompt_length": prompt_length, "max_completion_length": max_completion_length, "rollout": rollout}
+    for name, value in {**counts, "micro_batch_size": micro_batch_size, "ensemble": ensemble}.items():
+        if value < (least := 0 if name == "ensemble" else 1):
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if stage not in STAGES or dtype not in ("float32", "bfloat16") or "adam" not in optim:
+        raise ValueError(
+            f"stage={stage!r}, dtype={dtype!r}, optim={optim!r}: known are the stages {', '.join(STAGES)}, float32 and "
+            "bfloat16, and AdamW in fp32 (adamw_torch_fused) or in 8 bits (paged_adamw_8bit)"
+        )
     settings = models.lora_config(lora)
     if not isinstance(model, PreTrainedConfig):
         if models.is_adapter(model):
-            if lora is not None:
+            if settings is not None:
                 raise ModelError(f"{model}: is an adapter already, and is trained on as it is; leave `lora` out")
             settings = PeftConfig.from_pretrained(str(model))
         load_in_4bit = models.is_4bit(model, load_in_4bit)
     if load_in_4bit and settings is None:
         raise ModelError('4-bit weights cannot be trained; pass `lora={"r": 16}` to train an adapter')
     config, length = _config(model), prompt_length + max_completion_length
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length > limit:
+    text, (width, _, keys, _) = config.get_text_config(), _widths(config)
+    if (limit := getattr(text, "max_position_embeddings", None)) is not None and length > limit:
         raise ValueError(
             f"prompt_length={prompt_length} and max_completion_length={max_completion_length} exceed the model's "
             f"{limit} positions; shorten the prompts or the completions"
         )
     on_gpu = models.device().type == "cuda" if on_gpu is None else on_gpu
-    four, bf16, fp32 = bool(load_in_4bit), torch.bfloat16, torch.float32
-    frozen = bf16 if (on_gpu if four else dtype == "bfloat16") else fp32
+    four_bit = bool(load_in_4bit)
+    frozen = torch.bfloat16 if (on_gpu if four_bit else dtype == "bfloat16") else torch.float32
 
-    # Weights: by role, and what of them trains.
-    d = _widths(config)[0]
-    base = _weights(config, settings, four, frozen)
-    own = None if reward_model is None or _same(model, reward_model) else _config(reward_model)
-    rewards = base if own is None else _weights(own, settings, four, frozen)
+    # What each role holds in bytes, and the tensors that are trained.
     held: dict[str, int] = {}
-    trained: list[tuple[int, bool]] = []
-    trains = {"sft": ["policy"], "reward_model": ["reward"], "dpo": ["policy"], "ppo": ["policy", "value"]}[stage]
-    frozen_roles = ["reference"] if stage in ("dpo", "ppo") else []
+    base, _, linears = _weights(_model(config, frozen), four_bit, head=stage != "reward_model")
     if settings is None:
-        full = _weights(config, None, False, fp32)
-        for role in trains:
-            held[f"{role} weights"] = full.base if role == "policy" else full.backbone
-            trained += [(n, e) for name, n, e in full.tensors if role == "policy" or name != "head"]
-        held |= {f"{role} weights": base.base for role in frozen_roles}
+        adapter = 0
+        trained = []
+        for role in TRAINED[stage]:
+            held[f"{role} weights"], tensors, _ = _weights(_model(config), head=role == "policy")
+            trained += tensors
+        held |= {"reference weights": base} if stage in ("dpo", "ppo") else {}
     else:
-        held["base"] = base.backbone if stage == "reward_model" else base.base
-        held |= {f"{role} adapter": 4 * sum(base.adapter) for role in (*trains, *frozen_roles)}
-        trained += [(n, False) for _ in trains for n in base.adapter]
+        adapted = get_peft_model(_model(config), models.lora_config(settings), low_cpu_mem_usage=True)
+        trained = [(p.numel(), False) for p in adapted.parameters() if p.requires_grad]
+        adapter = 4 * sum(n for n, _ in trained)
+        trained *= len(TRAINED[stage])
+        roles = TRAINED[stage] + ["reference"] * (stage in ("dpo", "ppo"))
+        held |= {"base": base, **{f"{role} adapter": adapter for role in roles}}
     if stage == "ppo":
-        if settings is None or own is not None:
-            held["reward models"] = ensemble * (rewards.backbone + 4 * sum(rewards.adapter))
-        else:
-            held["reward adapters"] = ensemble * 4 * sum(base.adapter)
-        held["heads"] = 4 * (d + 1) + ensemble * 4 * (d if own is None else _widths(own)[0])
-        trained += [(d, False), (1, False)]
+        scorer = config if reward_model is None else _config(reward_model)
+        paths = [each for each in (model, reward_model) if isinstance(each, str | Path)]
+        shared = reward_model in (None, model) or (len(paths) == 2 and models.same_base(*paths))
+        held["reward models"] = ensemble * adapter
+        if settings is None or not shared:
+            held["reward models"] += ensemble * _weights(_model(scorer, frozen), four_bit, head=False)[0]
+        held["heads"] = 4 * (width + 1) + ensemble * 4 * _widths(scorer)[0]
+        trained += [(width, False), (1, False)]
     elif stage == "reward_model":
-        held["heads"] = 4 * d + (0 if settings is None else frozen.itemsize * d)  # peft trains a copy
-        trained.append((d, False))
+        held["heads"] = 4 * width + (0 if settings is None else frozen.itemsize * width)  # peft trains a copy
+        trained += [(width, False)]
+    optimizer, gradients = sum(_adam(n, embedding, optim) for n, embedding in trained), 4 * sum(n for n, _ in trained)
 
-    # Activations and logits of one forward and backward pass.
+    # What one forward and backward pass makes.
     autocast = on_gpu and stage != "ppo"  # TRL computes in bf16 there
-    stored = fp32.itemsize if settings is None else frozen.itemsize
+    stored = 4 if settings is None else frozen.itemsize
     compute = 2 if autocast else stored
-    made = _activations(config, 0 if settings is None else settings.r, compute, stored, autocast)
-    layers = config.get_text_config().num_hidden_layers
+    rank, layers = settings.r if settings is not None else 0, text.num_hidden_layers
+    kept, checkpoint, backward, scoring = _activations(config, rank, compute, stored, autocast)
     rows = min(micro_batch_size, rollout) if stage == "ppo" else micro_batch_size * (1 if stage == "sft" else 2)
     tokens = rows * length
-    logits = _logits(config, stage, rows, prompt_length, max_completion_length, on_gpu)
-    one_layer = tokens * (made.kept + made.working)
-    at_work = one_layer if gradient_checkpointing else tokens * made.working
-    stack = tokens * (layers * (made.checkpoint if gradient_checkpointing else made.kept) + made.ends)
-    if autocast and stored == 4:  # autograd keeps a bf16 copy of the weights that it computes with
-        stack += 2 * base.linears // (layers if settings is not None and gradient_checkpointing else 1)
-    gradients = 4 * sum(n for n, _ in trained)
-    first = 0  # gradients that are there before the first layer's: an earlier micro-batch's, the policy's, the head's
-    head = next((n for name, n, e in base.tensors if name == "head" or (base.tied and e)), 0)
-    if stage == "ppo":
-        first = gradients if rollout > rows else gradients // 2
-    elif settings is None and stage != "reward_model":
-        first = 4 * head
-    tied = 2 * 4 * head if settings is None and base.tied and stage != "reward_model" else 0
+    logits = _logits(text.vocab_size, stage, rows, length, max_completion_length, on_gpu)
+    one_layer = tokens * (kept + backward)
+    all_layers = tokens * (layers * (checkpoint if gradient_checkpointing else kept) + 4 * 4 * width)
+    if autocast and stored == 4:  # autograd keeps the weights in bf16 with the activations
+        all_layers += 2 * sum(linears) // (layers if rank and gradient_checkpointing else 1)
+    at_work = one_layer if gradient_checkpointing else tokens * backward
+    accumulated = gradients // (1 if rollout > rows else 2) if stage == "ppo" else 0  # of earlier rows, or the policy's
 
-    def phase(**more: int) -> dict[str, float]:
-        state = {"optimizer": sum(_adam(n, e, optim) for n, e in trained), "gradients": 0, "KV cache": 0}
-        state |= {"activations": 0, "logits": 0, "dequantisation": 2 * compute * base.largest if four else 0}
-        return {part: size / GIB for part, size in {**held, **state, **more}.items()}
+    def phase(**made: int) -> dict[str, float]:
+        parts = {"optimizer": optimizer, "gradients": 0, "KV cache": 0, "activations": 0, "logits": 0}
+        parts["dequantisation"] = 2 * compute * max(linears) if four_bit else 0  # a layer's weights, and transposed
+        return {part: size / GIB for part, size in {**held, **parts, **made}.items()}
 
-    phases: dict[str, dict[str, float]] = {}
-    scored = min(SCORED_ROWS, max(1, SCORED_TOKENS // length))
+    phases = {}
+    scored = scoring * length * min(SCORED_ROWS, max(1, SCORED_TOKENS // length))
     if stage == "ppo":
-        caches = [_kv_cache(config, rollout, n, stored) for n in (prompt_length, length)]
-        sampled = 3 * 4 * rollout * config.get_text_config().vocab_size
-        prefill = rollout * prompt_length * made.scoring
-        phases["prefill"] = phase(**{"KV cache": caches[0]}, activations=prefill)
-        phases["generate"] = phase(**{"KV cache": caches[1]}, activations=caches[1] // layers, logits=sampled)
-        scoring = tokens * made.scoring + logits, min(scored, rollout) * length * made.scoring * (ensemble > 0)
-        phases["score"] = phase(activations=max(scoring))
-    phases["forward"] = phase(gradients=first, activations=stack + max(0, at_work - logits), logits=logits)
-    phases["backward"] = phase(gradients=gradients, activations=one_layer + tied)
+        token = 2 * keys * layers * rollout * stored  # of the KV cache
+        prefill, sampled = rollout * prompt_length * scoring, 3 * 4 * rollout * text.vocab_size
+        phases["prefill"] = phase(**{"KV cache": prompt_length * token}, activations=prefill)
+        one_copied = length * token // layers
+        phases["generate"] = phase(**{"KV cache": length * token}, activations=one_copied, logits=sampled)
+        scored = min(scored, scoring * length * rollout) if ensemble else 0
+        phases["score"] = phase(activations=max(tokens * scoring + logits, scored))
+    phases["forward"] = phase(gradients=accumulated, activations=all_layers + max(0, at_work - logits), logits=logits)
+    phases["backward"] = phase(gradients=gradients, activations=one_layer)
     if stage == "reward_model":  # loaded again, it scores the dataset to be normalised
-        phases["score"] = phase(activations=scored * length * made.scoring, optimizer=0)
-    return Estimate(stage, sum(n for n, _ in trained), phases)
+        phases["score"] = phase(optimizer=0, activations=scored)
+    return Estimate(sum(n for n, _ in trained), phases)
 
 
 def _config(model: Shape) -> PreTrainedConfig:
     return model if isinstance(model, PreTrainedConfig) else models.load_config(model)
 
 
-def _same(model: Shape, other: Shape) -> bool:
-    """Whether two models stand on one base, which is then held once."""
-    if isinstance(model, PreTrainedConfig) or isinstance(other, PreTrainedConfig):
-        return model is other
-    return models.same_base(model, other)
-
-
-def _room(gib: float) -> float:
-    """GiB that tensors can have of a GPU with `gib`."""
-    return gib * (1 - RESERVE_SHARE) - RESERVE_GIB
-
-
 def advise(model: Shape, stage: str, gib: float, **settings: Any) -> Advice:
-    """Hold `estimate(model, stage, **settings)` against a device of `gib` GiB; knobs that cost nothing come first."""
+    """Hold `estimate(model, stage, **settings)` against a device of `gib` GiB; changes that cost nothing come first."""
     if gib <= 0:
         raise ValueError(f"a GPU of {gib} GiB: give its memory, for example 12")
-    needed = estimate(model, stage, **settings)
-    if needed.peak <= _room(gib):
-        return Advice(gib, needed, True, [])
-    known = {name: value for name, value in settings.items() if value is not None}
-    if not isinstance(model, PreTrainedConfig) and models.is_adapter(model):
-        known = {"lora": {}, "load_in_4bit": models.is_4bit(model, None), **known}
-    changes = list(_changes(stage, known))
-    if len(changes) > 1:
-        changes.append(("all of these", {name: value for _, change in changes for name, value in change.items()}))
-    knobs = []
-    for setting, change in changes:
-        changed = estimate(model, stage, **{**settings, **change})
-        knobs.append(Knob(setting, changed, changed.peak <= _room(gib)))
-    return Advice(gib, needed, False, knobs)
-
-
-def _changes(stage: str, settings: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(how it is written, what it changes) of every knob not turned yet: first those that change no result."""
-    ppo, lora = stage == "ppo", settings.get("lora")
-    if not settings.get("gradient_checkpointing", True):
-        yield "gradient_checkpointing=True", {"gradient_checkpointing": True}
-    if settings.get("micro_batch_size", 1) > 1:
-        name = "micro_batch_size" if ppo else "per_device_train_batch_size"
-        yield f"{name}=1", {"micro_batch_size": 1}
-    if "8bit" not in settings.get("optim", ""):
-        yield 'optim="paged_adamw_8bit"', {"optim": "paged_adamw_8bit"}
-    if ppo and settings.get("reward_model") is not None and lora is not None:
-        yield "a reward model that is an adapter over the policy's base", {"reward_model": None}
-    if lora is None:
-        yield 'lora={"r": 16}', {"lora": {"r": 16}}
-    if not settings.get("load_in_4bit"):
-        way = {"load_in_4bit": True} if lora is not None else {"lora": {"r": 16}, "load_in_4bit": True}
-        yield ", ".join(f"{name}={json.dumps(value) if name == 'lora' else value}" for name, value in way.items()), way
-    smaller = models.lora_config(lora)
-    if lora and smaller is not None and smaller.r > 1:
-        smaller.r //= 2
-        yield f'lora={{"r": {smaller.r}}}', {"lora": smaller}
-    if ppo and (rollout := settings.get("rollout", 8)) > 1:
-        yield f"per_device_train_batch_size={rollout // 2}", {"rollout": rollout // 2}
-    if (half := settings.get("max_completion_length", 512) // 2) > 0:
-        value = f"max_completion_length={half}" if ppo else f"max_length={settings.get('prompt_length', 512) + half}"
-        yield value, {"max_completion_length": half}
-    if settings.get("ensemble", 1) > 1:
-        yield "one reward model instead of an ensemble", {"ensemble": 1}
+    needed, room = estimate(model, stage, **settings), gib * (1 - RESERVE_SHARE) - RESERVE_GIB
+    if needed.peak <= room:
+        return Advice(gib, room, True, needed, {})
+    lora, ppo = models.lora_config(settings.get("lora")), stage == "ppo"
+    rollout, completion = settings.get("rollout", 8), max(1, settings.get("max_completion_length", 512) // 2)
+    changes: dict[str, dict[str, Any]] = {
+        "gradient_checkpointing=True": {"gradient_checkpointing": True},
+        f"{'micro' if ppo else 'per_device_train'}_batch_size=1": {"micro_batch_size": 1},
+        'optim="paged_adamw_8bit"': {"optim": "paged_adamw_8bit"},
+        "a reward model that is an adapter over the policy's base": {"reward_model": None},
+    }
+    if lora is None and (isinstance(model, PreTrainedConfig) or not models.is_adapter(model)):
+        changes['lora={"r": 16}'] = {"lora": {"r": 16}}
+        changes['lora={"r": 16}, load_in_4bit=True'] = {"lora": {"r": 16}, "load_in_4bit": True}
+    else:
+        changes["load_in_4bit=True"] = {"load_in_4bit": True}
+    if lora is not None and lora.r > 1:
+        lora.r //= 2
+        changes[f'lora={{"r": {lora.r}}}'] = {"lora": lora}
+    if ppo:
+        changes[f"per_device_train_batch_size={max(1, rollout // 2)}"] = {"rollout": max(1, rollout // 2)}
+    length = f"max_length={settings.get('prompt_length', 512) + completion}"
+    changes[f"max_completion_length={completion}" if ppo else length] = {"max_completion_length": completion}
+    changes["one reward model instead of an ensemble"] = {"ensemble": 1}
+    tried = {name: estimate(model, stage, **{**settings, **change}) for name, change in changes.items()}
+    tried = {name: changed for name, changed in tried.items() if changed.peak < needed.peak}
+    if len(tried) > 1:
+        together = {name: value for change in tried for name, value in changes[change].items()}
+        tried["all of these"] = estimate(model, stage, **{**settings, **together})
+    return Advice(gib, room, False, needed, tried)
 
 
 @dataclass
@@ -473,10 +372,9 @@ def device_memory(device: torch.device | str | None = None) -> float:
 def measure(device: torch.device | str | None = None) -> Iterator[Measured]:
     """Measure the peak of torch's allocator in a block; on a CPU each allocation is traced, so keep it short.
 
-    What torch does not allocate is not seen: the CUDA context, files mapped into memory; nor, on a CPU, other threads.
+    Not seen: the CUDA context and, on a CPU, what other threads allocate. A file mapped into memory counts as a whole.
     """
-    where = torch.device(device) if device is not None else models.device()
-    measured = Measured()
+    where, measured = torch.device(device) if device is not None else models.device(), Measured()
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
         yield measured
@@ -485,10 +383,8 @@ def measure(device: torch.device | str | None = None) -> Iterator[Measured]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         yield measured
     with tempfile.TemporaryDirectory() as folder:
-        trace.export_chrome_trace(str(Path(folder) / "trace.json"))
-        events = json.loads((Path(folder) / "trace.json").read_text())["traceEvents"]
-    total = peak = 0
-    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
-        total += event["args"]["Bytes"]
-        peak = max(peak, total)
-    measured.gib = peak / GIB
+        path = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(path))
+        events = [event for event in json.loads(path.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    changes = (event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
+    measured.gib = max(accumulate(changes), default=0) / GIB
