@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -31,7 +32,7 @@ from rlhf_kit.models.logprobs import LOGITS_CHUNK_GIB
 
 GIB = 2**30
 Shape: TypeAlias = ModelPath | PreTrainedConfig
-TRAINED = {"sft": ["policy"], "reward_model": ["reward"], "dpo": ["policy"], "ppo": ["policy", "value"]}
+TRAINED = {"sft": ["policy"], "reward_model": ["reward"], "dpo": ["policy"], "ppo": ["policy", "value"]}  # roles
 STAGES = tuple(TRAINED)
 TRL_TILE = (4096, 32768)  # tokens and words of the vocabulary whose logits TRL's loss holds at once
 SCORED_ROWS, SCORED_TOKENS = 64, 4096  # what rewards.RewardModel scores at once, at most
@@ -42,7 +43,7 @@ RESERVE_GIB, RESERVE_SHARE = 0.75, 0.05
 
 @dataclass(frozen=True)
 class Estimate:
-    """GiB of a stage by phase and part; a part is a role's weights or adapter, or what training adds."""
+    """GiB of a stage by phase and part; a role's part is its weights or, over a shared base, its adapter."""
 
     trained_parameters: int
     phases: dict[str, dict[str, float]]
@@ -80,21 +81,17 @@ class Advice:
     estimate: Estimate
     changes: dict[str, Estimate]
 
-    @property
-    def knob(self) -> str | None:
-        """The first change that makes it fit, as it is written in settings, if there is one."""
-        return next((name for name, changed in self.changes.items() if changed.peak <= self.room), None)
-
     def sentence(self) -> str:
-        """The verdict in words and, where it does not fit, a line for each change."""
+        """The verdict in words and, where it does not fit, the first change that makes it fit and what each gives."""
         peak = f"{self.estimate.peak:.1f} GiB at the peak ({self.estimate.peak_phase})"
         left = f"the {self.room:.1f} GiB that {self.gib:g} GiB leave for tensors"
         if self.fits:
             return f"It fits: {peak}, within {left}."
-        first = f"Change first: {self.knob}" if self.knob else "No setting helps; take a smaller model or a larger GPU."
+        enough = [name for name, changed in self.changes.items() if changed.peak <= self.room]
+        first = f"Change first: {enough[0]}" if enough else "No setting helps; take a smaller model or a larger GPU."
         lines = [f"It does not fit: {peak}, above {left}.", first]
         for name, changed in self.changes.items():
-            lines.append(f"  {changed.peak:6.1f} GiB {'fits' if changed.peak <= self.room else '    '}  {name}")
+            lines.append(f"  {changed.peak:6.1f} GiB {'fits' if name in enough else '    '}  {name}")
         return "\n".join(lines)
 
 
@@ -113,27 +110,23 @@ def _weights(model: Any, four_bit: bool = False, head: bool = True) -> tuple[int
 
     Returns bytes as stored, (parameters, whether it is an embedding) of each tensor, parameters of each linear layer.
     """
-    stored, tensors, linears = 0, {}, []
+    stored, tensors, linears, output = 0, {}, [], model.get_output_embeddings()
     for module in (model if head else models.decoder(model)).modules():
-        linear = isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+        linear = isinstance(module, nn.Linear | Conv1D) and module is not output
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if id(tensor) in tensors:  # tied, and counted before
                 continue
             n, is_weight = tensor.numel(), linear and name == "weight"
-            stored += _nf4(n) if is_weight and four_bit else n * tensor.element_size()
+            if is_weight and four_bit:
+                # NF4, quantised twice (QLoRA, 2305.14314, section 3): half a byte a weight, a byte for each block of
+                # 64, four for each 256 of those, the mean of the blocks' scales and two code books.
+                stored += ceil(n / 2) + ceil(n / 64) + 4 * ceil(n / 64 / 256) + 4 + 4 * 16 + 4 * 256
+            else:
+                stored += n * tensor.element_size()
             linears += [n] * is_weight
             if isinstance(tensor, nn.Parameter):
                 tensors[id(tensor)] = n, isinstance(module, nn.Embedding)
     return stored, list(tensors.values()), linears
-
-
-def _nf4(n: int) -> int:
-    """Bytes of n weights in NF4 with double quantisation (QLoRA, 2305.14314, section 3), as bitsandbytes stores them.
-
-    Half a byte a weight; a byte for each block of 64, four for each 256 of those; the scales' mean and two code books.
-    """
-    blocks = ceil(n / 64)
-    return ceil(n / 2) + blocks + 4 * ceil(blocks / 256) + 4 + 4 * 16 + 4 * 256
 
 
 def _adam(n: int, is_embedding: bool, optim: str) -> int:
@@ -144,49 +137,34 @@ def _adam(n: int, is_embedding: bool, optim: str) -> int:
     return 8 * n if is_embedding or n < 4096 else 2 * (n + 4 * ceil(n / 256) + 4 * 256)
 
 
-def _widths(config: PreTrainedConfig) -> tuple[int, int, int, int]:
-    """d, q, k, f: of hidden states, all query heads, all key heads, and the MLP times the experts that see a token."""
-
-    def first(default: int | None, *names: str) -> int:
-        numbers = (getattr(config.get_text_config(), name, None) for name in names)
-        found = next((number for number in numbers if isinstance(number, int)), default)
-        if found is None:
-            raise ModelError(f"model type {config.model_type!r}: its config has no number {names[0]!r}")
-        return found
-
-    d, heads = first(None, "hidden_size"), first(None, "num_attention_heads")
-    head = first(d // heads, "head_dim")
-    f = first(4 * d, "moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-    return d, heads * head, first(heads, "num_key_value_heads") * head, f * first(1, "num_experts_per_tok")
-
-
 def _activations(config: PreTrainedConfig, rank: int, compute: int, stored: int, autocast: bool) -> tuple[int, ...]:
-    """Bytes a token: kept in a layer, kept of one that is recomputed, added by a layer's backward, made in scoring.
+    """Bytes a token: kept in a layer, kept of a recomputed one, added by a layer's backward, made in scoring, cached.
 
-    compute, stored: bytes of a number in linear layers and in frozen weights. For layers of attention and a gated MLP:
-    autograd keeps queries, keys, values and attention's result (2q + 2k), the gate, its activation and the other factor
-    (3f), the inputs of linear layers (2d + f) and, in fp32, of norms (2d); full training also these normalised (2d),
-    LoRA A(x) of seven linear layers. Scoring holds four hidden states and the larger of MLP and attention.
+    compute, stored: bytes of a number in linear layers and in frozen weights. With d, q, k, f the widths of hidden
+    states, all query heads, all key heads and a gated MLP (times the experts that see a token), autograd keeps queries,
+    keys, values and attention's result (2q + 2k), the gate, its activation and the other factor (3f), the inputs of
+    linear layers (2d + f) and, in fp32, of norms (2d); full training also these normalised (2d), LoRA A(x) of seven
+    linear layers. Scoring holds four hidden states and the larger of MLP and attention.
     """
-    d, q, k, f = _widths(config)
+    d, f = _number(config, 0, "hidden_size"), _number(config, 1, "num_experts_per_tok")
+    f *= _number(config, 4 * d, "moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+    heads = _number(config, 0, "num_attention_heads")
+    q, k = (n * _number(config, d // heads, "head_dim") for n in (heads, _number(config, heads, "num_key_value_heads")))
     inputs = compute * (2 * d + f)
     if rank and compute == 2:  # frozen layers keep none; each adapter keeps a copy in fp32, which autocast rounds again
         inputs = (2 if autocast else 4) * (5 * d + q + f)
     kept = compute * (2 * q + 2 * k + 3 * f) + inputs + 4 * 2 * d + 4 * (7 * rank if rank else 2 * d)
     mlp = (4 if rank else 3) * f
-    return kept, stored * d, compute * mlp, compute * (4 * d + max(mlp, 4 * q + 2 * k))
+    return kept, stored * d, compute * mlp, compute * (4 * d + max(mlp, 4 * q + 2 * k)), 2 * k * stored
 
 
-def _logits(words: int, stage: str, rows: int, length: int, completion: int, on_gpu: bool) -> int:
-    """Bytes of the logits in a loss, which takes them chunk by chunk."""
-    if stage == "reward_model":
-        return 0
-    if stage == "ppo":  # log-probs, their gradient, the logits' gradient
-        return 3 * min(4 * rows * completion * words, int(LOGITS_CHUNK_GIB * GIB))
-    if on_gpu:
-        return 2 * min(rows * completion, TRL_TILE[0]) * TRL_TILE[1]
-    # On a CPU TRL takes the prompts' tokens too, and works on seven fp32 copies of a tile.
-    return 4 * min(rows * (length - 1), TRL_TILE[0]) * (TRL_TILE[1] + 7 * min(words, TRL_TILE[1]))
+def _number(config: PreTrainedConfig, default: int, *names: str) -> int:
+    """The first of these that a config has; ModelError where it has none and there is no default."""
+    numbers = (getattr(config.get_text_config(), name, None) for name in names)
+    found = next((number for number in numbers if isinstance(number, int)), default)
+    if not found:
+        raise ModelError(f"model type {config.model_type!r}: its config has no {names[0]}; only transformers are known")
+    return found
 
 
 def estimate(
@@ -215,60 +193,55 @@ def estimate(
     not on the policy's base; ensemble: how many there are (0: the reward is a function).
     Raises ValueError on settings that make no stage, ModelError where there is no such model.
     """
-    counts = {"prompt_length": prompt_length, "max_completion_length": max_completion_length, "rollout": rollout}
-    for name, value in {**counts, "micro_batch_size": micro_batch_size, "ensemble": ensemble}.items():
-        if value < (least := 0 if name == "ensemble" else 1):
-            raise ValueError(f"{name} must be at least {least}, got {value}")
     if stage not in STAGES or dtype not in ("float32", "bfloat16") or "adam" not in optim:
         raise ValueError(
             f"stage={stage!r}, dtype={dtype!r}, optim={optim!r}: known are the stages {', '.join(STAGES)}, float32 and "
             "bfloat16, and AdamW in fp32 (adamw_torch_fused) or in 8 bits (paged_adamw_8bit)"
         )
+    if min(prompt_length, max_completion_length, rollout, micro_batch_size) < 1 or ensemble < 0:
+        raise ValueError("prompt_length, max_completion_length, rollout and micro_batch_size must be at least 1")
     settings = models.lora_config(lora)
-    if not isinstance(model, PreTrainedConfig):
+    if isinstance(model, str | Path):
         if models.is_adapter(model):
             if settings is not None:
                 raise ModelError(f"{model}: is an adapter already, and is trained on as it is; leave `lora` out")
             settings = PeftConfig.from_pretrained(str(model))
+            settings.inference_mode = False  # it was saved frozen
         load_in_4bit = models.is_4bit(model, load_in_4bit)
-    if load_in_4bit and settings is None:
-        raise ModelError('4-bit weights cannot be trained; pass `lora={"r": 16}` to train an adapter')
-    config, length = _config(model), prompt_length + max_completion_length
-    text, (width, _, keys, _) = config.get_text_config(), _widths(config)
-    if (limit := getattr(text, "max_position_embeddings", None)) is not None and length > limit:
-        raise ValueError(
-            f"prompt_length={prompt_length} and max_completion_length={max_completion_length} exceed the model's "
-            f"{limit} positions; shorten the prompts or the completions"
-        )
-    on_gpu = models.device().type == "cuda" if on_gpu is None else on_gpu
     four_bit = bool(load_in_4bit)
+    if four_bit and settings is None:
+        raise ModelError('4-bit weights cannot be trained; pass `lora={"r": 16}` to train an adapter')
+    config = model if isinstance(model, PreTrainedConfig) else models.load_config(model)
+    length = prompt_length + max_completion_length
+    text, width = config.get_text_config(), _number(config, 0, "hidden_size")
+    if (limit := getattr(text, "max_position_embeddings", None)) is not None and length > limit:
+        raise ValueError(f"prompt_length + max_completion_length = {length} exceeds the model's {limit} positions")
+    on_gpu = models.device().type == "cuda" if on_gpu is None else on_gpu
     frozen = torch.bfloat16 if (on_gpu if four_bit else dtype == "bfloat16") else torch.float32
 
     # What each role holds in bytes, and the tensors that are trained.
-    held: dict[str, int] = {}
     base, _, linears = _weights(_model(config, frozen), four_bit, head=stage != "reward_model")
     if settings is None:
-        adapter = 0
-        trained = []
+        adapter, held, trained = 0, {}, []
         for role in TRAINED[stage]:
-            held[f"{role} weights"], tensors, _ = _weights(_model(config), head=role == "policy")
+            held[role], tensors, _ = _weights(_model(config), head=role == "policy")
             trained += tensors
-        held |= {"reference weights": base} if stage in ("dpo", "ppo") else {}
     else:
         adapted = get_peft_model(_model(config), models.lora_config(settings), low_cpu_mem_usage=True)
-        trained = [(p.numel(), False) for p in adapted.parameters() if p.requires_grad]
-        adapter = 4 * sum(n for n, _ in trained)
-        trained *= len(TRAINED[stage])
-        roles = TRAINED[stage] + ["reference"] * (stage in ("dpo", "ppo"))
-        held |= {"base": base, **{f"{role} adapter": adapter for role in roles}}
+        tensors = [(parameter.numel(), False) for parameter in adapted.parameters() if parameter.requires_grad]
+        adapter = 4 * sum(n for n, _ in tensors)
+        held = {"base": base, **dict.fromkeys(TRAINED[stage], adapter)}
+        trained = tensors * len(TRAINED[stage])
+    if stage in ("dpo", "ppo"):
+        held["reference"] = base if settings is None else adapter
     if stage == "ppo":
-        scorer = config if reward_model is None else _config(reward_model)
         paths = [each for each in (model, reward_model) if isinstance(each, str | Path)]
         shared = reward_model in (None, model) or (len(paths) == 2 and models.same_base(*paths))
-        held["reward models"] = ensemble * adapter
-        if settings is None or not shared:
-            held["reward models"] += ensemble * _weights(_model(scorer, frozen), four_bit, head=False)[0]
-        held["heads"] = 4 * (width + 1) + ensemble * 4 * _widths(scorer)[0]
+        scorer = config if reward_model is None else reward_model
+        scorer = scorer if isinstance(scorer, PreTrainedConfig) else models.load_config(scorer)
+        own = 0 if shared and settings is not None else _weights(_model(scorer, frozen), four_bit, head=False)[0]
+        held["reward models"] = ensemble * (own + adapter)
+        held["heads"] = 4 * (width + 1) + ensemble * 4 * _number(scorer, 0, "hidden_size")
         trained += [(width, False), (1, False)]
     elif stage == "reward_model":
         held["heads"] = 4 * width + (0 if settings is None else frozen.itemsize * width)  # peft trains a copy
@@ -279,11 +252,18 @@ def estimate(
     autocast = on_gpu and stage != "ppo"  # TRL computes in bf16 there
     stored = 4 if settings is None else frozen.itemsize
     compute = 2 if autocast else stored
-    rank, layers = settings.r if settings is not None else 0, text.num_hidden_layers
-    kept, checkpoint, backward, scoring = _activations(config, rank, compute, stored, autocast)
+    rank, layers = 0 if settings is None else settings.r, text.num_hidden_layers
+    kept, checkpoint, backward, scoring, cached = _activations(config, rank, compute, stored, autocast)
     rows = min(micro_batch_size, rollout) if stage == "ppo" else micro_batch_size * (1 if stage == "sft" else 2)
     tokens = rows * length
-    logits = _logits(text.vocab_size, stage, rows, length, max_completion_length, on_gpu)
+    if stage == "reward_model":
+        logits = 0
+    elif stage == "ppo":  # of a chunk: log-probs, their gradient, the logits' gradient
+        logits = 3 * min(4 * rows * max_completion_length * text.vocab_size, int(LOGITS_CHUNK_GIB * GIB))
+    elif on_gpu:
+        logits = 2 * min(rows * max_completion_length, TRL_TILE[0]) * TRL_TILE[1]
+    else:  # on a CPU TRL takes the prompts' tokens too, and works on seven fp32 copies of a tile
+        logits = 4 * min(tokens - rows, TRL_TILE[0]) * (TRL_TILE[1] + 7 * min(text.vocab_size, TRL_TILE[1]))
     one_layer = tokens * (kept + backward)
     all_layers = tokens * (layers * (checkpoint if gradient_checkpointing else kept) + 4 * 4 * width)
     if autocast and stored == 4:  # autograd keeps the weights in bf16 with the activations
@@ -299,11 +279,11 @@ def estimate(
     phases = {}
     scored = scoring * length * min(SCORED_ROWS, max(1, SCORED_TOKENS // length))
     if stage == "ppo":
-        token = 2 * keys * layers * rollout * stored  # of the KV cache
+        token = cached * layers * rollout  # of all rows' KV cache, which is copied layer by layer as it grows
         prefill, sampled = rollout * prompt_length * scoring, 3 * 4 * rollout * text.vocab_size
         phases["prefill"] = phase(**{"KV cache": prompt_length * token}, activations=prefill)
-        one_copied = length * token // layers
-        phases["generate"] = phase(**{"KV cache": length * token}, activations=one_copied, logits=sampled)
+        copied = length * token // layers
+        phases["generate"] = phase(**{"KV cache": length * token}, activations=copied, logits=sampled)
         scored = min(scored, scoring * length * rollout) if ensemble else 0
         phases["score"] = phase(activations=max(tokens * scoring + logits, scored))
     phases["forward"] = phase(gradients=accumulated, activations=all_layers + max(0, at_work - logits), logits=logits)
@@ -313,10 +293,6 @@ def estimate(
     return Estimate(sum(n for n, _ in trained), phases)
 
 
-def _config(model: Shape) -> PreTrainedConfig:
-    return model if isinstance(model, PreTrainedConfig) else models.load_config(model)
-
-
 def advise(model: Shape, stage: str, gib: float, **settings: Any) -> Advice:
     """Hold `estimate(model, stage, **settings)` against a device of `gib` GiB; changes that cost nothing come first."""
     if gib <= 0:
@@ -324,27 +300,24 @@ def advise(model: Shape, stage: str, gib: float, **settings: Any) -> Advice:
     needed, room = estimate(model, stage, **settings), gib * (1 - RESERVE_SHARE) - RESERVE_GIB
     if needed.peak <= room:
         return Advice(gib, room, True, needed, {})
-    lora, ppo = models.lora_config(settings.get("lora")), stage == "ppo"
-    rollout, completion = settings.get("rollout", 8), max(1, settings.get("max_completion_length", 512) // 2)
+    ppo, lora = stage == "ppo", models.lora_config(settings.get("lora"))
+    adapts = lora is not None or (isinstance(model, str | Path) and models.is_adapter(model))
+    rank = 16 if lora is None else max(1, lora.r // 2)
+    smaller, added = {} if adapts and lora is None else {"lora": {"r": rank}}, "" if adapts else 'lora={"r": 16}, '
+    rollout = max(1, settings.get("rollout", 8) // 2)
+    half = max(1, settings.get("max_completion_length", 512) // 2)
+    shorter = f"max_completion_length={half}" if ppo else f"max_length={settings.get('prompt_length', 512) + half}"
     changes: dict[str, dict[str, Any]] = {
         "gradient_checkpointing=True": {"gradient_checkpointing": True},
         f"{'micro' if ppo else 'per_device_train'}_batch_size=1": {"micro_batch_size": 1},
         'optim="paged_adamw_8bit"': {"optim": "paged_adamw_8bit"},
         "a reward model that is an adapter over the policy's base": {"reward_model": None},
+        f'lora={{"r": {rank}}}': smaller,
+        f"{added}load_in_4bit=True": {**({} if adapts else smaller), "load_in_4bit": True},
+        f"per_device_train_batch_size={rollout}": {"rollout": rollout} if ppo else {},
+        shorter: {"max_completion_length": half},
+        "one reward model instead of an ensemble": {"ensemble": 1},
     }
-    if lora is None and (isinstance(model, PreTrainedConfig) or not models.is_adapter(model)):
-        changes['lora={"r": 16}'] = {"lora": {"r": 16}}
-        changes['lora={"r": 16}, load_in_4bit=True'] = {"lora": {"r": 16}, "load_in_4bit": True}
-    else:
-        changes["load_in_4bit=True"] = {"load_in_4bit": True}
-    if lora is not None and lora.r > 1:
-        lora.r //= 2
-        changes[f'lora={{"r": {lora.r}}}'] = {"lora": lora}
-    if ppo:
-        changes[f"per_device_train_batch_size={max(1, rollout // 2)}"] = {"rollout": max(1, rollout // 2)}
-    length = f"max_length={settings.get('prompt_length', 512) + completion}"
-    changes[f"max_completion_length={completion}" if ppo else length] = {"max_completion_length": completion}
-    changes["one reward model instead of an ensemble"] = {"ensemble": 1}
     tried = {name: estimate(model, stage, **{**settings, **change}) for name, change in changes.items()}
     tried = {name: changed for name, changed in tried.items() if changed.peak < needed.peak}
     if len(tried) > 1:
@@ -353,32 +326,25 @@ def advise(model: Shape, stage: str, gib: float, **settings: Any) -> Advice:
     return Advice(gib, room, False, needed, tried)
 
 
-@dataclass
-class Measured:
-    """Peak of a block in GiB, known when it ends: on a GPU of all that torch held, on a CPU of what the block added."""
-
-    gib: float = float("nan")
-
-
-def device_memory(device: torch.device | str | None = None) -> float:
-    """GiB of a GPU, or of the machine's RAM where `device` is a CPU (default: the GPU where there is one)."""
-    where = torch.device(device) if device is not None else models.device()
-    if where.type == "cuda":
-        return torch.cuda.get_device_properties(where).total_memory / GIB
+def device_memory() -> float:
+    """GiB of the GPU or, where there is none, of the machine's RAM."""
+    if models.device().type == "cuda":
+        return torch.cuda.get_device_properties(models.device()).total_memory / GIB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
 @contextmanager
-def measure(device: torch.device | str | None = None) -> Iterator[Measured]:
-    """Measure the peak of torch's allocator in a block; on a CPU each allocation is traced, so keep it short.
+def measure() -> Iterator[SimpleNamespace]:
+    """Measure the peak of torch's allocator in a block, which is `gib` of what this yields when the block has ended.
 
-    Not seen: the CUDA context and, on a CPU, what other threads allocate. A file mapped into memory counts as a whole.
+    On a GPU of all that torch holds, on a CPU of what the block adds in this thread, where a file mapped into memory
+    counts as a whole. A CPU's allocations are traced one by one, so keep the block short.
     """
-    where, measured = torch.device(device) if device is not None else models.device(), Measured()
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
+    measured = SimpleNamespace(gib=float("nan"))
+    if models.device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         yield measured
-        measured.gib = torch.cuda.max_memory_allocated(where) / GIB
+        measured.gib = torch.cuda.max_memory_allocated() / GIB
         return
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         yield measured
