@@ -34,7 +34,6 @@ DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0.05,  # share of the steps
     "adam_beta2": 0.98,
     "weight_decay": 0.01,
-    "train_sampling_strategy": "group_by_length",  # saves half the padding
 }
 
 

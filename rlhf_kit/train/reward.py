@@ -149,6 +149,7 @@ def _check_reloaded(path: Path, rows: Dataset, own: torch.Tensor, tolerance: flo
 def _with_score_head(request: Request, tokenizer: PreTrainedTokenizerBase) -> Model:
     """The model with a fresh score head, N(0, 1 / (d + 1)) as in Stiennon et al. 2020 (2009.01325), to train."""
     model, load_in_4bit = request.model, request.load_in_4bit
+    torch.manual_seed(request.seed)  # a new adapter is drawn from it; the trainer seeds only later
     base = models.load_base(model, AutoModelForSequenceClassification.from_pretrained, load_in_4bit, num_labels=1)
     base.config.pad_token_id = tokenizer.pad_token_id
     generator = torch.Generator().manual_seed(request.seed)
