@@ -141,7 +141,9 @@ class Posterior:
         ranges = [WEIGHT_RANGE] * weights + [LAPSE_RANGE] * lapses + MIXTURE_RANGES[:mixture]
 
         def at(parameters: Array) -> tuple[float, Array]:
-            gradient, loss = torch.func.grad_and_value(self.loss)(torch.from_numpy(parameters))
+            point = torch.tensor(parameters, requires_grad=True)
+            loss = self.loss(point)
+            (gradient,) = torch.autograd.grad(loss, point)
             return loss.item(), gradient.numpy()
 
         return minimize(at, start, bounds=ranges, jac=True, method="L-BFGS-B", options={"maxiter": 500})

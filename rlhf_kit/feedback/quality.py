@@ -22,7 +22,7 @@ MEANINGS = {
         "skips": "items skipped",
         "ties": "pairs called equal",
         "agree": "share of pairs in which the rater says what most of the others say",
-        "even_votes": "pairs left out of it, because the others are evenly divided",
+        "even_votes": "pairs that agree leaves out, because the others are evenly divided",
         "agree_gold": "share of decided pairs in which the rater prefers the completion of higher gold utility",
         "lapse": "share of choices made at random, from the same model as position and length; what only this rater "
         "does not know of a pair counts too",

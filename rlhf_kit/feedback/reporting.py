@@ -27,12 +27,12 @@ from rlhf_kit.rewards import Reward
 PACKAGES = ("rlhf-kit", "krippendorff", "scipy", "pandas")  # the numbers depend on these
 BLUE, ORANGE, GREY = plots.COLOURS["SFT"], plots.COLOURS["PPO"], plots.COLOURS["base"]
 OF_AGREEMENT = {
-    "measure": "alpha is Krippendorff's, ordinal: 1 - observed / expected disagreement; 1 is perfect, 0 is what chance "
-    "gives. Each pair counts in both orders, because the order in which an item lists its completions means nothing. "
-    "Percent agreement is the chance that two raters of a pair say the same",
+    "measure": "",  # its values are explained below
     "question": "what was asked",
     "raters": "number of raters",
-    "value": "the measure",
+    "value": "alpha is Krippendorff's, ordinal: 1 - observed / expected disagreement; 1 is perfect, 0 is what chance "
+    "gives. Each pair counts in both orders, because the order in which an item lists its completions means nothing. "
+    "Percent agreement is the chance that two raters of a pair say the same",
     "used": "pairs of completions, or rated completions, that two raters or more judged",
     "left_out": "the others",
     "why": "why a measure has no value",
@@ -82,8 +82,10 @@ def draw(table: pd.DataFrame, judgments: pd.DataFrame) -> Figure:
         axes.grid(axis="y", visible=False)
     agree, position, length, speed = grid.flat
     if "agree_gold" in table:
-        _intervals(agree, numbers, "agree_gold", rows + 0.22, ORANGE)
-        agree.set_xlabel("agreement [share of pairs]: with most of the others (blue), with gold (orange)")
+        _intervals(agree, numbers, "agree_gold", rows + 0.22, ORANGE, "D")
+        agree.set_xlabel("agreement [share of pairs]")
+        names = ["with most of the others", "with gold"]
+        agree.legend(agree.lines, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     for axes in (position, length):
         axes.axvline(0, color=GREY, linewidth=2, linestyle="--", zorder=1)
     speed.set_xlim(left=0)
@@ -111,11 +113,11 @@ def page(store: Store, command: str) -> str:
 <title>Feedback</title><style>{STYLE}</style></head><body>
 <h1>Feedback in {html.escape(store.path.name)}</h1>
 <p>{len(frame)} judgments, {len(table)} raters, {frame["item"].nunique()} items judged, {len(store.items())} items in
-the store, {table["skips"].sum()} skipped, {everything["withdrawn"].sum()} taken back; {frame["time"].min()} to
-{frame["time"].max()}. Square brackets hold 95% intervals; a dash is a number that these judgments cannot give.</p>
+the store, {table["skips"].sum()} skipped, {everything["withdrawn"].sum()} taken back; {frame["time"].min()[:16]} to
+{frame["time"].max()[:16]} UTC. Square brackets hold 95% intervals; a dash stands where there is no number.</p>
 <p><img alt="Agreement, position bias, length bias and speed of each rater"
 src="data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}"></p>
-{"".join(_html(title, table, {"rater": "who judged", **meanings}) for title, meanings in MEANINGS.items())}
+{"".join(_html(title, table, {"rater": "", **meanings}) for title, meanings in MEANINGS.items())}
 {_html("Agreement", agreement(frame), OF_AGREEMENT)}
 <p>Made by <code>{html.escape(command)}</code> on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC with {used}.</p>
 </body></html>
@@ -135,8 +137,8 @@ def _html(title: str, frame: pd.DataFrame, meanings: dict[str, str]) -> str:
     """Columns of a frame, each number with its interval, and what they mean; `why` only where it says something."""
     shown = [name for name in meanings if name in frame and not (name == "why" and (frame[name] == "").all())]
     cells = {name.replace("_", " "): [_cell(row, name) for row in frame.to_dict("records")] for name in shown}
-    meant = "".join(f"<dt>{name.replace('_', ' ')}</dt><dd>{html.escape(meanings[name])}</dd>" for name in shown)
-    return f"<h2>{title}</h2><div>{pd.DataFrame(cells).to_html(index=False, border=0)}</div><dl>{meant}</dl>"
+    meant = (f"<dt>{name.replace('_', ' ')}</dt><dd>{html.escape(meanings[name])}</dd>" for name in shown[1:])
+    return f"<h2>{title}</h2><div>{pd.DataFrame(cells).to_html(index=False, border=0)}</div><dl>{''.join(meant)}</dl>"
 
 
 def _cell(row: dict[Any, Any], name: str) -> str:
@@ -149,6 +151,6 @@ def _cell(row: dict[Any, Any], name: str) -> str:
     return "-" if np.isnan(value) else text.replace("nan", "-")
 
 
-def _intervals(axes: Axes, numbers: pd.DataFrame, name: str, rows: Any, colour: str) -> None:
+def _intervals(axes: Axes, numbers: pd.DataFrame, name: str, rows: Any, colour: str, marker: str = "o") -> None:
     axes.hlines(rows, numbers[f"{name}_lo"], numbers[f"{name}_hi"], color=colour, linewidth=2.4)
-    axes.plot(numbers[name], rows, "o", color=colour, markersize=8)
+    axes.plot(numbers[name], rows, marker, color=colour, markersize=8)
