@@ -1,4 +1,4 @@
-"""Datasets in TRL's columns, from the pocket world, local files or the hub; checks naming the row; splits by prompt.
+"""Datasets in TRL's columns, from local files or the hub; checks naming the row; splits by prompt.
 
 Every dataset here is a `datasets.Dataset` with the columns `prompt`, or `prompt, completion[, label]`, or
 `prompt, chosen, rejected`. A cell is text, or a chat: a list of `{"role": ..., "content": ...}` messages. Extra columns
