@@ -1,20 +1,20 @@
-"""Datasets in TRL's columns, from local files or the hub; checks naming the row; splits by prompt.
+"""Datasets in TRL's columns, from local files or the hub; checks that name the row; splits by prompt.
 
-Every dataset here is a `datasets.Dataset` with the columns `prompt`, or `prompt, completion[, label]`, or
-`prompt, chosen, rejected`. A cell is text, or a chat: a list of `{"role": ..., "content": ...}` messages. Extra columns
-are carried along. What is wrong is a `DataError` that says where and what to do; rows set aside are counted aloud.
+A dataset is a `datasets.Dataset` with the columns `prompt`, or `prompt, completion[, label]`, or `prompt, chosen,
+rejected`. A cell is text or a chat, a list of `{"role": ..., "content": ...}` messages. Extra columns are kept.
 """
 
 import csv
 import gzip
 import hashlib
+import io
 import json
 import re
 import sys
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import takewhile
@@ -28,7 +28,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
-Labelled = tuple[str, Row]  # ("row 3", {...}): a row, and how a person finds it in the source
 
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 PREFERENCE = ("prompt", "chosen", "rejected")
@@ -37,6 +36,7 @@ OTHER_NAMES = {
     "prompt": ("question", "instruction", "input", "query"),
     "completion": ("response", "answer", "output", "target"),
 }
+LABELS = {"true": True, "1": True, "false": False, "0": False}  # in the cells of a CSV file
 KINDS = {
     "missing": "every row needs this column: fill or drop such rows",
     "empty text": "fill or drop such rows",
@@ -57,36 +57,36 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault of one cell: `row` counts from 0, `kind` is one of `KINDS`, `detail` adds numbers to it."""
+    """A fault of one cell: `row` counts from 0, `kind` is one of `KINDS`."""
 
     row: int
     column: str
     kind: str
-    detail: str = ""
 
 
 def load(source: str | Path, split: str = "train", *, strict: bool = False, **hub_options: Any) -> Dataset:
-    """Return a local file (one of `FORMATS`) or hub dataset in TRL's columns; raise DataError if that cannot be done.
+    """Return a file (one of `FORMATS`) or a hub dataset in TRL's columns; raise DataError naming the file and the row.
 
-    Pairs without a prompt (HH transcripts, whole chats) get one by `extract_prompts`; those it sets aside are counted
-    in a warning, or raised if `strict`. Rows of text files are named by their line, row 1 of a CSV file being its
-    header; CSV cells are text, but for a `label` of true or false. `hub_options` go to `datasets.load_dataset`.
+    Pairs without a prompt get one by `extract_prompts`; a warning counts those that it sets aside, and `strict` raises
+    instead. Rows of a text file are named by their line. CSV cells are text, but a `label` of true or false a boolean.
     """
     source = str(source)
-    if not _is_local(source):
-        labelled = [(_from_zero(index), row) for index, row in enumerate(_from_hub(source, split, hub_options))]
+    # A hub id has at most one slash and none of our suffixes, so everything else was meant as a path, there or not.
+    is_path = source.endswith(FORMATS) or source[:1] in {".", "~", "/"} or source.count("/") > 1
+    if not is_path and not Path(source).exists():
+        labelled = _numbered(_from_hub(source, split, hub_options))
     elif split == "train" and not hub_options:
-        labelled = read(Path(source).expanduser())
+        labelled = _from_file(Path(source).expanduser())
     else:
         raise DataError(f"{source}: a local file is loaded whole, without split= or hub options; see split_by_prompt")
     if not labelled:
         raise DataError(f"{source}: empty, no rows")
-    labels, rows = [label for label, _ in labelled], [row for _, row in labelled]
+    labels, rows = list(labelled), list(labelled.values())
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    if "prompt" not in columns and not {"chosen", "rejected"} <= set(columns):
-        note = " (the first line of a CSV file names the columns)" if ".csv" in Path(source).suffixes else ""
-        raise DataError(_missing(source, "prompt", columns) + note)
     if "prompt" not in columns:
+        if not {"chosen", "rejected"} <= set(columns):
+            note = " (the first line of a CSV file names the columns)" if ".csv" in Path(source).suffixes else ""
+            raise DataError(_missing(source, "prompt", columns) + note)
         rows, faults = extract_prompts(rows)
         message = f"{source}: {len(faults)} of {len(labels)} pairs cannot be used: {_counts(faults, labels)}"
         if not rows or (faults and strict):
@@ -101,9 +101,8 @@ def load(source: str | Path, split: str = "train", *, strict: bool = False, **hu
 def extract_prompts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Row], list[Fault]]:
     """Return (`prompt, chosen, rejected` rows, faults of the rows left out) for pairs of whole conversations.
 
-    Transcripts as in Anthropic's HH-RLHF ("\\n\\nHuman: ...\\n\\nAssistant: ...", Bai et al. 2022) are split after the
-    last "\\n\\nAssistant:" and must agree up to there; chats are split after the messages they share. A pair is left
-    out if it has no shared prompt, an empty turn, or two equal answers; `Fault.row` is its index in `rows`.
+    Transcripts as in HH-RLHF ("\\n\\nHuman: ...\\n\\nAssistant: ...", Bai et al. 2022) are split after the last
+    "\\n\\nAssistant:" and must agree up to there; chats are split after the messages that both share.
     """
     good: list[Row] = []
     faults: list[Fault] = []
@@ -137,33 +136,26 @@ def find_faults(
         raise DataError(f"{source}: empty, no rows")
     if max_length is not None and tokenizer is None:
         raise DataError("max_length counts tokens, so tokenizer= is needed too")
+    answers = [column for column in columns if column in TEXT_COLUMNS[1:]]
     faults = []
     for index, row in enumerate(dataset.select_columns(list(columns))):
         found = [Fault(index, column, kind) for column in columns if (kind := _cell_fault(column, row))]
         if not found and tokenizer is not None and max_length is not None:
-            completions = [column for column in columns if column in TEXT_COLUMNS[1:]]
-            for column in completions or ["prompt"]:
-                length = _count_tokens(row.get("prompt"), row[column] if completions else None, tokenizer)
-                if length > max_length:
-                    found.append(Fault(index, column, "too long", f": {length} tokens, max_length is {max_length}"))
+            for column in answers or ["prompt"]:
+                if _count_tokens(row.get("prompt"), row[column] if answers else None, tokenizer) > max_length:
+                    found.append(Fault(index, column, "too long"))
         faults += found
     return faults
 
 
-def check(
-    dataset: Dataset,
-    columns: Sequence[str] = PREFERENCE,
-    source: str = "dataset",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    max_length: int | None = None,
-) -> None:
+def check(dataset: Dataset, columns: Sequence[str] = PREFERENCE, source: str = "dataset") -> None:
     """Raise DataError if `find_faults` finds any, naming source, row and column of the first and counting all kinds."""
-    faults = find_faults(dataset, columns, source, tokenizer, max_length)
+    faults = find_faults(dataset, columns, source)
     if faults:
         first = faults[0]
         raise DataError(
-            f"{source}, {_from_zero(first.row)}, column {first.column!r}: {first.kind}{first.detail}; "
-            f"{KINDS[first.kind]}. All faults (listed by find_faults): {_counts(faults, range(len(dataset)))}"
+            f"{source}, row {first.row} (counting from 0), column {first.column!r}: {first.kind}; {KINDS[first.kind]}. "
+            f"All faults (listed by find_faults): {_counts(faults, range(len(dataset)))}"
         )
 
 
@@ -177,17 +169,13 @@ def split_by_prompt(dataset: Dataset, test_fraction: float = 0.1, seed: int = 0)
         raise DataError(f"test_fraction must lie between 0 and 1, not {test_fraction}")
     if "prompt" not in dataset.column_names:
         raise DataError(_missing("dataset", "prompt", dataset.column_names))
-    shares = [_uniform(prompt, seed) for prompt in dataset["prompt"]]
+    keys = (json.dumps([seed, _plain(prompt)], sort_keys=True).encode() for prompt in dataset["prompt"])
+    shares = [int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64 for key in keys]
     train = [index for index, share in enumerate(shares) if share >= test_fraction]
     test = [index for index, share in enumerate(shares) if share < test_fraction]
     if not train or not test:
         raise DataError(f"{test_fraction=} and {seed=} leave one side without a prompt: change them or add prompts")
     return dataset.select(train), dataset.select(test)
-
-
-def _is_local(source: str) -> bool:
-    # A hub id has at most one slash and none of our suffixes, so everything else was meant as a path, there or not.
-    return source.endswith(FORMATS) or source[:1] in {".", "~", "/"} or source.count("/") > 1 or Path(source).exists()
 
 
 def _from_hub(source: str, split: str, options: Mapping[str, Any]) -> Dataset:
@@ -201,59 +189,55 @@ def _from_hub(source: str, split: str, options: Mapping[str, Any]) -> Dataset:
         ) from None
 
 
-def read(path: Path) -> list[Labelled]:
-    """The rows of a file as they are, each with the words by which a person finds it; DataError if one is no row."""
+def _from_file(path: Path) -> dict[str, Row]:
+    # Read from the disk, because `datasets` serves a file that was rewritten with the same time from its cache.
     if not path.exists():
         raise DataError(f"no such file: {path}")
     if path.is_dir() or not path.name.endswith(FORMATS):
-        raise DataError(
-            f"{path}: {'a folder' if path.is_dir() else 'of no known kind'}; name a {' '.join(FORMATS)} file"
-        )
-    read = _csv if ".csv" in path.suffixes else _parquet if path.suffix == ".parquet" else _json
+        kind = "a folder" if path.is_dir() else "of no known kind"
+        raise DataError(f"{path}: {kind}; name a {' '.join(FORMATS)} file")
     try:
-        labelled = list(read(path))
+        if path.suffix == ".parquet":
+            return _numbered(Dataset(pyarrow.parquet.read_table(path)))
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.start - error.object.rfind(b"\n", 0, error.start)
+        raise DataError(f"{path}, row {line}, byte {byte} of the line: not UTF-8; save the file as UTF-8") from None
     except (EOFError, zlib.error):
         raise DataError(f"{path}: the gzip file is cut off or damaged; get it again") from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read as what its name says: {' '.join(str(error).split())[:200]}") from None
-    for label, row in labelled:
+    labelled = _from_csv(path, text) if ".csv" in path.suffixes else _from_json(path, text)
+    for label, row in labelled.items():
         if not isinstance(row, dict):
             raise DataError(f'{path}, {label}: a row must be an object such as {{"prompt": ...}}')
     return labelled
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    # Bytes are split, not text: str.splitlines breaks at separators inside JSON strings, and a decoding file object
-    # does not say which line is not UTF-8.
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                yield f"row {number}", raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                where = f"{path}, row {number}, byte {error.start + 1} of the line"
-                raise DataError(f"{where}: not UTF-8; save the file as UTF-8") from None
-
-
-def _json(path: Path) -> Iterator[Labelled]:
-    lines = list(_lines(path))
-    text = "".join(line for _, line in lines)
-    if text.lstrip().startswith("["):  # one array of rows; otherwise a row per line, whatever the suffix says
-        yield from ((_from_zero(index), row) for index, row in enumerate(_parse(text, str(path))))
-    else:
-        yield from ((label, _parse(line, f"{path}, {label}")) for label, line in lines if line.strip())
-
-
-def _parse(text: str, where: str) -> Any:
+# Python's own json and csv, because they lose nothing and name the line. pandas reads half an emoji as "", makes floats
+# of whole numbers with gaps and pads short CSV rows; `datasets` makes dates of texts that look like dates.
+def _from_json(path: Path, text: str) -> dict[str, Row]:
+    where = str(path)
+    labelled = {}
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        if text.lstrip().startswith("["):  # one array of rows; otherwise a row per line, whatever the suffix says
+            return _numbered(json.loads(text))
+        for number, line in enumerate(text.split("\n"), 1):  # str.splitlines would also break inside JSON strings
+            where = f"{path}, row {number}"
+            if line.strip():
+                labelled[f"row {number}"] = json.loads(line)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error})") from None
+    return labelled
 
 
-def _csv(path: Path) -> Iterator[Labelled]:
-    # strict, because otherwise a quote that is never closed swallows the rest of the file without a word.
+def _from_csv(path: Path, text: str) -> dict[str, Row]:
     csv.field_size_limit(sys.maxsize)  # a long chat is one cell
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    # strict, because otherwise a quote that is never closed swallows the rest of the file without a word.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    labelled: dict[str, Row] = {}
     header: list[str] = []
     start = 1  # the line a row starts on: a quoted cell may span several
     try:
@@ -268,32 +252,40 @@ def _csv(path: Path) -> Iterator[Labelled]:
             elif cells:
                 row: Row = dict(zip(header, cells, strict=True))
                 if "label" in row:
-                    booleans = {"true": True, "1": True, "false": False, "0": False}
-                    row["label"] = booleans.get(row["label"].strip().lower(), row["label"])
-                yield label, row
+                    row["label"] = LABELS.get(row["label"].strip().lower(), row["label"])
+                labelled[label] = row
     except csv.Error as error:
         raise DataError(f"{path}, row {start}: not valid CSV ({error})") from None
-
-
-def _parquet(path: Path) -> Iterator[Labelled]:
-    return ((_from_zero(index), row) for index, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()))
+    return labelled
 
 
 def _to_dataset(source: str, labels: Sequence[str], rows: Sequence[Row]) -> Dataset:
     # Not Dataset.from_list, which takes the columns of the first row only.
-    values = {column: [row.get(column) for row in rows] for column in dict.fromkeys(c for row in rows for c in row)}
+    columns = dict.fromkeys(column for row in rows for column in row)
+    values = {column: [_plain(row.get(column)) for row in rows] for column in columns}
     for column, cells in values.items():
-        known = next((_type(cell) for cell in cells if cell is not None), "")
-        for label, cell in zip(labels, cells, strict=True):
-            kind = "missing" if cell is None else f"wrong type ({_type(cell)})"
-            if column in TEXT_COLUMNS and _type(cell) not in {"str", "list"}:
-                raise DataError(f"{source}, {label}, column {column!r}: {kind}; {KINDS[kind.partition(' (')[0]]}")
-            if cell is not None and _type(cell) != known:
-                raise DataError(f"{source}, {label}, column {column!r}: {kind}; the rows before have {known}")
+        types = ["number" if type(cell) in {int, float} else type(cell).__name__ for cell in cells]
+        known = next((name for name in types if name != "NoneType"), "")
+        for label, name in zip(labels, types, strict=True):
+            where = f"{source}, {label}, column {column!r}"
+            if column in TEXT_COLUMNS and name == "NoneType":
+                raise DataError(f"{where}: missing; {KINDS['missing']}")
+            if column in TEXT_COLUMNS and name not in {"str", "list"}:
+                raise DataError(f"{where}: wrong type ({name}); {KINDS['wrong type']}")
+            if name not in {known, "NoneType"}:
+                raise DataError(f"{where}: wrong type ({name}); the rows before have {known}")
     try:
-        return Dataset.from_dict(values)
+        # use_json, because an Arrow struct gives each message the keys of all others, with None in them.
+        return Dataset.from_dict(values, on_mixed_types="use_json")
     except (pa.ArrowException, ValueError, OverflowError) as error:
         raise DataError(f"{source}: cannot be stored as a table: {error}") from None
+
+
+def _plain(cell: Any) -> Any:
+    # A chat without the empty keys that Arrow adds to every message when one message of the column has them.
+    if not isinstance(cell, list) or not all(isinstance(message, dict) for message in cell):
+        return cell
+    return [{key: value for key, value in m.items() if value is not None or key in {"role", "content"}} for m in cell]
 
 
 def _split_transcripts(chosen: Any, rejected: Any) -> tuple[Any, Any, Any] | str:
@@ -359,20 +351,8 @@ def _count_tokens(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBa
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _uniform(prompt: Any, seed: int) -> float:
-    # Chats without their empty keys, which Arrow adds to every message when one message of the column has them.
-    if isinstance(prompt, list):
-        prompt = [{key: value for key, value in message.items() if value is not None} for message in prompt]
-    digest = hashlib.sha256(json.dumps([seed, prompt], sort_keys=True).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _from_zero(index: int) -> str:
-    return f"row {index} (counting from 0)"
-
-
-def _type(value: Any) -> str:
-    return "number" if type(value) in {int, float} else type(value).__name__
+def _numbered(rows: Iterable[Row]) -> dict[str, Row]:
+    return {f"row {index} (counting from 0)": row for index, row in enumerate(rows)}
 
 
 def _counts(faults: Sequence[Fault], labels: Sequence[object]) -> str:
