@@ -10,7 +10,7 @@ import pandas as pd
 from datasets import Dataset
 
 from rlhf_kit import sampling, stats
-from rlhf_kit.models import ModelPath
+from rlhf_kit.models import MAX_COMPLETION_LENGTH, ModelPath
 from rlhf_kit.rewards import Reward
 from rlhf_kit.stats import Interval, compare, summary
 from rlhf_kit.tasks import pocket
@@ -24,7 +24,7 @@ def score(
     rewards: Mapping[str, Reward],
     reference: ModelPath | None = None,
     n: int = 2,
-    max_completion_length: int = 40,
+    max_completion_length: int = MAX_COMPLETION_LENGTH,
     temperature: float = 1.0,
     seed: int = 0,
 ) -> pd.DataFrame:

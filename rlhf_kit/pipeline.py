@@ -22,6 +22,7 @@ from rlhf_kit import data, evaluate, feedback, models, pretrain, rewards, runs, 
 from rlhf_kit.ppo import PPOConfig, PPOTrainer
 from rlhf_kit.presets import Preset, Settings
 from rlhf_kit.progress import Countdown, LossCallback, ProgressCallback, clock
+from rlhf_kit.tasks import pocket
 
 HELD_OUT_RATER_SEED = 1_000_003  # the held-out pairs are judged by another draw of the same rater
 SCORED = {"final": 2, "checkpoint": 1}  # completions of each test prompt; for a point along a curve one will do
@@ -210,7 +211,14 @@ class Pipeline:
     def rewards(self) -> dict[str, rewards.Reward]:
         """The learned reward as `proxy` and, in the pocket world, the known one as `gold`."""
         found: dict[str, rewards.Reward] = {"proxy": rewards.RewardModel(self.reward_model())}
-        return found if self.preset.task is None else found | {"gold": rewards.gold(self.preset.task)}
+        world = self.preset.task
+        if world is None:
+            return found
+
+        def gold(prompts: list[str], completions: list[str], **_: object) -> list[float]:
+            return [pocket.gold(world, *pair) for pair in zip(prompts, completions, strict=True)]
+
+        return found | {"gold": gold}
 
     def scores(self) -> pd.DataFrame:
         """Every model on the same test prompts: a row per (model, step, prompt, sample), `final` or a checkpoint."""

@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
-    from rlhf_kit import pocket
+    from rlhf_kit.tasks import pocket
 
     return pocket.pocket_tokenizer()
 

@@ -71,7 +71,7 @@ def advise(model: Shape, stage: str, gib: float, **settings: Any) -> Advice:
     known = {name: value for name, value in settings.items() if value is not None}
     if not isinstance(model, PreTrainedConfig) and models.is_adapter(model):
         remembered = bool(models.read_notes(model).get("load_in_4bit", False))
-        known = {"lora": models.lora(), "load_in_4bit": remembered, **known}
+        known = {"lora": models.lora_config({}), "load_in_4bit": remembered, **known}
     for knob, change in _knobs(stage, known):
         turned = estimate(model, stage, **{**settings, **change})
         all_turned |= change
@@ -95,8 +95,8 @@ def _knobs(stage: str, settings: dict[str, Any]) -> Iterator[tuple[str, dict[str
     if stage == "ppo" and settings.get("reward_model") is not None and settings.get("lora") is not None:
         yield "a reward model that is an adapter over the policy's base", {"reward_model": None}
     if settings.get("lora") is None:
-        yield "lora=rlhf_kit.models.lora()", {"lora": models.lora()}
-        yield "lora=rlhf_kit.models.lora(), load_in_4bit=True", {"lora": models.lora(), "load_in_4bit": True}
+        yield "lora=rlhf_kit.models.lora()", {"lora": models.lora_config({})}
+        yield "lora=rlhf_kit.models.lora(), load_in_4bit=True", {"lora": models.lora_config({}), "load_in_4bit": True}
     elif not settings.get("load_in_4bit"):
         yield "load_in_4bit=True", {"load_in_4bit": True}
     rollout = settings.get("rollout", 8)
