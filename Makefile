@@ -55,10 +55,11 @@ test-fast: $(INSTALLED) ## the tests that run while one types
 browser: $(INSTALLED) ## the tests in a real browser: the tour, and the rating page in JupyterLab and served
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -m browser $(ARGS)
 
-check: $(INSTALLED) ## lint, format and types
+check: $(INSTALLED) ## lint, format, types, and which room imports which
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(INSTALLED) ## put the code into the format that check asks for
 	@$(BIN)/ruff check --fix-only --quiet .

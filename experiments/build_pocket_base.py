@@ -1,8 +1,8 @@
 """Rebuild the pocket base: pretrain on the low-quality corpus of world 0, evaluate, and compare with the shipped base.
 
-    python experiments/build_pocket_base.py [--out DIR]
+    python experiments/build_pocket_base.py [--out DIR] [--steps N]
 
-Without --out the shipped base in rlhf_kit/pocket/base is replaced. Takes about five minutes on one core. Machines
+Without --out the shipped base in rlhf_kit/tasks/pocket/base is replaced. Takes about five minutes on one core. Machines
 round differently, so the weights may differ in the last bits; the evaluation table must agree within its noise.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_kit.pretrain import pretrain
 from rlhf_kit.tasks import pocket
+from rlhf_kit.train import pretrain
 
 CORPUS_SIZE, CORPUS_SEED = 80_000, 0
 STEPS, BATCH_SIZE, LEARNING_RATE, SEED = 2600, 64, 3e-3, 0
@@ -79,21 +79,18 @@ def main() -> None:
     """Build, evaluate, compare, and only then put the new base in its place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=pocket.BASE_MODEL, help="where to put the model (default: the shipped base)")
-    out = Path(parser.parse_args().out)
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (fewer, to try it out)")
+    options = parser.parse_args()
+    out = Path(options.out)
     torch.set_num_threads(1)  # the order of summation, and so the weights, should not depend on the machine's cores
     started = time.perf_counter()
     tokenizer = pocket.pocket_tokenizer()
     texts = pocket.corpus(pocket.world(0), CORPUS_SIZE, CORPUS_SEED)
 
-    def report(step: int, steps: int, loss: float) -> None:
-        if step % 200 == 0:
-            seconds = time.perf_counter() - started
-            print(f"step {step}/{steps}: loss {loss:.3f} nats per token, {seconds:.0f} s", flush=True)
-
     with tempfile.TemporaryDirectory() as scratch:
         new = pretrain(
-            texts, tokenizer, pocket_config(len(tokenizer)), Path(scratch, "base"),
-            steps=STEPS, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, seed=SEED, on_progress=report,
+            texts, tokenizer, pocket_config(len(tokenizer)), Path(scratch, "base"), seed=SEED,
+            max_steps=options.steps, per_device_train_batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE,
         )  # fmt: skip
         ours = evaluate(new)
         shipped = evaluate(pocket.BASE_MODEL) if Path(pocket.BASE_MODEL, "config.json").exists() else {}
@@ -102,7 +99,7 @@ def main() -> None:
             print(f"{name:32s} {value:8.3f} {shipped.get(name, float('nan')):8.3f}")
         if (out / "config.json").exists():
             shutil.rmtree(out)
-        shutil.copytree(new, out)
+        shutil.copytree(new, out, ignore=shutil.ignore_patterns("trainer_state.json"))
     parameters = LlamaForCausalLM.from_pretrained(out).num_parameters()
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     print(f"\n{out}: {parameters:,} parameters, {size:.2f} MB, {time.perf_counter() - started:.0f} s")

@@ -32,10 +32,8 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from rlhf_kit import PPOConfig, PPOTrainer, memory, models, plots, runs
 from rlhf_kit.notebook import set_threads
-from rlhf_kit.ppo import trainer as ppo_trainer
 from rlhf_kit.ppo.alarms import Alarms
 from rlhf_kit.progress import clock, quiet
-from rlhf_kit.runs import provenance
 from rlhf_kit.tasks import pocket
 
 OUT = Path("results/ppo-speed")
@@ -54,7 +52,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     set_threads(options.threads)
     updates = 1 if options.quick else 5
     rollouts, lengths = (ROLLOUTS[:2], LENGTHS[:2]) if options.quick else (ROLLOUTS, LENGTHS)
-    where = {"device": provenance.device(), "threads": torch.get_num_threads(), **provenance.versions()}
+    where = {"device": runs.device(), "threads": torch.get_num_threads(), **runs.versions()}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         base = random_base(Path(folder) / "base")
@@ -125,11 +123,11 @@ def make(base: str, folder: Path, case: dict[str, Any], updates: int) -> PPOTrai
         num_minibatches=2,
         micro_batch_size=16,
         max_steps=updates,
+        lora=None if case["mode"] == "full" else {},
         load_in_4bit=case["mode"].startswith("4-bit"),
     )
-    lora = None if case["mode"] == "full" else models.lora()
     prompts = Dataset.from_dict({"prompt": [row["prompt"] for row in rows]})
-    trainer = PPOTrainer(base, constant, args, prompts, peft_config=lora, callbacks=[])
+    trainer = PPOTrainer(base, constant, args, prompts, callbacks=[])
     trainer.remove_callback(Alarms)  # that random weights never stop is no news here
     return trainer
 
@@ -145,8 +143,8 @@ class Stopwatch:
         self.update_started = self.call_started = 0.0
         self.depth = 0
         self.handles: list[Any] = []
-        self.generate = ppo_trainer.generate
-        ppo_trainer.generate = self.timed("generate", self.generate)
+        self.generate = models.generate
+        models.generate = self.timed("generate", self.generate)
         trainer.accelerator.backward = self.timed("backward", trainer.accelerator.backward)
         create, step = trainer.create_optimizer, trainer.training_step
 
@@ -172,7 +170,7 @@ class Stopwatch:
 
     def stop(self) -> None:
         """Take the watch off the modules again."""
-        ppo_trainer.generate = self.generate
+        models.generate = self.generate
         for handle in self.handles:
             handle.remove()
 
@@ -211,7 +209,7 @@ def now() -> float:
 
 def one_pass(base: str, times: int) -> list[dict[str, Any]]:
     """Seconds of scoring one micro-batch under reference and value: two passes, and one with a row per role in it."""
-    roles = models.load_roles(base, lora=models.lora(), load_in_4bit=True).eval()
+    roles = models.load_roles(base, lora={}, load_in_4bit=True).eval()
     model, rows = roles.use("policy"), 16
     question, answer = "what does the otter eat ?", " the otter eats fish and it lives by the river ."
     tokens = models.encode_pairs(models.load_tokenizer(base), [question] * rows, [answer] * rows).to(model.device)

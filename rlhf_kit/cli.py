@@ -11,7 +11,6 @@ import contextlib
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 # Before any Hugging Face library is imported: nothing is reported, and no tokenizer forks under a data loader.
@@ -41,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="SFT, reward model, PPO and DPO from start to finish, with figures and a table"
     )
-    demo.add_argument("--preset", help="'pocket' (default), 'quick' or, with --data, 'data'")
+    demo.add_argument("--preset", help="pocket (default), quick or, with --data, data")
     demo.add_argument("--data", metavar="FILE", help="your own preferences: .jsonl[.gz], .csv, .parquet or a hub id")
     demo.add_argument("--base-model", metavar="DIR|HUB_ID", help="the model to start from (default: the preset's own)")
     demo.add_argument("--out", type=Path, help="results folder (default: results/demo, or results/demo-PRESET)")
@@ -99,37 +98,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from rlhf_kit import models, presets
+    from rlhf_kit import models, outputs, presets
     from rlhf_kit.notebook import results, set_threads
     from rlhf_kit.pipeline import Pipeline
     from rlhf_kit.progress import clock, quiet
 
     started = time.monotonic()
-    preset = presets.preset(options.preset or ("data" if options.data else "pocket"), options.seed)
-    if (preset.task is None) != (options.data is not None):
-        raise ValueError(f"--preset {preset.name} {'needs' if preset.task is None else 'does not go with'} --data FILE")
+    quiet()
+    preset = presets.preset(options.preset, options.seed, options.data, options.base_model)
     for assignment in options.set:
         preset = preset.override(assignment)
-    if options.data is not None:
-        preset = replace(preset, data=options.data)
     if options.base_model is not None:
         models.load_tokenizer(options.base_model)  # a wrong model is said now, not minutes later
-        preset = replace(preset, base_model=options.base_model)
     out = options.out or results("demo" if preset.name == "pocket" else f"demo-{preset.name}")
-    quiet()
     if options.threads is None and "OMP_NUM_THREADS" not in os.environ:
         options.threads = min(2, os.cpu_count() or 1)
     set_threads(options.threads)
     pipeline = Pipeline(preset, out, options.fresh)
     pipeline.scores()
-
-    from rlhf_kit import report
-
-    summary = report.write_report(pipeline)
-    print("\n" + report.readable(summary) + "\n")
-    if preset.task is not None:
-        print(report.readable_effects(out) + "\n")
-    print(report.timing(pipeline).to_string(index=False, formatters={"share": "{:.0%}".format}))
+    summary = outputs.write(pipeline)
+    print("\n" + outputs.readable(summary) + "\n")
+    if effects := outputs.readable_effects(out):
+        print(effects + "\n")
+    print(outputs.timing(pipeline).to_string(index=False, formatters={"share": "{:.0%}".format}))
     print(f"\nin all {clock(time.monotonic() - started)}; everything lies under {out}/:")
     for path in sorted(
         path for path in out.rglob("*") if path.suffix in (".csv", ".png", ".md") and "runs" not in path.parts

@@ -1,4 +1,4 @@
-"""Datasets in TRL's columns, from the pocket world, local files or the hub; checks naming the row; splits by prompt.
+"""Datasets in TRL's columns, from local files or the hub; checks naming the row; splits by prompt.
 
 Every dataset here is a `datasets.Dataset` with the columns `prompt`, or `prompt, completion[, label]`, or
 `prompt, chosen, rejected`. A cell is text, or a chat: a list of `{"role": ..., "content": ...}` messages. Extra columns
@@ -26,8 +26,6 @@ import pyarrow as pa
 import pyarrow.parquet
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-
-from rlhf_kit.tasks import pocket
 
 Row = dict[str, Any]
 Labelled = tuple[str, Row]  # ("row 3", {...}): a row, and how a person finds it in the source
@@ -65,16 +63,6 @@ class Fault:
     column: str
     kind: str
     detail: str = ""
-
-
-def prompts(world: pocket.World, split: str, n: int | None = None, seed: int = 0) -> Dataset:
-    """Return `n` prompts (all by default) of a split of the pocket world: `prompt` and what describes it."""
-    return Dataset.from_list(pocket.prompts(world, split, n=n, seed=seed))
-
-
-def demonstrations(world: pocket.World, n: int | None = None, seed: int = 0) -> Dataset:
-    """Return `n` demonstrations of mixed quality from the pocket world (one per prompt by default)."""
-    return Dataset.from_list(pocket.demonstrations(world, n=n, seed=seed))
 
 
 def load(source: str | Path, split: str = "train", *, strict: bool = False, **hub_options: Any) -> Dataset:

@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: scores of every model, reward-model accuracy, side effects, all with intervals."""
+"""Evaluation on held-out prompts: scores of every model, reward-model accuracy and calibration, with intervals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import pandas as pd
 from datasets import Dataset
 
 from rlhf_kit import sampling, stats
-from rlhf_kit.models import MAX_COMPLETION_LENGTH, ModelPath
+from rlhf_kit.models import ModelPath
 from rlhf_kit.rewards import Reward
 from rlhf_kit.stats import Interval, compare, summary
-from rlhf_kit.tasks import pocket
 
-__all__ = ["accuracy", "best_of_n", "reward_calibration", "compare", "frontier", "score", "side_effects", "summary"]
+__all__ = ["accuracy", "best_of_n", "reward_calibration", "compare", "frontier", "score", "summary"]
 
 
 def score(
@@ -24,7 +23,7 @@ def score(
     rewards: Mapping[str, Reward],
     reference: ModelPath | None = None,
     n: int = 2,
-    max_completion_length: int = MAX_COMPLETION_LENGTH,
+    max_completion_length: int = 64,
     temperature: float = 1.0,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -80,35 +79,6 @@ def reward_calibration(reward: Reward, preferences: Dataset, scale: float = 1.0,
     sign = np.where(np.asarray(preferences["shown_first"][:]) == "chosen", 1.0, -1.0)
     probabilities = 1 / (1 + np.exp(-sign * scale * margins(reward, preferences)))
     return stats.calibration_curve(probabilities, sign > 0, bins)
-
-
-def side_effects(scores: pd.DataFrame, world: pocket.World) -> pd.DataFrame:
-    """What a mean hides (pocket world only): a row per (model, effect) with its `share[_lo, _hi]` of completions."""
-    parts = [pocket.features(world, p, c) for p, c in zip(scores["prompt"], scores["completion"], strict=True)]
-    found = pd.DataFrame(parts, index=scores.index)
-    harmful = scores["kind"] == "harmful"
-    asks = scores["kind"].isin(["ask", "brief", "leading"])
-    effects: dict[str, tuple[pd.Series, pd.Series]] = {
-        "garbled": (found["garbled"] > 0, scores["kind"].notna()),
-        "unfinished": (~scores["finished"], scores["kind"].notna()),
-        "harmful prompts refused": (found["refusal_right"] > 0, harmful),
-        "harmful prompts obeyed": (found["harm"] > 0, harmful),
-        "borderline prompts refused": (found["refusal_wrong"] > 0, scores["kind"] == "borderline"),
-        "plain questions refused": (found["refusal_wrong"] > 0, asks),
-        "questions answered right": (found["answer_right"] > 0, asks),
-        "sides with a false claim": (found["agrees_false"] > 0, scores["kind"] == "leading"),
-        "skill right": (found["skill_right"] > 0, scores["kind"] == "skill"),
-    }
-    rows = []
-    for model in scores["model"].unique():
-        for effect, (happened, among) in effects.items():
-            chosen = among & (scores["model"] == model)
-            if chosen.any():
-                share = stats.bootstrap(happened[chosen].astype(float), scores.loc[chosen, "prompt_id"])
-                rows.append(
-                    {"model": model, "effect": effect, "share": share.mean, "share_lo": share.lo, "share_hi": share.hi}
-                )
-    return pd.DataFrame(rows)
 
 
 def _prompt_ids(dataset: Dataset) -> np.ndarray:

@@ -17,8 +17,14 @@ from rlhf_kit.presets import Preset
 from rlhf_kit.progress import quiet
 
 
-def setup(preset: str = "pocket", seed: int = 0, threads: int | None = None) -> Preset:
-    """Make a notebook reproducible and quiet, and print device and versions; returns the preset."""
+def setup(
+    preset: str | None = None,
+    seed: int = 0,
+    data: str | None = None,
+    base_model: str | None = None,
+    threads: int | None = None,
+) -> Preset:
+    """Make a notebook reproducible and quiet, print device and versions, and return the preset (`presets.preset`)."""
     quiet()
     plots.style()
     set_seed(seed)
@@ -26,7 +32,7 @@ def setup(preset: str = "pocket", seed: int = 0, threads: int | None = None) -> 
     where = torch.cuda.get_device_name() if device().type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     names = ("rlhf-kit", "torch", "transformers", "trl", "peft")
     print(f"{where}; Python {platform.python_version()}; " + ", ".join(f"{name} {version(name)}" for name in names))
-    return presets.preset(preset, seed)
+    return presets.preset(preset, seed, data, base_model)
 
 
 def set_threads(threads: int | None = None) -> None:

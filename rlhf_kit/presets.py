@@ -1,35 +1,42 @@
-"""One name that sets everything: where prompts and judgments come from, the sizes, and each stage's settings."""
+"""One name that sets everything: the task, the sizes, and each stage's settings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+import types
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any, get_args, get_type_hints
 
-from rlhf_kit.tasks import pocket
+from rlhf_kit import train
+from rlhf_kit.ppo import PPOConfig
+from rlhf_kit.tasks import Pairs, Pocket, Task
 
 Settings = dict[str, Any]
+# Where the settings of a stage are checked against, by name and by type.
+CONFIGS = {"sft": train.SFTConfig, "reward_model": train.RewardConfig, "dpo": train.DPOConfig, "ppo": PPOConfig}
+# Settings that the kit adds to TRL's own.
+ADAPTER = {"load_in_4bit": bool | None}
+SIZES = ("batch_size", "steps", "length", "prompts", "demonstrations", "best_of", "epochs")
 
 
 @dataclass(frozen=True)
 class Preset:
     """Sizes and settings of a whole run.
 
-    task: the pocket world, whose gold utility is known, or None with `data`: a person's own preferences (a file or hub
-    id). base_model: a directory or hub id, or None to pretrain a small one on `data`. The dicts go to the stages as
-    they are, by the names of their own configs. shares: what part of the whole run's time each stage took when it was
-    measured, to tell a person how long is left.
+    base_model: a directory or hub id, or None to pretrain a small one on the task's preferences. The dicts go to the
+    stages as they are, by the names of their own configs. shares: what part of the whole run's time each stage took
+    when it was measured, to tell a person how long is left.
     """
 
     name: str
     seed: int
-    task: pocket.World | None
+    task: Task
     base_model: str | None
     sampling: Settings
     sft: Settings
     reward_model: Settings
     ppo: Settings
     dpo: Settings
-    data: str | None = None
     n_demonstrations: int | None = None
     n_preference_prompts: int | None = None
     samples_per_prompt: int = 4
@@ -39,31 +46,53 @@ class Preset:
     pretrain: Settings | None = None
     shares: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Refuse a misspelt setting now, not when its stage comes; raises ValueError."""
+        for stage, config in CONFIGS.items():
+            known = [*(each.name for each in fields(config)), *ADAPTER]
+            for name in getattr(self, stage):
+                if name not in known:
+                    near = get_close_matches(name, known, 1)
+                    raise ValueError(f"{stage}.{name}: no such setting{f'; did you mean {near[0]}?' if near else ''}")
+
     def override(self, assignment: str) -> Preset:
         """A copy with one setting changed, written as "ppo.kl_coef=0.2" or "seed=3"; ValueError says what is wrong."""
         name, equals, text = assignment.partition("=")
         stage, dot, setting = name.partition(".")
-        if not equals or stage not in self.__dataclass_fields__:
+        if not equals or stage not in self.__dataclass_fields__ or stage in ("task", "shares"):
             raise ValueError(f"{assignment!r}: write STAGE.SETTING=VALUE, such as ppo.kl_coef=0.2 or dpo.beta=0.3")
-        value, sizes = (
-            _number(text),
-            ("batch_size", "steps", "length", "prompts", "demonstrations", "best_of", "epochs"),
-        )
-        if name.endswith(sizes) and not (isinstance(value, int) and value > 0):
-            raise ValueError(f"{assignment!r}: {name} is a size, a whole number above 0")
         settings = getattr(self, stage)
         if isinstance(settings, dict) != bool(dot):
             raise ValueError(f"{assignment!r}: write {stage}{'.SETTING' if isinstance(settings, dict) else ''}=VALUE")
+        if stage in CONFIGS:
+            hints = get_type_hints(CONFIGS[stage]) | ADAPTER
+        elif dot:
+            hints = {known: type(value) for known, value in settings.items()}
+        else:
+            hints = get_type_hints(Preset)
+        value = _typed(text, hints.get(setting if dot else stage, str), assignment)
+        if name.endswith(SIZES) and (not isinstance(value, int | float) or value <= 0):
+            raise ValueError(f"{assignment!r}: {name} is a size, a number above 0")
         changed: dict[str, Any] = {stage: {**settings, setting: value} if dot else value}
         return replace(self, **changed)
 
 
-def _number(text: str) -> Any:
+def _typed(text: str, hint: Any, assignment: str) -> Any:
+    """A setting's value from its text, by the type that its config declares; ValueError if it is none."""
+    kinds = get_args(hint) if isinstance(hint, types.UnionType) or str(hint).startswith("typing.Union") else (hint,)
+    if type(None) in kinds and text.lower() in ("none", "null"):
+        return None
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
     for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    if set(kinds) <= {bool, int, float, type(None)}:
+        names = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{assignment!r}: {text!r} is not of its type, {names}")
     return text
 
 
@@ -72,13 +101,13 @@ def _checkpoints(every: int) -> Settings:
     return {"save_strategy": "steps", "save_steps": every, "save_only_model": True}
 
 
-def _pocket(seed: int) -> Preset:
+def _pocket(seed: int, task: Task) -> Preset:
     """The built-in world: everything is known, and everything runs in minutes on a laptop."""
     return Preset(
         name="pocket",
         seed=seed,
-        task=pocket.world(),
-        base_model=pocket.BASE_MODEL,
+        task=task,
+        base_model=task.base_model,
         n_demonstrations=3000,
         sampling={"max_completion_length": 40},
         sft={"max_steps": 250, "per_device_train_batch_size": 32, "learning_rate": 5e-4, "max_length": 128},
@@ -111,9 +140,9 @@ def _pocket(seed: int) -> Preset:
     )
 
 
-def _quick(seed: int) -> Preset:
+def _quick(seed: int, task: Task) -> Preset:
     """The pocket world in a minute, to see that everything runs: too short for its numbers to mean anything."""
-    whole = _pocket(seed)
+    whole = _pocket(seed, task)
     return replace(
         whole,
         name="quick",
@@ -128,14 +157,14 @@ def _quick(seed: int) -> Preset:
     )
 
 
-def _data(seed: int) -> Preset:
-    """A person's own preference file: the same stages; without a base model, a small one is pretrained on that text."""
+def _data(seed: int, task: Task) -> Preset:
+    """A person's own preferences: the same stages; without a base model, a small one is pretrained on their text."""
     length = 384
     return Preset(
         name="data",
         seed=seed,
-        task=None,
-        base_model=None,
+        task=task,
+        base_model=task.base_model,
         n_test_prompts=150,
         best_of=4,
         sampling={"max_completion_length": 48},
@@ -170,8 +199,17 @@ def _data(seed: int) -> Preset:
 PRESETS = {"pocket": _pocket, "quick": _quick, "data": _data}
 
 
-def preset(name: str = "pocket", seed: int = 0) -> Preset:
-    """The preset of that name; ValueError lists the names there are."""
+def preset(name: str | None = None, seed: int = 0, data: str | None = None, base_model: str | None = None) -> Preset:
+    """The preset of that name (default: "pocket", or "data" where `data` is given).
+
+    data: a file or hub id of preferences; base_model: a directory or hub id to start from instead of the preset's own.
+    Raises ValueError for an unknown name, and where `data` is missing or does not go with the preset.
+    """
+    name = name or ("pocket" if data is None else "data")
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name](seed)
+    if (name == "data") != (data is not None):
+        raise ValueError(f"preset {name!r} {'needs' if name == 'data' else 'does not go with'} data, a preference file")
+    task: Task = Pocket() if data is None else Pairs(data, seed)
+    chosen = PRESETS[name](seed, task)
+    return chosen if base_model is None else replace(chosen, base_model=base_model)

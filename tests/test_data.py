@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_kit import data
 from rlhf_kit.data import DataError
-from rlhf_kit.tasks import pocket
 
 PAIRS = [
     {"prompt": "where does the owl live ?", "chosen": " in the barn .", "rejected": " no .", "topic": "owl"},
@@ -491,13 +490,3 @@ def test_a_side_may_not_be_empty_and_arguments_are_checked() -> None:
 
 
 # --- the pocket world ------------------------------------------------------------------------------------------------
-
-
-def test_pocket_prompts_and_demonstrations_are_sound_datasets() -> None:
-    world = pocket.world(seed=0)
-    train = data.prompts(world, "train", n=20, seed=1)
-    assert train.to_list() == pocket.prompts(world, "train", n=20, seed=1)
-    data.check(train, columns=["prompt"])
-    demos = data.demonstrations(world, n=30, seed=1)
-    assert demos.to_list() == pocket.demonstrations(world, n=30, seed=1)
-    data.check(demos, columns=("prompt", "completion"))

@@ -44,7 +44,7 @@ def make(
     zoo: Zoo, mode: str, out: Path, reward: Any = vowels, prompts: list[Any] = PROMPTS, **settings: Any
 ) -> PPOTrainer:
     """A trainer with values that are not zero; settings of PPOConfig and of PPOTrainer by their names."""
-    names = ("eval_dataset", "ref_model", "value_model", "peft_config", "processing_class", "callbacks", "ptx_dataset")
+    names = ("eval_dataset", "ref_model", "value_model", "processing_class", "callbacks", "ptx_dataset")
     trainer = {"value_model": zoo.get(f"{mode}-reward"), "callbacks": []} | {
         n: settings.pop(n) for n in names if n in settings
     }
@@ -181,7 +181,7 @@ def test_policy_equal_to_reference_gives_a_kl_of_exactly_zero(
 ) -> None:
     extra: dict[str, Any] = {}
     if fresh_adapter:
-        extra = {"peft_config": models.lora(4, 8), "load_in_4bit": mode == "4bit", "value_model": None}
+        extra = {"lora": {"r": 4}, "load_in_4bit": mode == "4bit", "value_model": None}
     trainer = make(zoo, "full" if fresh_adapter else mode, tmp_path, **extra)
     trajectory, _, metrics = rolled_out(trainer)
     assert torch.equal(trajectory.logprobs, trajectory.reference_logprobs) and trajectory.logprobs.abs().max() > 1
@@ -602,7 +602,7 @@ def test_a_fresh_adapter_is_drawn_from_the_seed(zoo: Zoo, tmp_path: Path) -> Non
     drawn = []
     for seed in (3, 3, 4):
         torch.manual_seed(len(drawn))
-        drawn.append(weights(make(zoo, "full", tmp_path, peft_config=models.lora(4, 8), value_model=None, seed=seed)))
+        drawn.append(weights(make(zoo, "full", tmp_path, lora={"r": 4}, value_model=None, seed=seed)))
     assert same(drawn[0], drawn[1]) and not same(drawn[0], drawn[2])
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_kit.ppo import (
-    PPOConfig,
+from rlhf_kit.ppo import PPOConfig
+from rlhf_kit.ppo.maths import (
     adapt_kl_coef,
     explained_variance,
     gae,
@@ -229,7 +229,7 @@ def test_a_batch_smaller_than_num_minibatches_still_has_a_row_in_each() -> None:
         ({"gamma": 1.1}, "gamma must lie between 0 and 1"),
         ({"gae_lambda": 1.1}, "gae_lambda must lie between 0 and 1"),
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must not be negative"),
-        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must stay 1; micro_batch_size"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must stay 1; set micro_batch_size"),
         ({"num_minibatches": 9, "per_device_train_batch_size": 8}, "num_minibatches=9 exceeds"),
     ],
 )

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from rlhf_kit import models, rewards
 from rlhf_kit.rewards import RewardModel
-from rlhf_kit.tasks import pocket
+from rlhf_kit.tasks import Pocket, pocket
 
 Zoo = dict[str, str]
 EOS = 0
@@ -149,6 +149,6 @@ def test_gold_is_pockets_and_refuses_a_prompt_from_elsewhere() -> None:
     demonstrations = pocket.demonstrations(world, 20, seed=1)
     prompts, completions = ([row[name] for row in demonstrations] for name in ("prompt", "completion"))
     expected = [pocket.gold(world, prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    assert rewards.gold(world)(prompts, completions, kind=["x"] * 20) == expected and len(set(expected)) > 3
+    assert Pocket(world).gold(prompts, completions, kind=["x"] * 20) == expected and len(set(expected)) > 3
     with pytest.raises(ValueError):
-        rewards.gold(world)(["what is the capital of france ?"], [" paris ."])
+        Pocket(world).gold(["what is the capital of france ?"], [" paris ."])

@@ -67,13 +67,20 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_llama(tmp_path_factory.mktemp("speaker"), word_tokenizer(), hidden=32, eos_logit=1.0)
 
 
-class AtTheEnd(TrainerCallback):
-    """Keeps the parameters of a trainer's model by name, the reference's clone among them."""
+class Watch(TrainerCallback):
+    """Keeps the parameters of a trainer's model by the names in a directory, before and after; the clone's apart."""
 
-    parameters: dict[str, torch.Tensor]
+    def parameters(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        found = {name: p for name, p in found.items() if ".lora_" in name} or found
+        clone = {name.replace(".ref.", "."): p for name, p in found.items() if ".ref." in name}
+        return {name.replace(".default.", "."): p for name, p in found.items() if ".ref." not in name}, clone
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.start, _ = self.parameters(model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self.end, self.clone = self.parameters(model)
 
 
 def run(method: str, model: str, out: Path, **settings: Any) -> str:
@@ -89,22 +96,19 @@ def run(method: str, model: str, out: Path, **settings: Any) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["kto", "rloo", "grpo"])
-def test_the_reference_is_the_starting_model(zoo: Zoo, mode: str, method: str, tmp_path: Path) -> None:
-    """Not the raw base: the first step's KL is 0 and, of an adapter, the clone is the start to the end."""
-    end = AtTheEnd()
+def test_the_start_and_the_reference_are_the_given_model(zoo: Zoo, mode: str, method: str, tmp_path: Path) -> None:
+    """Bit for bit, over a 4-bit base too; not the raw base: the first step's KL is 0. What is saved is the end."""
+    watch, start = Watch(), weights(zoo[mode])
     prompts = {} if method == "kto" else {"temperature": 0.8}
-    out = run(method, zoo[mode], tmp_path / "out", max_steps=2, learning_rate=1e-2, callbacks=[end], **prompts)
+    out = run(method, zoo[mode], tmp_path / "out", max_steps=2, learning_rate=1e-2, callbacks=[watch], **prompts)
     first = train.history(out).iloc[0]
     assert first["kl"] == pytest.approx(0, abs=1e-6)
     if method == "kto":
         # r = beta * log(pi / pi_ref) = 0 and z0 = 0, so every row's loss is 1 - sigmoid(0) (2402.01306, section 4.1)
         assert first["loss"] == pytest.approx(0.5, abs=1e-6)
         assert first["rewards/chosen"] == pytest.approx(0, abs=1e-6)
-    if mode != "full":
-        start = weights(zoo[mode])
-        clone = {name.replace(".ref.", "."): p for name, p in end.parameters.items() if ".ref." in name}
-        assert same(clone, start)
-        assert not same(weights(out), start)
+    assert same(watch.start, start) and same(watch.end, weights(out)) and not same(watch.end, start)
+    assert mode == "full" or same(watch.clone, start)
     assert models.read_notes(out).get("load_in_4bit") == (mode == "4bit")
     assert models.is_adapter(out) == (mode != "full")
 
@@ -148,33 +152,63 @@ def test_the_policys_reward_rises(speaker: str, method: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["kto", "rloo", "grpo"])
-def test_learning_rate_zero_gives_back_the_start_bit_for_bit(zoo: Zoo, mode: str, method: str, tmp_path: Path) -> None:
-    out = run(method, zoo[mode], tmp_path / "out", max_steps=1, learning_rate=0.0)
-    assert same(weights(out), weights(zoo[mode]))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kto", "rloo", "grpo", "rejection_sampling"])
 def test_the_same_seed_gives_the_same_weights(zoo: Zoo, speaker: str, method: str, tmp_path: Path) -> None:
     runs = []
     for number, seed in enumerate((1, 1, 2)):
         torch.manual_seed(number)
         start = zoo["full"] if method == "kto" else speaker
-        runs.append(weights(run(method, start, tmp_path / str(number), seed=seed, max_steps=2, learning_rate=1e-3)))
+        runs.append(weights(run(method, start, tmp_path / str(number), seed=seed, max_steps=1, learning_rate=1e-3)))
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("load_in_4bit", [False, True])
-@pytest.mark.parametrize("method", ["kto", "rloo", "grpo"])
+@pytest.mark.parametrize(("method", "load_in_4bit"), [("kto", False), ("kto", True), ("rloo", True), ("grpo", False)])
 def test_a_fresh_adapter_starts_where_the_full_weights_are(
     zoo: Zoo, method: str, load_in_4bit: bool, tmp_path: Path
 ) -> None:
-    settings = {"lora": models.lora(4, 8, dropout=0.5), "load_in_4bit": load_in_4bit, "learning_rate": 1e-2}
-    out = run(method, zoo["full"], tmp_path / "out", max_steps=2, **settings)
+    settings = {"lora": {"r": 4, "lora_dropout": 0.5}, "load_in_4bit": load_in_4bit, "learning_rate": 1e-2}
+    out = run(method, zoo["full"], tmp_path / "out", max_steps=1, **settings)
     assert train.history(out)["kl"][0] == pytest.approx(0, abs=1e-6)  # LoRA's dropout is off, too
     assert models.base_of(out) == zoo["full"] and models.read_notes(out)["load_in_4bit"] == load_in_4bit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_one_plain_gradient_step_is_that_of_the_objective_by_hand(speaker: str, method: str, tmp_path: Path) -> None:
+    """RLOO: -mean of A log pi(y), A against the prompt's other completions; GRPO: A whitened, a mean over tokens."""
+    seen: list[tuple[str, str]] = []
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        seen.extend(zip(prompts, completions, strict=True))
+        return share_of_c(prompts, completions)
+
+    settings: dict[str, Any] = ONLINE | {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9, "max_steps": 1}
+    train_it = getattr(train, method)
+    out = train_it(speaker, reward, WORDS, tmp_path / "out", missing_eos_penalty=2.0, seed=1, **settings)
+    tokenizer, model = models.load_tokenizer(speaker), models.load_causal(speaker, trainable=True)
+    logprobs, rewards = [], []
+    for (prompt, text), share in zip(seen, share_of_c([], [text for _, text in seen]), strict=True):
+        first, ids = (tokenizer(part)["input_ids"] for part in (prompt, text))
+        unfinished = len(ids) == 6
+        ids = ids if unfinished else [*ids, EOS]
+        logits = model(input_ids=torch.tensor([first + ids])).logits[0, len(first) - 1 : -1]
+        logprobs.append(logits.log_softmax(-1)[range(len(ids)), ids])
+        rewards.append(share - 2.0 * unfinished)
+    groups = torch.tensor(rewards).view(4, 4)
+    mean = groups.mean(1, keepdim=True)
+    if method == "rloo":
+        advantages = groups - (groups.sum(1, keepdim=True) - groups) / 3
+        loss = -torch.stack([a * row.sum() for a, row in zip(advantages.flatten(), logprobs, strict=True)]).mean()
+    else:
+        advantages = (groups - mean) / (groups.std(1, keepdim=True) + 1e-4)
+        loss = -torch.cat([a * row for a, row in zip(advantages.flatten(), logprobs, strict=True)]).mean()
+    loss.backward()
+    assert loss.abs() > 0.01
+    for name, now in weights(out).items():
+        start = model.get_parameter(name)
+        assert torch.allclose(now, start.detach() - start.grad, atol=1e-4), name
+    assert train.history(out)["reward"][0] == pytest.approx(groups.mean().item(), rel=1e-5)
 
 
 # --- sampling inside TRL ---------------------------------------------------------------------------------------------
@@ -188,7 +222,7 @@ def test_defaults_are_those_of_ppo(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_rewards_inputs_and_weights_are_what_was_asked_for(zoo: Zoo, tmp_path: Path) -> None:
+def test_the_rewards_inputs_are_what_was_asked_for(zoo: Zoo, tmp_path: Path) -> None:
     """Text or chat, a reward sees what PPO's does: completions without special tokens, and the dataset's columns."""
     seen: list[tuple[list[Any], list[Any], dict[str, Any]]] = []
 
@@ -196,15 +230,10 @@ def test_the_rewards_inputs_and_weights_are_what_was_asked_for(zoo: Zoo, tmp_pat
         seen.append((prompts, completions, columns))
         return [float(len(str(text))) for text in completions]
 
-    columns = {"prompt": QUESTIONS, "kind": list("abcdefgh"), "completion": [" no ."] * 8}
-    text = Dataset.from_dict(columns)
+    text = Dataset.from_dict({"prompt": QUESTIONS, "kind": list("abcdefgh"), "completion": [" no ."] * 8})
     chat = text.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
-    histories = []
     for name, prompts in (("text", text), ("chat", chat)):
-        out = train.rloo(
-            zoo["full"], watch, prompts, tmp_path / name, max_steps=1, missing_eos_penalty=2.0, seed=3, **ONLINE
-        )
-        histories.append(train.history(out).iloc[0])
+        train.rloo(zoo["full"], watch, prompts, tmp_path / name, max_steps=1, seed=3, **ONLINE)
     (prompts_text, texts, given), (prompts_chat, chats, _) = seen
     assert set(given) == {"kind"} and [QUESTIONS["abcdefgh".index(kind)] for kind in given["kind"]] == prompts_text
     assert all(prompts_text[i] == prompts_text[i - i % 4] for i in range(16)) and len(set(prompts_text)) == 4
@@ -213,20 +242,19 @@ def test_the_rewards_inputs_and_weights_are_what_was_asked_for(zoo: Zoo, tmp_pat
     assert [[turn["role"] for turn in completion] for completion in chats] == [["assistant"]] * 16
     assert [completion[0]["content"] for completion in chats] == texts
     assert not any("<|" in text for text in texts)
-    for first in histories:
-        share = first["rewards/unfinished/mean"]
-        assert share == pytest.approx(first["completions/clipped_ratio"])
-        assert first["reward"] == pytest.approx(first["rewards/score/mean"] - 2.0 * share, rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
-def test_completions_end_at_eos_and_the_saved_model_knows_it(zoo: Zoo, method: str, tmp_path: Path) -> None:
-    out = run(method, zoo["full"], tmp_path / "out", max_steps=1, max_completion_length=24)
+def test_a_reward_models_directory_is_a_reward_and_completions_end_at_eos(
+    zoo: Zoo, method: str, tmp_path: Path
+) -> None:
+    prompts, longer = Dataset.from_dict({"prompt": QUESTIONS}), ONLINE | {"max_completion_length": 24}
+    out = getattr(train, method)(zoo["full"], zoo["full-reward"], prompts, tmp_path / "out", max_steps=1, **longer)
     assert json.loads((Path(out) / "generation_config.json").read_text())["eos_token_id"] in (EOS, [EOS])
     row = train.history(out).iloc[0]
+    assert math.isfinite(row["reward"]) and row["completions/mean_terminated_length"] < 24
     assert row["completions/clipped_ratio"] < 1 and row["completions/min_length"] < 24
-    assert row["completions/mean_terminated_length"] < 24
 
 
 @pytest.mark.slow
@@ -240,25 +268,9 @@ def test_checkpointing_changes_no_sample(zoo: Zoo, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["rloo", "grpo"])
-def test_a_reward_models_directory_is_a_reward(zoo: Zoo, method: str, tmp_path: Path) -> None:
-    prompts = Dataset.from_dict({"prompt": QUESTIONS})
-    out = getattr(train, method)(zoo["full"], zoo["full-reward"], prompts, tmp_path / "out", max_steps=1, **ONLINE)
-    assert math.isfinite(train.history(out)["reward"][0])
-
-
-@pytest.mark.slow
 def test_rejection_sampling_trains_on_the_best_finished_sample_and_shows_it(speaker: str, tmp_path: Path) -> None:
-    out = run(
-        "rejection_sampling",
-        speaker,
-        tmp_path / "out",
-        n=6,
-        max_completion_length=12,
-        max_steps=1,
-        seed=4,
-        **{"per_device_train_batch_size": 16},
-    )
+    settings = {"n": 6, "max_completion_length": 12, "max_steps": 1, "seed": 4, "per_device_train_batch_size": 16}
+    out = run("rejection_sampling", speaker, tmp_path / "out", **settings)
     chosen = pd.read_parquet(Path(out) / "samples.parquet")
     pool = sampling.sample(speaker, WORDS, n=6, max_completion_length=12, seed=4)
     pool = sampling.add_rewards(pool[pool["finished"]], {"reward": share_of_c})
@@ -309,7 +321,7 @@ def test_what_every_stage_refuses_these_do_too(zoo: Zoo, method: str, tmp_path: 
     with pytest.raises(FileExistsError, match="is there already"):
         run(method, zoo["full"], tmp_path / "full")
     with pytest.raises(models.ModelError, match="is an adapter already"):
-        run(method, zoo["lora"], tmp_path / "out", lora=models.lora())
+        run(method, zoo["lora"], tmp_path / "out", lora={})
     with pytest.raises(models.ModelError, match="no such model directory"):
         run(method, str(tmp_path / "absent"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
@@ -399,7 +411,6 @@ def test_a_reward_model_learns_from_batches_of_whole_items(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the trainer's loss was given: whole items each time, reshuffled each epoch, over-long pairs left out."""
-    tokenizer = models.load_tokenizer(zoo["full"])
     rows = [
         {"prompt": QUESTIONS[item], "chosen": f" it lives {'by ' * pair}.", "rejected": f" no {item} .", "item": item}
         for pair in range(6)
@@ -407,10 +418,9 @@ def test_a_reward_model_learns_from_batches_of_whole_items(
         if pair <= item
     ]
     long = {"prompt": QUESTIONS[0], "chosen": " river" * 60, "rejected": " no .", "item": 0}
-    ids = [
-        tokenizer(row["prompt"] + row["rejected"] + "<|endoftext|>")["input_ids"] for row in rows
-    ]  # names an item in a batch
-    owner = {tuple(each): row["item"] for each, row in zip(ids, rows, strict=True)}
+    tokenizer = models.load_tokenizer(zoo["full"])
+    ids = [tokenizer(row["prompt"] + row["rejected"] + "<|endoftext|>")["input_ids"] for row in rows]
+    owner = {tuple(each): row["item"] for each, row in zip(ids, rows, strict=True)}  # names an item in a batch
     epochs: list[list[list[int]]] = []
     original = ItemRewardTrainer.compute_loss
 

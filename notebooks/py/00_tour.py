@@ -39,10 +39,10 @@ import rlhf_kit as rk
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
 work = rk.workspace("00_tour")
-world, gold = preset.task, rk.rewards.gold(preset.task)
+task, gold = preset.task, preset.task.gold
 pd.options.display.max_colwidth = None
 
-test = rk.data.prompts(world, "test", preset.n_test_prompts, seed=SEED)  # held out: no stage below learns on these
+test = task.prompts("test", preset.n_test_prompts, seed=SEED)  # held out: no stage below learns on these
 one_of_each = test.select(pd.Series(test["kind"][:]).drop_duplicates().index)
 answers = rk.sample(preset.base_model, one_of_each, seed=SEED, **preset.sampling)
 rk.sampling.add_rewards(answers, {"gold": gold})[["kind", "prompt", "completion", "gold"]]
@@ -61,7 +61,7 @@ rk.sampling.add_rewards(answers, {"gold": gold})[["kind", "prompt", "completion"
 # every model here, and the starting point of all that follows.
 
 # %%
-demonstrations = rk.data.demonstrations(world, preset.n_demonstrations, seed=SEED)
+demonstrations = task.demonstrations(preset.n_demonstrations, seed=SEED)
 display(demonstrations.select_columns(["kind", "prompt", "completion"]).select(range(4)).to_pandas())
 sft = rk.train.sft(preset.base_model, demonstrations, out=work / "sft", seed=SEED, **preset.sft)
 
@@ -76,10 +76,10 @@ sft = rk.train.sft(preset.base_model, demonstrations, out=work / "sft", seed=SEE
 # out.)
 
 # %%
-prompts = rk.data.prompts(world, "preference", preset.n_preference_prompts, seed=SEED)
+prompts = task.prompts("preference", preset.n_preference_prompts, seed=SEED)
 samples = rk.sample(sft, prompts, n=preset.samples_per_prompt, seed=SEED, **preset.sampling)
 samples = samples.drop_duplicates(["prompt_id", "completion"])
-preferences = rk.feedback.collect(samples, rater=rk.feedback.simulated(world, seed=SEED), seed=SEED)
+preferences = rk.feedback.collect(samples, rater=task.rater(seed=SEED), seed=SEED)
 print(f"{len(samples)} different samples for {len(prompts)} prompts, {len(preferences)} judgments")
 preferences.select_columns(["prompt", "chosen", "rejected"]).select(range(4)).to_pandas()
 
@@ -95,7 +95,7 @@ reward_dir = rk.train.reward_model(sft, preferences, out=work / "reward", seed=S
 proxy = rk.RewardModel(reward_dir)
 
 fresh = rk.sample(sft, test, n=2, seed=SEED + 1, **preset.sampling).drop_duplicates(["prompt_id", "completion"])
-held_out_pairs = rk.feedback.collect(fresh, rater=rk.feedback.simulated(world, seed=SEED + 1))
+held_out_pairs = rk.feedback.collect(fresh, rater=task.rater(seed=SEED + 1))
 print(f"{len(held_out_pairs)} judgments on held-out prompts; the same side was taken by")
 print("  the reward model", rk.evaluate.accuracy(proxy, held_out_pairs))
 print("  gold            ", rk.evaluate.accuracy(gold, held_out_pairs))
@@ -117,7 +117,7 @@ ppo = rk.PPOTrainer(
     model=sft,
     reward=proxy,
     args=rk.PPOConfig(output_dir=str(work / "ppo-run"), seed=SEED, **settings),
-    train_dataset=rk.data.prompts(world, "train", seed=SEED),
+    train_dataset=task.prompts("train", seed=SEED),
 )
 ppo.train()
 ppo.save_model(str(work / "ppo"))
@@ -164,7 +164,7 @@ display(rk.evaluate.compare(scores).round(2))
 rk.plots.by_kind(scores)
 
 # %%
-effects = rk.evaluate.side_effects(scores, world)
+effects = task.effects(scores)
 display(effects.pivot(index="effect", columns="model", values="share")[list(models)].map("{:.0%}".format))
 firsts = scores[scores["sample"] == 0].pivot(index=["kind", "prompt"], columns="model", values="completion")
 firsts.groupby("kind").head(1)[["SFT", "PPO", "DPO"]]
@@ -183,7 +183,7 @@ firsts.groupby("kind").head(1)[["SFT", "PPO", "DPO"]]
 # ## Three exercises
 # 1. Set `kl_coef` to 0 in the PPO cell (`settings["kl_coef"] = 0.0`). What happens to the proxy, to gold, to the
 #    text?
-# 2. Give the rater a fault, such as `rk.feedback.simulated(world, seed=SEED, length=0.2)`. Where does it come
+# 2. Give the rater a fault, such as `task.rater(seed=SEED, length=0.2)`. Where does it come
 #    out?
 # 3. Halve the judgments (`preferences.select(range(len(preferences) // 2))`). Which of PPO and DPO suffers more,
 #    and is the difference larger than its interval?

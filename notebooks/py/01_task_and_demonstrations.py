@@ -37,7 +37,8 @@ from rlhf_kit.tasks import pocket
 
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
-world = preset.task
+task = preset.task
+world = task.world
 pd.options.display.max_colwidth = None
 
 # %% [markdown]
@@ -71,7 +72,7 @@ print(f"{len(facts)} facts, {len(world.held_out)} of them held out")
 # | skill | copy or reverse a list of words | forgetting what was never rewarded |
 
 # %%
-parts = {split: rk.data.prompts(world, split, seed=SEED).to_pandas() for split in pocket.SPLITS}
+parts = {split: task.prompts(split, seed=SEED).to_pandas() for split in pocket.SPLITS}
 prompts = pd.concat(parts, names=["split"]).reset_index("split")
 examples = prompts[prompts["split"] == "test"].groupby("kind").head(2).sort_values("kind")
 display(examples[["kind", "prompt", "animal", "attribute", "seen"]].reset_index(drop=True))
@@ -169,8 +170,8 @@ take_apart(
 # but not all, and some have flattery and hedges that nobody needs. Here are a few.
 
 # %%
-demonstrations = rk.data.demonstrations(world, seed=SEED).to_pandas()  # one for each prompt of the split
-demonstrations["gold"] = rk.rewards.gold(world)(demonstrations["prompt"], demonstrations["completion"])
+demonstrations = task.demonstrations(seed=SEED).to_pandas()  # one for each prompt of the split
+demonstrations["gold"] = task.gold(demonstrations["prompt"], demonstrations["completion"])
 shown = demonstrations[demonstrations["kind"] != "skill"].sort_values("gold").iloc[[0, 60, 300, 900, 1400, -1]]
 shown[["kind", "prompt", "completion", "gold"]].reset_index(drop=True).round(2)
 
@@ -184,10 +185,8 @@ shown[["kind", "prompt", "completion", "gold"]].reset_index(drop=True).round(2)
 print("from the corpus:")
 for text in pocket.corpus(world, 8, seed=SEED):
     print(" ", text)
-asked = rk.data.prompts(world, "sft", seed=SEED)
-said = rk.sampling.add_rewards(
-    rk.sample(preset.base_model, asked, seed=SEED, **preset.sampling), {"gold": rk.rewards.gold(world)}
-)
+asked = task.prompts("sft", seed=SEED)
+said = rk.sampling.add_rewards(rk.sample(preset.base_model, asked, seed=SEED, **preset.sampling), {"gold": task.gold})
 print("\nthe base, on prompts that have demonstrations:")
 said.groupby("kind").head(2).sort_values("kind")[["kind", "prompt", "completion", "gold"]].reset_index(drop=True).round(
     2
@@ -206,7 +205,7 @@ both = pd.concat(
     ]
 )
 both["prompt_id"] = both["prompt"].map(number)  # the same prompt has the same number on both sides
-effects = rk.evaluate.side_effects(both, world)
+effects = task.effects(both)
 percent = effects.assign(text=[f"{r.share:.0%} [{r.share_lo:.0%}, {r.share_hi:.0%}]" for r in effects.itertuples()])
 percent.pivot(index="effect", columns="model", values="text").loc[effects["effect"].unique()]
 
@@ -254,7 +253,7 @@ rk.plots.by_kind(both)
 # %%
 print(f"demonstrations about a held-out cell: {(~demonstrations['seen']).sum()} of {len(demonstrations)}")
 
-test = rk.data.prompts(world, "test", seed=SEED)
+test = task.prompts("test", seed=SEED)
 on_test = rk.sample(preset.base_model, test, n=2, seed=SEED, **preset.sampling).assign(model="base")
 facts_asked = on_test[on_test["attribute"].isin(["home", "food", "time", "colour"]) & (on_test["kind"] != "skill")]
 right = [pocket.features(world, row.prompt, row.completion)["answer_right"] for row in facts_asked.itertuples()]

@@ -35,11 +35,13 @@ import pandas as pd
 import torch
 
 import rlhf_kit as rk
+from rlhf_kit.tasks import pocket
 
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
 work = rk.workspace("02_sft")
-world, gold = preset.task, rk.rewards.gold(preset.task)
+task, gold = preset.task, preset.task.gold
+world = task.world
 pd.options.display.max_colwidth = pd.options.display.max_columns = None
 
 # %% [markdown]
@@ -52,7 +54,7 @@ pd.options.display.max_colwidth = pd.options.display.max_columns = None
 # only.
 
 # %%
-demonstrations = rk.data.demonstrations(world, preset.n_demonstrations, seed=SEED)
+demonstrations = task.demonstrations(preset.n_demonstrations, seed=SEED)
 rk.data.check(demonstrations, ["prompt", "completion"])
 learn, aside = rk.data.split_by_prompt(demonstrations, 0.1, seed=SEED)
 print(f"{len(learn)} demonstrations to learn from, {len(aside)} kept aside, on other prompts")
@@ -162,7 +164,7 @@ plt.show()
 # The same held-out prompts, one answer each. Read a few before you look at any number.
 
 # %%
-test = rk.data.prompts(world, "test", preset.n_test_prompts, seed=SEED)
+test = task.prompts("test", preset.n_test_prompts, seed=SEED)
 models = {"base": preset.base_model, "SFT": sft}
 scores = rk.evaluate.score(models, test, {"gold": gold}, seed=SEED, **preset.sampling)
 firsts = scores[scores["sample"] == 0]
@@ -200,7 +202,7 @@ rk.plots.reward_shift(scores, rewards=["gold"], models=["base", "SFT"], baseline
 shown = demonstrations.to_pandas().assign(model="demonstrations", finished=True)
 shown["prompt_id"] = pd.factorize(shown["prompt"])[0]
 on_seen = scores[scores["seen"]]  # the demonstrations know no held-out cell, so the models are not asked about one here
-effects = pd.concat([rk.evaluate.side_effects(part, world) for part in (on_seen, shown)])
+effects = pd.concat([task.effects(part) for part in (on_seen, shown)])
 names = list(effects["effect"].unique())[::-1]
 figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
 colours = rk.plots.colours(["base", "SFT", "demonstrations"])
@@ -226,7 +228,7 @@ plt.show()
 # survive; and the facts of held-out cells, which no demonstration mentions, are known from pretraining if at all.
 
 # %%
-parts = [rk.tasks.pocket.features(world, row.prompt, row.completion) for row in scores.itertuples()]
+parts = [pocket.features(world, row.prompt, row.completion) for row in scores.itertuples()]
 right = pd.DataFrame(parts, index=scores.index)[["skill_right", "answer_right"]].max(axis=1)
 asks_fact = scores["kind"].isin(["ask", "brief", "leading"])
 groups = {

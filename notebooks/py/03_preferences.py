@@ -47,7 +47,8 @@ started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
 flow = rk.Pipeline(preset, rk.results("book") / f"{PRESET}-{SEED}")
 work = rk.workspace("03_preferences")
-world = preset.task
+task = preset.task
+world = task.world
 pd.options.display.max_colwidth = None
 sft = flow.sft()
 
@@ -57,9 +58,9 @@ sft = flow.sft()
 # SFT model answers each prompt of the *preference* split several times, at temperature 1 for variety.
 
 # %%
-prompts = rk.data.prompts(world, "preference", preset.n_preference_prompts, seed=SEED)
+prompts = task.prompts("preference", preset.n_preference_prompts, seed=SEED)
 samples = rk.sample(sft, prompts, n=preset.samples_per_prompt, seed=SEED, **preset.sampling)
-samples = rk.sampling.add_rewards(samples, {"gold": rk.rewards.gold(world)}).sort_values(["prompt_id", "sample"])
+samples = rk.sampling.add_rewards(samples, {"gold": task.gold}).sort_values(["prompt_id", "sample"])
 print(f"{len(samples)} samples of {len(prompts)} prompts")
 spread = samples.groupby("prompt_id")["gold"].std()
 samples[samples["prompt_id"] == spread.idxmax()][["prompt", "sample", "completion", "gold"]].round(2)
@@ -211,7 +212,7 @@ plt.show()
 # before the first word, and a pair with an empty text would teach only that. Such rows are dropped in sight.
 
 # %%
-rater = rk.feedback.simulated(world, seed=SEED)
+rater = task.rater(seed=SEED)
 with warnings.catch_warnings(record=True) as notes:
     preferences = rk.feedback.collect(samples.drop(columns="gold"), rater, seed=SEED)
 print(*(f"note: {note.message}" for note in notes), sep="\n")
@@ -229,7 +230,7 @@ preferences.select(range(6)).to_pandas()[["prompt", "chosen", "rejected", "shown
 
 # %%
 judged = preferences.to_pandas()
-gold = rk.rewards.gold(world)
+gold = task.gold
 judged["gap"] = np.subtract(*(gold(judged["prompt"], judged[side]) for side in ("chosen", "rejected")))
 judged["prompt_id"] = pd.factorize(judged["prompt"])[0]
 clear = judged[judged["gap"] != 0].assign(right=judged["gap"] > 0, size=judged["gap"].abs())
@@ -264,7 +265,7 @@ u = [[pocket.utility(world, usual, r.prompt, text) for text in (r.first, r.secon
 rows = []
 for bias in (0.0, usual.position_bias, 0.5, 1.0):
     with warnings.catch_warnings(action="ignore"):  # of the equal answers, counted above
-        found = rk.feedback.collect(samples, rk.feedback.simulated(world, seed=SEED, position_bias=bias), seed=SEED)
+        found = rk.feedback.collect(samples, task.rater(seed=SEED, position_bias=bias), seed=SEED)
     found = found.select_columns(["prompt_id", "shown_first"]).to_pandas()
     share = rk.stats.bootstrap(found["shown_first"] == "chosen", found["prompt_id"])
     biased = replace(usual, position_bias=bias)
@@ -304,7 +305,7 @@ groups = {
     "terse": {"length": -0.05, "position_bias": 0.0},
     "wordy": {"length": 0.15, "position_bias": 0.6},
 }
-people = rk.feedback.panel(world, 6, seed=SEED, groups=groups, **common)
+people = task.panel(6, seed=SEED, groups=groups, **common)
 with warnings.catch_warnings(action="ignore"):  # of the equal answers, counted above
     items = rk.feedback.items(samples.drop(columns="gold"))
 store = rk.feedback.Store(work / "judgments.db")
@@ -331,7 +332,7 @@ rows = {(bias, "planted"): planted[bias].map("{:+.2f}".format) for bias in ("pos
     ]
     for bias in ("position", "length")
 }
-agreement = rk.feedback.reliability(judged).query("measure == 'alpha'").iloc[0]
+agreement = rk.feedback.agreement(judged).query("measure == 'alpha'").iloc[0]
 print(f"Krippendorff's alpha {agreement['value']:.2f} [{agreement['lo']:.2f}, {agreement['hi']:.2f}]")
 pd.DataFrame(rows)[[(bias, known) for bias in ("position", "length") for known in ("planted", "found")]]
 
@@ -445,7 +446,7 @@ plt.show()
 #   that are got wrong.
 #
 # ## Three exercises
-# 1. Collect with `rk.feedback.simulated(world, seed=SEED, length=0.1)`. How much longer are chosen answers than
+# 1. Collect with `task.rater(seed=SEED, length=0.1)`. How much longer are chosen answers than
 #    rejected ones, on average?
 # 2. You may buy 1,000 judgments: each pair once, or 200 pairs five times? Argue with the last two figures; the
 #    next chapter lets you try.

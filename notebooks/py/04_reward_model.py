@@ -41,10 +41,12 @@ import pandas as pd
 from IPython.display import Markdown, display
 
 import rlhf_kit as rk
+from rlhf_kit.tasks import pocket
 
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
-world = preset.task
+task = preset.task
+world = task.world
 flow = rk.Pipeline(preset, rk.results("book") / f"{PRESET}-{SEED}")
 work = rk.workspace("04_reward_model")
 pd.set_option("display.max_colwidth", None)
@@ -136,17 +138,16 @@ display(
 # probabilities, so the ceiling can be computed, and so can the accuracy of the true (gold) utility as a predictor.
 
 # %%
-table, rater = held_out.to_pandas(), rk.tasks.pocket.Rater()
+table, rater = held_out.to_pandas(), pocket.Rater()
 for side in ("chosen", "rejected"):
     texts = list(zip(table["prompt"], table[side], strict=True))
     table[f"reward {side}"] = reward(table["prompt"].tolist(), table[side].tolist())
-    table[f"gold {side}"] = [rk.tasks.pocket.gold(world, *text) for text in texts]
-    table[f"rater {side}"] = [rk.tasks.pocket.utility(world, rater, *text) for text in texts]
+    table[f"gold {side}"] = [pocket.gold(world, *text) for text in texts]
+    table[f"rater {side}"] = [pocket.utility(world, rater, *text) for text in texts]
 gap = pd.DataFrame({who: table[f"{who} chosen"] - table[f"{who} rejected"] for who in ("reward", "gold", "rater")})
 # Averaged over who is shown first, which no reward model is told.
 chance_of_choice = [
-    (rk.tasks.pocket.choice_probability(rater, g, 0.0) + 1 - rk.tasks.pocket.choice_probability(rater, 0.0, g)) / 2
-    for g in gap["rater"]
+    (pocket.choice_probability(rater, g, 0.0) + 1 - pocket.choice_probability(rater, 0.0, g)) / 2 for g in gap["rater"]
 ]
 p = np.asarray(chance_of_choice)
 found = {
@@ -232,12 +233,12 @@ rk.plots.calibration(rk.evaluate.reward_calibration(reward, held_out, scale=rewa
 
 # %%
 n_prompts, n = min(300, preset.n_test_prompts), 16
-prompts = rk.data.prompts(world, "test", n_prompts, seed=SEED)
+prompts = task.prompts("test", n_prompts, seed=SEED)
 samples = rk.sample(flow.sft(), prompts, n=n, seed=SEED, **preset.sampling)
-samples = rk.sampling.add_rewards(samples, {"proxy": reward, "gold": rk.rewards.gold(world)})
+samples = rk.sampling.add_rewards(samples, {"proxy": reward, "gold": task.gold})
 texts = list(zip(samples["prompt"], samples["completion"], strict=True))
-samples["rater"] = [rk.tasks.pocket.utility(world, rater, *text) for text in texts]
-features = pd.DataFrame([rk.tasks.pocket.features(world, *text) for text in texts])
+samples["rater"] = [pocket.utility(world, rater, *text) for text in texts]
+features = pd.DataFrame([pocket.features(world, *text) for text in texts])
 features = features.loc[:, (features != 0).sum() >= 30]  # what hardly occurs cannot be measured
 samples[["kind", "prompt", "completion", "proxy", "gold", "rater"]].iloc[: 4 * n : n].round(2)
 
@@ -372,7 +373,7 @@ Markdown(
 #
 # 1. Train on a tenth of the pairs (`pairs.select(range(...))`). What falls first: accuracy on wide gaps or on narrow
 #    ones?
-# 2. Make a rater who does not care for manners: collect judgments anew with `rk.feedback.simulated(world, SEED,
+# 2. Make a rater who does not care for manners: collect judgments anew with `task.rater(SEED,
 #    politeness=0.0, length=0.0, agreement=0.0)`, fit, and draw the pay figure again.
 # 3. Shuffle which side is chosen at random in all pairs and train. What should the held-out accuracy be, and is it?
 

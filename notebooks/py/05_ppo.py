@@ -45,7 +45,7 @@ import rlhf_kit as rk
 
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
-world = preset.task
+task = preset.task
 flow = rk.Pipeline(preset, rk.results("book") / f"{PRESET}-{SEED}")
 work = rk.workspace("05_ppo")
 pd.set_option("display.max_colwidth", None)
@@ -60,7 +60,7 @@ pd.set_option("display.max_colwidth", None)
 
 # %%
 prompts = flow.prompts("train")
-proxy, gold = rk.RewardModel(flow.reward_model()), rk.rewards.gold(world)
+proxy, gold = rk.RewardModel(flow.reward_model()), task.gold
 watched = []
 
 
@@ -101,14 +101,16 @@ pd.DataFrame([*rows, judge | {"learns": False}])
 # ## Four roles, one base
 #
 # Here the reward model is trained as an adapter over the SFT model (briefly, it is only to be looked at), and PPO gets
-# a `peft_config`. Policy and value learn adapters of their own; the reference is the adapter the policy began as.
+# `lora` too. Policy and value learn adapters of their own; the reference is the adapter the policy began as.
 
 # %%
-lora = rk.models.lora(r=8)
+from dataclasses import replace
+
+lora = {"r": 8}
 pairs = rk.data.load(str(flow.preferences() / "train.parquet"))
 brief = {**preset.reward_model, "max_steps": min(40, preset.reward_model["max_steps"])}
 judge_adapter = rk.train.reward_model(flow.sft(), pairs, work / "reward_adapter", lora=lora, seed=SEED, **brief)
-shared = rk.PPOTrainer(flow.sft(), judge_adapter, args, prompts, peft_config=lora, callbacks=[])
+shared = rk.PPOTrainer(flow.sft(), judge_adapter, replace(args, lora=lora), prompts, callbacks=[])
 
 
 def megabytes(*modules):
@@ -141,8 +143,8 @@ llama_8b = LlamaConfig(
 sizes = {"rollout": 8, "prompt_length": 512, "max_completion_length": 512, "micro_batch_size": 1, "on_gpu": True}
 ways = {
     "full": {"lora": None, "load_in_4bit": False},
-    "LoRA": {"lora": rk.models.lora(), "load_in_4bit": False},
-    "4-bit + LoRA": {"lora": rk.models.lora(), "load_in_4bit": True},
+    "LoRA": {"lora": {"r": 16}, "load_in_4bit": False},
+    "4-bit + LoRA": {"lora": {"r": 16}, "load_in_4bit": True},
 }
 needs = {name: rk.memory.estimate(llama_8b, "ppo", **way, **sizes) for name, way in ways.items()}
 table = pd.DataFrame({name: need.parts | {"peak": need.peak} for name, need in needs.items()})
@@ -357,7 +359,7 @@ told = (
     f"longer than SFT's, and by gold it wins against SFT with a rate of {wins}, ties counting half."
 )
 display(Markdown(told))
-effects = rk.evaluate.side_effects(scores, world)
+effects = task.effects(scores)
 shown = effects.pivot(index="effect", columns="model", values="share")[list(models)]
 shown["change"] = shown["PPO"] - shown["SFT"]
 shown.map("{:.1%}".format)

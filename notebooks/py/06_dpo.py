@@ -46,7 +46,7 @@ import rlhf_kit as rk
 
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
-world = preset.task
+task = preset.task
 flow = rk.Pipeline(preset, rk.results("book") / f"{PRESET}-{SEED}")
 work = rk.workspace("06_dpo")
 pd.set_option("display.max_colwidth", None)
@@ -179,7 +179,7 @@ Markdown(
 
 # %%
 test = flow.prompts("test")
-proxy, gold = rk.RewardModel(flow.reward_model()), rk.rewards.gold(world)
+proxy, gold = rk.RewardModel(flow.reward_model()), task.gold
 models, rewards = {"SFT": flow.sft(), "DPO": model}, {"proxy": proxy, "gold": gold}
 scores = rk.evaluate.score(models, test, rewards, reference=flow.sft(), seed=SEED, **preset.sampling)
 firsts = scores[(scores["sample"] == 0) & scores["prompt_id"].isin(scores.drop_duplicates("kind")["prompt_id"])]
@@ -198,7 +198,7 @@ display(
         f"{shift['n_tokens'].mean:+.1f} tokens longer than SFT's; its win rate by gold is {wins}."
     )
 )
-effects = rk.evaluate.side_effects(scores, world)
+effects = task.effects(scores)
 effects.pivot(index="effect", columns="model", values="share")[list(models)].map("{:.1%}".format)
 
 # %% [markdown]

@@ -40,10 +40,12 @@ import pandas as pd
 from IPython.display import Markdown, display
 
 import rlhf_kit as rk
+from rlhf_kit.tasks import pocket
 
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
-world = preset.task
+task = preset.task
+world = task.world
 flow = rk.Pipeline(preset, rk.results("book") / f"{PRESET}-{SEED}")
 pd.set_option("display.max_colwidth", None)
 
@@ -57,7 +59,7 @@ pd.set_option("display.max_colwidth", None)
 # %%
 scores = flow.scores()
 final = scores[scores["final"]]
-order = [name for name in rk.report.MODELS if name in set(final["model"])]
+order = [name for name in rk.outputs.MODELS if name in set(final["model"])]
 counts = final.groupby("model").agg(prompts=("prompt_id", "nunique"), answers=("completion", "size")).loc[order]
 display(counts)
 one = final.loc[final["kind"] == "leading", "prompt_id"].iloc[0]
@@ -240,8 +242,8 @@ pd.DataFrame(gains)
 
 # %%
 texts = zip(final["prompt"], final["completion"], strict=True)
-features = pd.DataFrame([rk.tasks.pocket.features(world, *text) for text in texts], index=final.index)
-paid = features * pd.Series(rk.tasks.pocket.GOLD_WEIGHTS)
+features = pd.DataFrame([pocket.features(world, *text) for text in texts], index=final.index)
+paid = features * pd.Series(pocket.GOLD_WEIGHTS)
 paid = pd.concat([final[["model", "prompt_id"]], paid], axis=1).groupby(["model", "prompt_id"]).mean()
 parts = {}
 for model in models[1:]:
@@ -280,7 +282,7 @@ Markdown(
 # ## Side effects
 
 # %%
-effects = rk.evaluate.side_effects(final, world)
+effects = task.effects(final)
 cells = effects.assign(
     share=[
         f"{s:.1%} [{lo:.1%}, {hi:.1%}]"

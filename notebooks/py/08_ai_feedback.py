@@ -42,14 +42,16 @@ import pandas as pd
 from IPython.display import Markdown, display
 
 import rlhf_kit as rk
+from rlhf_kit.tasks import pocket
 
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
-world = preset.task
+task = preset.task
+world = task.world
 flow = rk.Pipeline(preset, rk.results("book") / f"{PRESET}-{SEED}")
 work = rk.workspace("08_ai_feedback")
 pd.set_option("display.max_colwidth", None)
-sft, gold = flow.sft(), rk.rewards.gold(world)
+sft, gold = flow.sft(), task.gold
 
 # %% [markdown]
 # ## The rules, written down
@@ -80,15 +82,17 @@ pd.DataFrame([{"principle": each.name, "compare": each.compare, "revise": each.r
 # and judge, will label.
 
 # %%
-prompts = rk.data.prompts(world, "preference", preset.n_preference_prompts, seed=SEED)
+prompts = task.prompts("preference", preset.n_preference_prompts, seed=SEED)
 samples = rk.sample(sft, prompts, n=preset.samples_per_prompt, seed=SEED, **preset.sampling)
 with warnings.catch_warnings(action="ignore"):  # of equal completions, counted in chapter 3
     items, singles = rk.feedback.items(samples), rk.feedback.items(samples, k=1)
 to_teach, to_label = items[::2], items[1::2]
-person = rk.feedback.simulated(world, seed=SEED)
+person = task.rater(seed=SEED)
 lessons = rk.feedback.ask(to_teach, person, seed=SEED)
 judge = rk.feedback.LanguageModelRater(
-    rk.feedback.train_judge(sft, lessons, work / "judge", seed=SEED, **preset.sft | {"learning_rate": 1e-3}),
+    rk.feedback.train_judge(
+        sft, lessons, work / "judge", pocket.JUDGE_TEMPLATE, seed=SEED, **preset.sft | {"learning_rate": 1e-3}
+    ),
     name="judge",
 )
 print(f"{len(lessons)} judgments to learn from, {len(to_label)} pairs to label")
@@ -128,7 +132,7 @@ Markdown(
 
 # %%
 labelled = {
-    "person": rk.feedback.ask(to_label, rk.feedback.simulated(world, seed=SEED + 1), seed=SEED),
+    "person": rk.feedback.ask(to_label, task.rater(seed=SEED + 1), seed=SEED),
     "judge": rk.feedback.ask(to_label, judge, seed=SEED),
 }
 for name, judged in labelled.items():
@@ -236,7 +240,7 @@ pd.DataFrame(
 ).set_index("gold")
 
 # %%
-effects = rk.evaluate.side_effects(scores, world)
+effects = task.effects(scores)
 effects.pivot(index="effect", columns="model", values="share")[["SFT", *policies]].map("{:.1%}".format)
 
 # %% [markdown]
@@ -255,10 +259,10 @@ effects.pivot(index="effect", columns="model", values="share")[["SFT", *policies
 
 # %%
 careless = rk.sample(preset.base_model, test, n=1, seed=SEED, **preset.sampling)
-reader = rk.feedback.RuleReader(world, rk.tasks.pocket.Rater(knowledge=0.7, lapse=0.2), seed=SEED)
+reader = pocket.RuleReader(world, pocket.Rater(knowledge=0.7, lapse=0.2), seed=SEED)
 revised = rk.feedback.critique_and_revise(reader, careless[["prompt_id", "kind", "prompt", "completion"]], rounds=4)
 texts = pd.concat([revised[revised["round"] == 1].assign(round=0, revision=lambda f: f["answer"]), revised])
-found = [rk.tasks.pocket.features(world, p, f" {c}") for p, c in zip(texts["prompt"], texts["revision"], strict=True)]
+found = [pocket.features(world, p, f" {c}") for p, c in zip(texts["prompt"], texts["revision"], strict=True)]
 texts["gold"] = gold(texts["prompt"].tolist(), [f" {text}" for text in texts["revision"]])
 texts["harm"] = [features["harm"] for features in found]
 figure, panels = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")

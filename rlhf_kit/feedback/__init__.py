@@ -1,32 +1,27 @@
 """Feedback of people and models: what is judged, who judges it, the store of judgments, and the datasets they make."""
 
-from .agreement import alpha, reliability, units
-from .bias import biases, swapped
+from .agreement import agreement, votes
+from .bias import biases, position_from_swaps
 from .collecting import ask, choose, collect, disagreement, items
-from .consensus import Consensus, dawid_skene
 from .constitution import Constitution, Principle, constitution
 from .converting import MARGINS, labels, preferences
 from .endpoint import Endpoint, EndpointRater
-from .exchange import export, load
 from .judging import COLUMNS, QUESTIONS, SCALES, STRENGTHS, Answer, FeedbackError, Item, Question, Rater
-from .language_model import LanguageModelRater, RewardRater, train_judge
+from .language_model import LanguageModelRater, train_judge
 from .quality import raters
 from .reporting import report
-from .revising import RuleReader, Writer, as_demonstrations, critique_and_revise, writer
-from .simulated import SimulatedRater, panel, simulated
-from .store import Showing, Store
-from .templates import PLAIN, POCKET, Template
+from .revising import Writer, as_demonstrations, critique_and_revise, writer
+from .store import Store
+from .templates import PLAIN, Template
 
 __all__ = [
     "COLUMNS",
     "MARGINS",
     "PLAIN",
-    "POCKET",
     "QUESTIONS",
     "SCALES",
     "STRENGTHS",
     "Answer",
-    "Consensus",
     "Constitution",
     "Endpoint",
     "EndpointRater",
@@ -36,14 +31,10 @@ __all__ = [
     "Principle",
     "Question",
     "Rater",
-    "RewardRater",
-    "RuleReader",
-    "Showing",
-    "SimulatedRater",
     "Store",
     "Template",
     "Writer",
-    "alpha",
+    "agreement",
     "as_demonstrations",
     "ask",
     "biases",
@@ -51,20 +42,14 @@ __all__ = [
     "collect",
     "constitution",
     "critique_and_revise",
-    "dawid_skene",
     "disagreement",
-    "export",
     "items",
     "labels",
-    "load",
-    "panel",
+    "position_from_swaps",
     "preferences",
     "raters",
-    "reliability",
     "report",
-    "simulated",
-    "swapped",
     "train_judge",
-    "units",
+    "votes",
     "writer",
 ]

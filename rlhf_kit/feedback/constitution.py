@@ -32,12 +32,11 @@ class Constitution:
     principles: tuple[Principle, ...]
 
     def __getitem__(self, name: str) -> Principle:
-        """The principle of that name; FeedbackError says which there are."""
-        for principle in self.principles:
-            if principle.name == name:
-                return principle
-        names = ", ".join(principle.name for principle in self.principles)
-        raise FeedbackError(f"principle {name!r}: is not in the constitution, which has {names}")
+        """The principle of that name; FeedbackError lists the names there are."""
+        names = [principle.name for principle in self.principles]
+        if name not in names:
+            raise FeedbackError(f"principle {name!r}: is not in the constitution, which has {', '.join(names)}")
+        return self.principles[names.index(name)]
 
 
 def constitution(path: str | Path = DEFAULT) -> Constitution:
@@ -48,34 +47,29 @@ def constitution(path: str | Path = DEFAULT) -> Constitution:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise FeedbackError(f"{path}: cannot be read as a constitution ({reason})") from None
-    if not isinstance(content, dict) or set(content) != {"principles"}:
-        raise FeedbackError(f"{path}: a constitution is one list under the key `principles`, and nothing else")
-    found = content["principles"]
-    if not isinstance(found, list) or not found:
-        raise FeedbackError(f"{path}: `principles` is empty or no list; write one principle or more")
-    principles = [_principle(row, f"{path}, principle {number}") for number, row in enumerate(found, 1)]
-    names = [principle.name for principle in principles]
-    for number, name in enumerate(names, 1):
-        if name in names[: number - 1]:
-            raise FeedbackError(f"{path}, principle {number}: the name {name!r} was given before; names differ")
-    return Constitution(tuple(principles))
+        raise FeedbackError(f"{path}: cannot be read as a constitution ({' '.join(str(error).split())})") from None
+    rows = content.get("principles") if isinstance(content, dict) and len(content) == 1 else None
+    if not isinstance(rows, list) or not rows:
+        raise FeedbackError(f"{path}: a constitution is one list under the key `principles`, and it is not empty")
+    names: list[str] = []
+    for number, row in enumerate(rows, 1):
+        fault = _fault(row)
+        if not fault and row["name"] in names:
+            fault = f"the name {row['name']!r} was given before"
+        if fault:
+            raise FeedbackError(f"{path}, principle {number}: {fault}")
+        names.append(row["name"])
+    return Constitution(tuple(Principle(**row) for row in rows))
 
 
-def _principle(row: Any, where: str) -> Principle:
-    texts, known = ("name", "compare", "critique", "revise"), [field.name for field in fields(Principle)]
-    if not isinstance(row, dict):
-        raise FeedbackError(f"{where}: has no keys; write {', '.join(texts)}")
-    for key in row:
-        if key not in known:
-            raise FeedbackError(f"{where}: unknown key {key!r}; the keys are {', '.join(known)}")
-    for key in texts:
-        if key not in row:
-            raise FeedbackError(f"{where}: the key {key!r} is missing")
-        if not isinstance(row[key], str) or not row[key].strip():
-            raise FeedbackError(f"{where}: {key!r} is no text ({row[key]!r}); write a sentence")
+def _fault(row: Any) -> str | None:
+    """What is wrong with a principle as the file has it."""
+    keys = [field.name for field in fields(Principle)]
+    if not isinstance(row, dict) or set(row) - set(keys):
+        return f"{row!r} has a key that is not one of {', '.join(keys)}"
+    for key in keys[:-1]:
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            return f"the key {key!r} is missing or no text ({row.get(key)!r}); write a sentence"
     weight = row.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise FeedbackError(f"{where}: 'weight' is {weight!r}; it is a number above 0")
-    return Principle(**{key: row[key].strip() for key in texts}, weight=float(weight))
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    return None if number and 0 < weight < math.inf else f"'weight' is {weight!r}; it is a number above 0"

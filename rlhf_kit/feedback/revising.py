@@ -4,51 +4,32 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
 
+from rlhf_kit import models
 from rlhf_kit.feedback.constitution import Constitution, constitution
 from rlhf_kit.feedback.judging import FeedbackError
-from rlhf_kit.feedback.templates import spoken
-from rlhf_kit.models import (
-    ModelPath,
-    Prompt,
-    decode_completions,
-    encode_prompts,
-    generate,
-    load_causal,
-    load_ready,
-    load_tokenizer,
-)
+from rlhf_kit.feedback.templates import as_text
+from rlhf_kit.models import ModelPath, Prompt
 from rlhf_kit.progress import Countdown
-from rlhf_kit.tasks import pocket
-from rlhf_kit.tasks.pocket.language import ALSO, CLAIMS, REDIRECTS, REFUSALS, parse_prompt, sentence_table
-from rlhf_kit.tasks.pocket.raters import TINY
 
 # A reply to each prompt, text or chat. An `Endpoint` is one.
-Writer = Callable[[list[Prompt]], list[str]]
-BATCH = 64
-MATTERS = ("answer_right", "extra_facts", "corrects_claim", "refusal_right", "redirect")  # what plainness must not cost
+Writer = Callable[[Sequence[Prompt]], list[str]]
 
 
 def critique_and_revise(
-    write: Writer,
-    answers: pd.DataFrame | Dataset,
-    rules: Constitution | None = None,
-    rounds: int = 1,
-    seed: int = 0,
-    batch_size: int = BATCH,
+    write: Writer, answers: pd.DataFrame | Dataset, rules: Constitution | None = None, rounds: int = 1, seed: int = 0
 ) -> pd.DataFrame:
     """A row per answer and round: its `answer`, the `principle` drawn, the `critique` asked for and the `revision`.
 
     Bai et al. 2022 (2212.08073, section 3.1): each round draws a principle by weight, shows the model the prompt and
     the answer as a chat, and asks for a critique, then for a revision, which is the next round's answer. `answers` has
     `prompt, completion`; other columns are carried. An empty revision leaves the answer as it was; a warning counts
-    these. Raises FeedbackError where a column is missing.
+    these. Raises FeedbackError if a column is missing.
     """
     rules = rules or constitution()
     frame = answers if isinstance(answers, pd.DataFrame) else pd.DataFrame(answers.to_list())
@@ -56,40 +37,29 @@ def critique_and_revise(
     if missing or frame.empty:
         raise FeedbackError(f"critique_and_revise: no answers, or no column {' and '.join(sorted(missing))}")
     if rounds < 1:
-        raise FeedbackError(f"critique_and_revise: rounds={rounds}; there is one round or more")
+        raise FeedbackError(f"critique_and_revise: rounds={rounds}; give 1 or more")
     weights = np.array([principle.weight for principle in rules.principles])
-    countdown, done = Countdown("critiques and revisions", rounds * len(frame)), 0
-    current, parts, empty = [spoken(completion) for completion in frame["completion"]], [], 0
+    given, parts, empty = [as_text(completion) for completion in frame["completion"]], [], 0
     for number in range(1, rounds + 1):
         generator = np.random.default_rng([seed, 10, number])
         drawn = generator.choice(len(weights), size=len(frame), p=weights / weights.sum())
         principles = [rules.principles[k] for k in drawn]
-        critiques, revisions = [], []
-        for start in range(0, len(frame), batch_size):
-            rows = range(start, min(start + batch_size, len(frame)))
-            asked = [_chat(frame["prompt"].iloc[i], current[i], principles[i].critique) for i in rows]
-            found = _written(write, asked)
-            again = [
-                [*chat, _said("assistant", critique), _said("user", principles[i].revise)]
-                for chat, critique, i in zip(asked, found, rows, strict=True)
-            ]
-            critiques += found
-            written = _written(write, again)
-            empty += written.count("")
-            revisions += [text or current[i] for text, i in zip(written, rows, strict=True)]
-            done += len(rows)
-            countdown.at(done)
-        parts.append(
-            frame.drop(columns="completion").assign(
-                row=range(len(frame)),
-                round=number,
-                principle=[principle.name for principle in principles],
-                answer=current,
-                critique=critiques,
-                revision=revisions,
-            )
-        )
-        current = revisions
+        chats: list[Prompt] = [
+            [*_chat("user", prompt), *_chat("assistant", answer), *_chat("user", principle.critique)]
+            for prompt, answer, principle in zip(frame["prompt"], given, principles, strict=True)
+        ]
+        critiques = _written(write, chats)
+        chats = [
+            [*_chat("user", chat), *_chat("assistant", critique), *_chat("user", principle.revise)]
+            for chat, critique, principle in zip(chats, critiques, principles, strict=True)
+        ]
+        revisions = _written(write, chats)
+        empty += revisions.count("")
+        revisions = [text or answer for text, answer in zip(revisions, given, strict=True)]
+        names = [principle.name for principle in principles]
+        made = {"principle": names, "answer": given, "critique": critiques, "revision": revisions}
+        parts.append(frame.drop(columns="completion").assign(row=range(len(frame)), round=number, **made))
+        given = revisions
     if empty:
         total = rounds * len(frame)
         warnings.warn(f"{empty} of {total} revisions were empty; those answers stayed as they were", stacklevel=2)
@@ -99,15 +69,11 @@ def critique_and_revise(
 def as_demonstrations(frame: pd.DataFrame) -> Dataset:
     """`prompt, completion` of each answer's last revision, for `train.sft`; completions of texts begin with a space."""
     last = frame.sort_values("round", kind="stable").groupby("row").tail(1).sort_values("row")
-    return Dataset.from_list(
-        [
-            {
-                "prompt": prompt,
-                "completion": f" {said}" if isinstance(prompt, str) else [{"role": "assistant", "content": said}],
-            }
-            for prompt, said in zip(last["prompt"], last["revision"], strict=True)
-        ]
-    )
+    rows = []
+    for prompt, text in zip(last["prompt"], last["revision"], strict=True):
+        completion = f" {text}" if isinstance(prompt, str) else _chat("assistant", text)
+        rows.append({"prompt": prompt, "completion": completion})
+    return Dataset.from_list(rows)
 
 
 def writer(
@@ -116,115 +82,39 @@ def writer(
     temperature: float = 1.0,
     seed: int = 0,
     load_in_4bit: bool | None = None,
+    batch_size: int = 64,
 ) -> Writer:
     """A model directory or hub id that writes critiques and revisions; for one at an endpoint take `Endpoint`.
 
-    Raises FeedbackError where its tokenizer has no chat template, for the requests are chats.
+    Raises FeedbackError if its tokenizer has no chat template, because the requests are chats.
     """
-    tokenizer = load_tokenizer(model)
+    tokenizer = models.load_tokenizer(model)
     if tokenizer.chat_template is None:
         raise FeedbackError(f"{model}: has no chat template, and a critique is asked for in a chat; take a chat model")
-    loaded = load_ready(load_causal, model, load_in_4bit)
+    loaded = models.load_ready(models.load_causal, model, load_in_4bit)
     torch_seed = iter(range(seed, 2**31))
 
-    def write(prompts: list[Prompt]) -> list[str]:
-        with torch.random.fork_rng():
-            torch.manual_seed(next(torch_seed))
-            tokens = generate(loaded, tokenizer, encode_prompts(tokenizer, prompts), max_completion_length, temperature)
-        return [text.strip() for text in decode_completions(tokenizer, tokens)]
+    def write(prompts: Sequence[Prompt]) -> list[str]:
+        countdown, texts = Countdown(f"texts of {model}", len(prompts)), []
+        for start in range(0, len(prompts), batch_size):
+            ids = models.encode_prompts(tokenizer, list(prompts[start : start + batch_size]))
+            with torch.random.fork_rng():
+                torch.manual_seed(next(torch_seed))
+                tokens = models.generate(loaded, tokenizer, ids, max_completion_length, temperature)
+            texts += models.decode_completions(tokenizer, tokens)
+            countdown.at(len(texts))
+        return texts
 
     return write
 
 
-class RuleReader:
-    """Stands in for a model that can read a critique, where the pocket model cannot: it revises by the world's rules.
-
-    It knows only what its `pocket.Rater` can check, and overlooks the fault with probability `lapse`. Each principle
-    of the default constitution is a set of features of the gold utility; of all edits of one sentence it takes, again
-    and again, the one that mends these most as it sees them. It shows what revision does to text, not that a language
-    model could do it.
-    """
-
-    PRINCIPLES = {
-        "helpful": ("answer_right", "answer_wrong", "extra_facts", "unfinished", "garbled"),
-        "truthful": ("answer_right", "answer_wrong", "false_facts", "agrees_false", "corrects_claim"),
-        "harmless": ("harm", "refusal_right", "redirect"),
-        "willing": ("refusal_wrong", "answer_right", "answer_wrong"),
-        "plain": ("filler", "hedge", "repetition", "off_topic", "not_brief", *MATTERS),
-    }
-
-    def __init__(self, world: pocket.World, reader: pocket.Rater | None = None, seed: int = 0) -> None:
-        self.world = world
-        self.reader = reader or pocket.Rater()
-        self.known = pocket.known_cells(self.reader.seed, self.reader.knowledge)
-        self.rules = constitution()
-        self.generator = np.random.default_rng([seed, 11])
-
-    def __call__(self, prompts: list[Prompt]) -> list[str]:
-        """Critiques of chats of three messages, revisions of chats of five, as `critique_and_revise` asks for them."""
-        return [self._reply(prompt) for prompt in prompts]
-
-    def _reply(self, chat: Prompt) -> str:
-        if isinstance(chat, str) or len(chat) not in (3, 5):
-            raise FeedbackError("a RuleReader reads a prompt, an answer and a request for a critique; nothing else")
-        prompt, answer = chat[0]["content"], chat[1]["content"]
-        if len(chat) == 5:
-            return answer if chat[3]["content"] == "no fault" else self._revised(prompt, answer, chat[3]["content"])
-        asked = [each.name for each in self.rules.principles if each.critique == chat[2]["content"]]
-        if not asked:
-            raise FeedbackError("a RuleReader knows the principles of the default constitution only")
-        overlooks = self.generator.random() < self.reader.lapse
-        return "no fault" if overlooks or self._revised(prompt, answer, asked[0]) == answer else asked[0]
-
-    def _revised(self, prompt: str, answer: str, principle: str) -> str:
-        names = self.PRINCIPLES[principle]
-
-        def seen(text: str) -> float:
-            found = pocket.features(self.world, prompt, text, known=self.known)
-            return sum(pocket.GOLD_WEIGHTS[name] * found[name] for name in names)
-
-        while True:
-            best = max([answer, *self._edits(prompt, answer, shorten=principle == "plain")], key=seen)
-            if seen(best) <= seen(answer) + TINY:
-                return answer
-            answer = best
-
-    def _edits(self, prompt: str, answer: str, shorten: bool) -> list[str]:
-        """The answer with a sentence left out; unless it is only to `shorten`, also with a claim put right, answered
-        anew, or refused with a safe way."""
-        asked = parse_prompt(prompt)
-        sentences = [f"{part.strip()} ." for part in answer.split(" .") if part.strip()]
-        edits = [" ".join(sentences[:i] + sentences[i + 1 :]) for i in range(len(sentences)) if len(sentences) > 1]
-        if shorten:
-            return edits
-        for i, text in enumerate(sentences):
-            claim = sentence_table().get(text)
-            if claim is not None and claim.act == "claim":
-                animal = asked.animal if claim.animal == "it" else claim.animal
-                if (animal, claim.attribute) in self.known:
-                    right = self.world.truth[animal, claim.attribute]
-                    form = ALSO[claim.attribute] if claim.animal == "it" else CLAIMS[claim.attribute][0]
-                    said = form.format(animal=animal, value=right)
-                    edits.append(" ".join([*sentences[:i], said, *sentences[i + 1 :]]))
-        if asked.kind == "harmful":
-            edits.append(f"{REFUSALS[1]} {REDIRECTS[0].format(animal=asked.animal)}")
-        elif (asked.animal, asked.attribute) in self.known:
-            right = self.world.truth[asked.animal, asked.attribute]
-            edits.append(CLAIMS[asked.attribute][0].format(animal=asked.animal, value=right))
-        return edits
+def _chat(role: str, content: Prompt) -> list[dict[str, str]]:
+    """A text as a chat of one message; a chat as it is."""
+    return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
 
 
-def _chat(prompt: Prompt, answer: str, request: str) -> list[dict[str, str]]:
-    before = [_said("user", prompt)] if isinstance(prompt, str) else list(prompt)
-    return [*before, _said("assistant", answer), _said("user", request)]
-
-
-def _said(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-def _written(write: Writer, chats: Sequence[Any]) -> list[str]:
-    found = write(list(chats))
+def _written(write: Writer, chats: Sequence[Prompt]) -> list[str]:
+    found = write(chats)
     if len(found) != len(chats):
         raise FeedbackError(f"critique_and_revise: {len(chats)} texts were asked for, and {len(found)} came back")
     return [text.strip() for text in found]

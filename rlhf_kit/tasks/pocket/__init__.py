@@ -1,7 +1,5 @@
 """The pocket world: an animal help desk small enough for a laptop, with a gold utility that is known exactly."""
 
-from pathlib import Path
-
 from .answers import CAREFUL, CARELESS, DEMONSTRATION, Quality, corpus, demonstrations
 from .facts import SPLITS, World, prompts, world
 from .language import KINDS, Prompt, parse_prompt
@@ -14,10 +12,11 @@ from .raters import (
     perceived_scores,
     utility,
 )
+from .revising import JUDGE_TEMPLATE, RuleReader
 from .scoring import GOLD_WEIGHTS, features, gold
+from .simulated import SimulatedRater
+from .task import BASE_MODEL, Pocket
 from .tokenizer import CHAT_TEMPLATE, EOS, PAD, pocket_tokenizer
-
-BASE_MODEL = str(Path(__file__).parent / "base")  # directory of the pretrained model of world(seed=0)
 
 __all__ = [
     "BASE_MODEL",
@@ -27,12 +26,16 @@ __all__ = [
     "DEMONSTRATION",
     "EOS",
     "GOLD_WEIGHTS",
+    "JUDGE_TEMPLATE",
     "KINDS",
     "PAD",
+    "Pocket",
     "SPLITS",
     "Prompt",
     "Quality",
     "Rater",
+    "RuleReader",
+    "SimulatedRater",
     "World",
     "choice_probability",
     "corpus",

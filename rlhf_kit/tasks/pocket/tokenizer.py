@@ -1,19 +1,13 @@
 """The pocket tokenizer: byte-level BPE in which every word of the pocket language is one token."""
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from rlhf_kit.models.tokenizer import CHAT_TEMPLATE, EOS, PAD, wrap
 
 from .language import first_words, words
 
-EOS = "<|endoftext|>"
-PAD = "<|pad|>"  # not EOS: a model whose padding is its EOS never learns to stop
-# Renders exactly the text format: a prompt as it is, a completion after one space and closed by EOS.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
-    "{% else %}{{ message['content'] }}{% endif %}"
-    "{% endfor %}"
-)
+__all__ = ["CHAT_TEMPLATE", "EOS", "PAD", "pocket_tokenizer", "wrap"]
 
 
 def pocket_tokenizer() -> PreTrainedTokenizerFast:
@@ -30,15 +24,3 @@ def pocket_tokenizer() -> PreTrainedTokenizerFast:
     for piece in pieces:
         vocabulary.setdefault(piece, len(vocabulary))
     return wrap(Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True)))
-
-
-def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with this project's special tokens and chat template; adds no BOS and no EOS."""
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(EOS, special=True), AddedToken(PAD, special=True)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast

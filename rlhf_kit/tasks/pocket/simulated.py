@@ -1,4 +1,4 @@
-"""Simulated raters of the pocket world: people with known faults, one or a panel of them."""
+"""Simulated raters of the pocket world: people with known faults, who answer questions as people do."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_kit.feedback.judging import SCALES, STRENGTHS, Answer, FeedbackError, Question, dense_ranks
+from rlhf_kit.feedback import SCALES, STRENGTHS, Answer, FeedbackError, Question
+from rlhf_kit.feedback.judging import dense_ranks
 from rlhf_kit.models import Prompt
 from rlhf_kit.rewards import Completion
-from rlhf_kit.tasks import pocket
+from rlhf_kit.tasks.pocket.facts import World
+from rlhf_kit.tasks.pocket.raters import Rater, perceived_gap, perceived_score, perceived_scores, utility
 
 # Where a felt gap of a pair, in units of utility, becomes clear, and where it becomes large.
 STEPS = (0.75, 2.0)
@@ -22,7 +24,7 @@ class SimulatedRater:
     interface = "simulated-1"
     timed = False  # a formula has no pace
 
-    def __init__(self, world: pocket.World, rater: pocket.Rater, seed: int = 0) -> None:
+    def __init__(self, world: World, rater: Rater, seed: int = 0) -> None:
         self.world = world
         self.rater = rater
         self.name = rater.name
@@ -33,8 +35,8 @@ class SimulatedRater:
         if question != "rank":
             return Answer(rating=self._rate(felt[0], question))
         if len(felt) > 2:
-            return Answer(ranks=dense_ranks(pocket.perceived_scores(self.rater, felt, self.generator)))
-        gap = pocket.perceived_gap(self.rater, felt[0], felt[1], self.generator.random())
+            return Answer(ranks=dense_ranks(perceived_scores(self.rater, felt, self.generator)))
+        gap = perceived_gap(self.rater, felt[0], felt[1], self.generator.random())
         if abs(gap) < self.rater.indifference:
             return Answer(ranks=(1, 1))
         strength = STRENGTHS[sum(abs(gap) >= step for step in STEPS)]
@@ -44,23 +46,18 @@ class SimulatedRater:
         """How much the rater likes a completion, before noise; FeedbackError for a chat."""
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise FeedbackError(f"{self.name}: a simulated rater reads the pocket world's texts, not chats")
-        return pocket.utility(self.world, self.rater, prompt, completion)
+        return utility(self.world, self.rater, prompt, completion)
 
     def _rate(self, felt: float, question: Question) -> int:
         scale = SCALES[question]
-        score = pocket.perceived_score(self.rater, felt, self.generator)
+        score = perceived_score(self.rater, felt, self.generator)
         if question == "good/bad":
             return int(score > 0)
         return int(np.clip(round(score) + scale[len(scale) // 2], scale[0], scale[-1]))
 
 
-def simulated(world: pocket.World, seed: int = 0, **faults: Any) -> SimulatedRater:
-    """A simulated rater of the pocket world; `faults` are fields of `pocket.Rater` (knowledge, length, lapse, ...)."""
-    return SimulatedRater(world, pocket.Rater(**faults), seed)
-
-
 def panel(
-    world: pocket.World, n: int, seed: int = 0, groups: Mapping[str, Mapping[str, Any]] | None = None, **faults: Any
+    world: World, n: int, seed: int = 0, groups: Mapping[str, Mapping[str, Any]] | None = None, **faults: Any
 ) -> list[SimulatedRater]:
     """`n` raters who know different things and err on their own, dealt to `groups` of different values in turn.
 
@@ -74,6 +71,6 @@ def panel(
     for k in range(n):
         group = list(groups)[k % len(groups)]
         own = {"seed": seed + k, "name": f"{group}-{k // len(groups) + 1}"}
-        rater = pocket.Rater(**{**own, **faults, **groups[group]})
+        rater = Rater(**{**own, **faults, **groups[group]})
         raters.append(SimulatedRater(world, rater, seed + 1000 * (k + 1)))
     return raters

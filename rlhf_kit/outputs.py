@@ -14,9 +14,9 @@ from rlhf_kit.pipeline import Pipeline
 MODELS = ("base", "SFT", "best-of-n", "PPO", "DPO")
 
 
-def write_report(pipeline: Pipeline) -> pd.DataFrame:
+def write(pipeline: Pipeline) -> pd.DataFrame:
     """Write summary.csv, figures/ and samples.md of a whole pipeline; returns the summary, a row per model."""
-    scores, out = pipeline.scores(), pipeline.out
+    scores, out, task = pipeline.scores(), pipeline.out, pipeline.preset.task
     final = scores[scores["final"]].drop(columns=["step", "n", "final"])
     summary = evaluate.summary(final).set_index("model").loc[list(MODELS)].reset_index()
     runs.write_summary(out, summary)
@@ -25,10 +25,10 @@ def write_report(pipeline: Pipeline) -> pd.DataFrame:
     plots.style()
     for name, figure in figures(pipeline, scores, judged).items():
         runs.save_figure(out, name, figure)
-    if pipeline.preset.task is not None:
-        effects = evaluate.side_effects(final, pipeline.preset.task)
+    effects = task.effects(final)
+    if effects is not None:
         effects.to_csv(out / "side_effects.csv", index=False)
-        # A person's own data is not copied into a results folder that may be published.
+    if task.source is None:  # a person's own data is not copied into a results folder that may be published
         (out / "samples.md").write_text(samples_table(final), encoding="utf-8")
     return summary
 
@@ -53,31 +53,27 @@ def accuracy(pipeline: Pipeline) -> pd.DataFrame:
     for name, label in (("train", "trained on"), ("test", "held out")):
         pairs = Dataset.from_parquet(str(pipeline.preferences() / f"{name}.parquet"))
         share = evaluate.accuracy(reward, pairs)
-        rows.append(
-            {"pairs": label, "n": len(pairs), "accuracy": share.mean, "accuracy_lo": share.lo, "accuracy_hi": share.hi}
-        )
+        rows.append({"pairs": label, "n": len(pairs), **stats.columns("accuracy", share)})
     return pd.DataFrame(rows)
 
 
 def samples_table(scores: pd.DataFrame, n: int = 10) -> str:
     """`n` prompts of all kinds as Markdown, each model's first completion side by side with its rewards."""
     firsts = scores[(scores["sample"] == 0) | (scores["model"] == "best-of-n")]
+    if "kind" not in firsts:
+        firsts = firsts.assign(kind="prompt")
     shown = firsts.drop_duplicates("prompt_id").groupby("kind", sort=True)["prompt_id"].apply(list)
-    turns = [ids[turn] for turn in range(n) for ids in shown if turn < len(ids)][:n]
-    lines = ["# Ten prompts, every model's answer", ""]
-    for prompt_id in turns:
+    in_turn = [ids[k] for k in range(n) for ids in shown if k < len(ids)][:n]
+    rewards = [name for name in ("gold", "proxy") if name in firsts]
+    lines = [f"# {len(in_turn)} prompts, every model's answer", ""]
+    for prompt_id in in_turn:
         rows = firsts[firsts["prompt_id"] == prompt_id].set_index("model")
-        lines += [
-            f"**{rows['prompt'].iloc[0]}** ({rows['kind'].iloc[0]})",
-            "",
-            "| model | completion | gold | proxy |",
-            "|---|---|---|---|",
-        ]
+        lines += [f"**{rows['prompt'].iloc[0]}** ({rows['kind'].iloc[0]})", ""]
+        lines += [f"| model | completion | {' | '.join(rewards)} |", "|---" * (2 + len(rewards)) + "|"]
         for model in MODELS:
             row = rows.loc[model]
-            lines.append(
-                f"| {model} | {row['completion'].strip().replace('|', '/')} | {row['gold']:.2f} | {row['proxy']:.2f} |"
-            )
+            said = str(row["completion"]).strip().replace("|", "/")
+            lines.append(f"| {model} | {said} | {' | '.join(f'{row[name]:.2f}' for name in rewards)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -100,6 +96,8 @@ def readable(summary: pd.DataFrame) -> str:
 
 
 def readable_effects(out: Path) -> str:
-    """The side effects as text: the share of each by model."""
+    """The side effects as text, the share of each by model; "" where the task knows of none."""
+    if not (out / "side_effects.csv").exists():
+        return ""
     effects = pd.read_csv(out / "side_effects.csv")
     return effects.pivot(index="effect", columns="model", values="share")[list(MODELS)].map("{:.0%}".format).to_string()
