@@ -6,7 +6,9 @@ import copy
 import functools
 import gc
 import hashlib
+import json
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +19,14 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tiny import MODES, in_a_new_process, naive_logprobs, save_llama, word_tokenizer
-from transformers import (
-    AutoModelForSequenceClassification,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, TrainerCallback
+from transformers import PreTrainedTokenizerBase as TokenizerBase
 
 from rlhf_kit import models, train
 from rlhf_kit.models import ModelError
 from rlhf_kit.ppo import PPOConfig, PPOTrainer
 from rlhf_kit.rewards import RewardModel
+from rlhf_kit.train.reward import ItemBatches, ItemRewardTrainer
 
 Zoo = dict[str, str]
 EOS = 0
@@ -82,7 +81,7 @@ class Stages(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Stages]:
+def made(tmp_path_factory: pytest.TempPathFactory, tokenizer: TokenizerBase) -> Callable[[str], Stages]:
     """Stages of a mode, made once."""
     return functools.cache(lambda mode: make_stages(mode, tmp_path_factory.mktemp(mode), tokenizer))
 
@@ -92,7 +91,7 @@ def stages(request: pytest.FixtureRequest, made: Callable[[str], Stages]) -> Sta
     return made(request.param)
 
 
-def make_stages(mode: str, root: Path, tokenizer: PreTrainedTokenizerBase) -> Stages:
+def make_stages(mode: str, root: Path, tokenizer: TokenizerBase) -> Stages:
     """The whole pipeline in one mode: every stage starts from the directory of the one before."""
     base = save_llama(root / "base", tokenizer)
     before = {base: digest(base)}
@@ -136,9 +135,7 @@ def test_each_stage_learned_what_it_was_taught_and_left_its_start_untouched(stag
 
 
 @pytest.mark.slow
-def test_first_losses_are_the_completions_mean_nll_and_dpos_log_two(
-    stages: Stages, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_first_losses_are_the_completions_mean_nll_and_dpos_log_two(stages: Stages, tokenizer: TokenizerBase) -> None:
     """Prompt tokens play no part in SFT; DPO's reference is the SFT model, not the raw base, which SFT has moved."""
     base = models.load_causal(stages.base, load_in_4bit=stages.mode == "4bit").eval()
     total, count = 0.0, 0
@@ -239,66 +236,6 @@ def test_a_reward_model_that_reloads_to_other_scores_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
-class Keep(TrainerCallback):
-    """Keeps what a trainer's model answers at the end of training, before anything is written."""
-
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        with torch.no_grad():
-            self.logits = model.eval()(input_ids=torch.tensor([[300, 301, 302, 303, EOS]]), use_cache=False).logits
-
-
-@pytest.mark.slow
-def test_the_directory_holds_the_model_that_was_trained(zoo: Zoo, mode: str, tmp_path: Path) -> None:
-    """The trainer's in-memory model against the directory read again: SFT, DPO and the reward model's raw score."""
-    text = models.load_tokenizer(zoo[mode]).decode([300, 301, 302, 303])
-    for stage, data in STAGES:
-        keep = Keep()
-        settings = COMMON | {"max_steps": 2, "learning_rate": 1e-3, "callbacks": [keep]}
-        out = stage(zoo[mode], data, tmp_path / stage.__name__, **settings)
-        if stage is train.reward_model:
-            reward = RewardModel(out)
-            ours = torch.tensor(reward([text], [""])) * reward.scale + reward.shift
-        else:
-            with torch.no_grad():
-                ours = models.load_causal(out).eval()(input_ids=torch.tensor([[300, 301, 302, 303, EOS]])).logits
-        assert torch.allclose(ours, keep.logits.squeeze(), atol=1e-4), stage.__name__
-
-
-@pytest.mark.slow
-def test_every_stage_is_the_same_again_with_the_same_seed(zoo: Zoo, tmp_path: Path) -> None:
-    """Whatever was drawn before, in full and with a new adapter; another seed gives another model."""
-    settings = COMMON | {"max_steps": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
-    for lora in (None, {"r": 4}):
-        for stage, data in STAGES:
-            runs = []
-            for number, seed in enumerate((1, 1, 2)):
-                torch.manual_seed(number)
-                out = tmp_path / f"{stage.__name__}-{lora}-{number}"
-                runs.append(weights(stage(zoo["full"], data, out, seed=seed, lora=lora, **settings)))
-            assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0]), (stage.__name__, lora)
-            assert not all(torch.equal(runs[0][name], runs[2][name]) for name in runs[0]), (stage.__name__, lora)
-            assert models.base_of(out) == (zoo["full"] if lora else str(out))
-            if stage is train.dpo:  # the reference is the full model, with a new adapter too
-                assert train.history(out)["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
-
-
-@pytest.mark.slow
-def test_with_learning_rate_zero_a_stage_gives_back_its_start_bit_for_bit(zoo: Zoo, mode: str, tmp_path: Path) -> None:
-    """Over a 4-bit base too, where TRL rounds what it trains to bf16."""
-    start = weights(zoo[mode])
-    for stage, data in STAGES:
-        out = stage(zoo[mode], data, tmp_path / stage.__name__, max_steps=1, learning_rate=0.0, **COMMON)
-        now, is_reward = weights(out), stage is train.reward_model
-        only_now, only_start = now.keys() - start.keys(), start.keys() - now.keys()
-        assert len([key for key in only_now if key.endswith("score.weight")]) == len(only_now) == is_reward
-        assert only_start <= ({"lm_head.weight"} if is_reward else set())
-        assert all(torch.equal(now[key], start[key]) for key in start.keys() & now.keys()), stage.__name__
-    # and the reward's loss there is -log sigmoid(r_chosen - r_rejected), 2203.02155, eq. 1, of the head that was saved
-    chosen, rejected = raw_scores(out)
-    loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean().item()
-    assert train.history(out)["loss"][0] == pytest.approx(loss, abs=1e-4)
-
-
 @pytest.mark.slow
 def test_a_reward_model_is_normalised_when_its_trainer_is_gone(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -329,25 +266,80 @@ def test_chat_rows_train_like_the_same_text(zoo: Zoo, tmp_path: Path) -> None:
         assert losses[0] == pytest.approx(losses[1], rel=1e-5), stage.__name__
 
 
-# --- refusals and crashes --------------------------------------------------------------------------------------------
+# --- reward models: the loss, margins, and rankings ------------------------------------------------------------------
 
 
-def test_wrong_models_and_taken_names_are_refused_in_one_sentence(zoo: Zoo, tmp_path: Path) -> None:
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    (taken / "precious").write_text("weights")
-    for stage, data in STAGES:
-        with pytest.raises(FileExistsError, match="taken: is there already.*name another `out` or delete it"):
-            stage(zoo["full"], data, taken, **COMMON)
-        with pytest.raises(FileExistsError, match="precious: is there already"):
-            stage(zoo["full"], data, taken / "precious", **COMMON)
-        with pytest.raises(ModelError, match="no such model directory"):
-            stage(tmp_path / "absent", data, tmp_path / "out", **COMMON)
-        with pytest.raises(ModelError, match="is an adapter already"):
-            stage(zoo["lora"], data, tmp_path / "out", lora={}, **COMMON)
-        with pytest.raises(ModelError, match="4-bit weights cannot be trained"):
-            stage(zoo["full"], data, tmp_path / "out", load_in_4bit=True, **COMMON)
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["taken", "taken/precious"]
+@pytest.mark.slow
+def test_the_loss_of_a_reward_model_and_its_margin(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+    """-log sigmoid(r_chosen - r_rejected), 2203.02155, eq. 1, less a margin, 2307.09288, eq. 2, of the saved head.
+
+    Bit for bit the start with learning rate 0, over a 4-bit base too, where TRL rounds what it trains to bf16.
+    """
+    start, margins = weights(zoo[mode]), torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 0.25, 0.75])
+    for name, rows in (("plain", PREFERENCES), ("margin", PREFERENCES.add_column("margin", margins.tolist()))):
+        out = train.reward_model(zoo[mode], rows, tmp_path / name, max_steps=1, learning_rate=0.0, **COMMON)
+        now = weights(out)
+        assert [key.endswith("score.weight") for key in now.keys() - start.keys()] == [True]
+        assert start.keys() - now.keys() <= {"lm_head.weight"}
+        assert all(torch.equal(now[key], start[key]) for key in start.keys() & now.keys())
+        chosen, rejected = raw_scores(out)
+        asked = margins if name == "margin" else 0.0
+        loss = -torch.nn.functional.logsigmoid(chosen - rejected - asked).mean().item()
+        assert train.history(out)["loss"][0] == pytest.approx(loss, abs=1e-4)
+
+
+SIZES = {"a": 3, "b": 1, "c": 6, "d": 2, "e": 3, "f": 1, "g": 10, "h": 1, "i": 2}
+ITEMS = [item for k in range(10) for item, size in SIZES.items() if k < size]
+
+
+def test_batches_hold_whole_items_and_every_row_once_an_epoch() -> None:
+    batches = ItemBatches(ITEMS, 6, seed=1)
+    orders = []
+    for epoch in range(4):
+        batches.set_epoch(epoch)
+        order = list(batches)
+        assert len(order) == len(batches)  # in every epoch: Trainer counts once
+        assert sorted(row for batch in order for row in batch) == list(range(len(ITEMS)))
+        for batch in order:
+            held = {ITEMS[row] for row in batch}
+            assert len(batch) == sum(SIZES[item] for item in held)
+            assert len(batch) <= 6 or held == {"g"}
+        orders.append(order)
+    assert len({json.dumps(order) for order in orders}) == 4
+    again, other = ItemBatches(ITEMS, 6, seed=1), ItemBatches(ITEMS, 6, seed=2)
+    again.set_epoch(3)
+    assert list(again) == orders[3]
+    assert list(other) != orders[0]
+
+
+@pytest.mark.slow
+def test_a_reward_model_learns_from_batches_of_whole_items(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the trainer's loss was given: whole items each time, reshuffled each epoch, over-long pairs left out."""
+    tokenizer = models.load_tokenizer(zoo["full"])
+    pairs = [(item, f" it lives {'by ' * pair}.") for pair in range(6) for item in range(6) if pair <= item]
+    pairs.append((0, " river" * 60))
+    rows = [{"prompt": PROMPTS[item], "chosen": text, "rejected": " no .", "item": item} for item, text in pairs]
+    epochs: dict[int, list[list[int]]] = defaultdict(list)
+    original = ItemRewardTrainer.compute_loss
+
+    def watch(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        texts = tokenizer.batch_decode(inputs["input_ids"][: len(inputs["input_ids"]) // 2])
+        epochs[int(self.state.epoch)].append([PROMPTS.index(text[: text.index("?") + 1]) for text in texts])
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(ItemRewardTrainer, "compute_loss", watch)
+    settings = COMMON | {"per_device_train_batch_size": 6, "num_train_epochs": 2, "max_length": 40}
+    train.reward_model(zoo["full"], Dataset.from_list(rows), tmp_path / "out", **settings)
+    assert len(epochs) == 2 and epochs[0] != epochs[1]
+    for epoch in epochs.values():
+        assert sorted(item for batch in epoch for item in batch) == sorted(item for item, _ in pairs[:-1])
+        for batch in epoch:
+            assert all(batch.count(item) == item + 1 for item in set(batch)) and len(batch) <= 6
+
+
+# --- crashes, and TRL itself ----------------------------------------------------------------------------------------
 
 
 def test_nothing_is_under_the_final_name_until_it_is_whole(zoo: Zoo, tmp_path: Path) -> None:
@@ -373,12 +365,11 @@ def test_nothing_is_under_the_final_name_until_it_is_whole(zoo: Zoo, tmp_path: P
 
 
 def test_lora_settings_are_not_written_into(zoo: Zoo, tmp_path: Path) -> None:
-    config, settings = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"), {"r": 2}
-    for name, lora in (("config", config), ("dict", settings)):
-        train.sft(zoo["full"], DEMONSTRATIONS, tmp_path / f"sft-{name}", max_steps=1, lora=lora, **COMMON)
-        train.reward_model(zoo["full"], PREFERENCES, tmp_path / name, max_steps=1, lora=lora, **COMMON)
-    assert config.to_dict() == LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM").to_dict()
-    assert settings == {"r": 2}
+    """peft notes in a config the modules that it found, and a reward model another task."""
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    before = config.to_dict()
+    train.reward_model(zoo["full"], PREFERENCES, tmp_path / "reward", max_steps=1, lora=config, **COMMON)
+    assert config.to_dict() == before
 
 
 def test_canary_trl_patches_a_models_forward(zoo: Zoo, tmp_path: Path) -> None:

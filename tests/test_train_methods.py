@@ -1,4 +1,4 @@
-"""rlhf_kit.train's KTO, RLOO, GRPO and rejection sampling, and reward models with margins and rankings."""
+"""What every method of rlhf_kit.train promises, and those that learn from their own samples."""
 
 from __future__ import annotations
 
@@ -13,43 +13,38 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from tiny import naive_logprobs, save_llama, word_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import TrainerCallback
 
 from rlhf_kit import models, sampling, train
+from rlhf_kit.models.tokenizer import EOS as END
+from rlhf_kit.models.tokenizer import PAD, wrap
 from rlhf_kit.ppo import PPOConfig
 from rlhf_kit.rewards import RewardModel
 from rlhf_kit.train.online import LIKE_PPO
-from rlhf_kit.train.reward import ItemBatches, ItemRewardTrainer
 
 Zoo = dict[str, str]
 EOS = 0
 ANIMALS = ["otter", "owl", "falcon", "newt", "whale", "hare", "fox", "crane"]
 QUESTIONS = [f"where does the {animal} live ?" for animal in ANIMALS]
-JUDGED = Dataset.from_list(
-    [
-        {"prompt": prompt, "completion": " by the river ." if wanted else " no .", "label": wanted}
-        for prompt in QUESTIONS
-        for wanted in (True, False)
-    ]
-)
-PAIRS = Dataset.from_list(
-    [{"prompt": prompt, "chosen": f" {prompt[:9]} it lives .", "rejected": " no ."} for prompt in QUESTIONS]
-)
+ANSWERS = {"completion": [" by the river .", " no ."] * 8, "label": [True, False] * 8}
+JUDGED = Dataset.from_dict({"prompt": [prompt for prompt in QUESTIONS for _ in range(2)], **ANSWERS})
+BETTER = [f" {prompt[:9]} it lives ." for prompt in QUESTIONS]
+PAIRS = Dataset.from_dict({"prompt": QUESTIONS, "chosen": BETTER, "rejected": [" no ."] * 8})
 # Of two lengths, so that batches are padded.
 WORDS = Dataset.from_dict({"prompt": [f"{first} {second}" for first in ("a", "b c d") for second in "cdefghij"]})
 QUIET: dict[str, Any] = {"callbacks": [], "logging_steps": 1}
-KTO: dict[str, Any] = QUIET | {"per_device_train_batch_size": 8}
+TEXTS: dict[str, Any] = QUIET | {"per_device_train_batch_size": 8}
+OFFLINE = {"sft": JUDGED.remove_columns("label"), "dpo": PAIRS, "kto": JUDGED, "reward_model": PAIRS}
+FIRST_LOSS = {"dpo": math.log(2), "kto": 0.5}
+METHODS = [*OFFLINE, "rloo", "grpo", "rejection_sampling"]
 ONLINE: dict[str, Any] = QUIET | {"per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 6}
 
 
 def share_of_c(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """The share of a completion's words that are c."""
     return [text.split().count("c") / max(1, len(text.split())) for text in completions]
-
-
-def mean_reward(model: str) -> float:
-    samples = sampling.sample(model, WORDS, n=64, max_completion_length=6, seed=7)
-    return sampling.add_rewards(samples, {"reward": share_of_c})["reward"].mean()
 
 
 def weights(directory: str) -> dict[str, torch.Tensor]:
@@ -83,100 +78,83 @@ class Watch(TrainerCallback):
         self.end, self.clone = self.parameters(model)
 
 
-def run(method: str, model: str, out: Path, **settings: Any) -> str:
-    """A stage on easy data: KTO from judged completions, the others by the share of c."""
-    if method == "kto":
-        return train.kto(model, JUDGED, out, **KTO | settings)
+def run(method: str, model: str, out: Path, reward: Any = share_of_c, **settings: Any) -> str:
+    """Any method on easy data: texts, or prompts of which the share of c is rewarded."""
+    if method in OFFLINE:
+        return getattr(train, method)(model, OFFLINE[method], out, **TEXTS | settings)
     common = QUIET | {"max_completion_length": 6} if method == "rejection_sampling" else ONLINE
-    return getattr(train, method)(model, share_of_c, WORDS, out, **common | settings)
+    return getattr(train, method)(model, reward, WORDS, out, **common | settings)
 
 
 # --- what each method promises ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["kto", "rloo", "grpo"])
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto", "rloo", "grpo"])
 def test_the_start_and_the_reference_are_the_given_model(zoo: Zoo, mode: str, method: str, tmp_path: Path) -> None:
     """Bit for bit, over a 4-bit base too; not the raw base: the first step's KL is 0. What is saved is the end."""
     watch, start = Watch(), weights(zoo[mode])
-    prompts = {} if method == "kto" else {"temperature": 0.8}
-    out = run(method, zoo[mode], tmp_path / "out", max_steps=2, learning_rate=1e-2, callbacks=[watch], **prompts)
+    changes = {"temperature": 0.8} if method in ("rloo", "grpo") else {}
+    out = run(method, zoo[mode], tmp_path / "out", max_steps=2, learning_rate=1e-2, callbacks=[watch], **changes)
     first = train.history(out).iloc[0]
-    assert first["kl"] == pytest.approx(0, abs=1e-6)
-    if method == "kto":
-        # r = beta * log(pi / pi_ref) = 0 and z0 = 0, so every row's loss is 1 - sigmoid(0) (2402.01306, section 4.1)
-        assert first["loss"] == pytest.approx(0.5, abs=1e-6)
-        assert first["rewards/chosen"] == pytest.approx(0, abs=1e-6)
+    # r = beta * log(pi / pi_ref) = 0; KTO's z0 = 0, so every row's loss is 1 - sigmoid(0) (2402.01306, section 4.1)
+    assert method not in FIRST_LOSS or first["loss"] == pytest.approx(FIRST_LOSS[method], abs=1e-6)
+    assert method in ("sft", "dpo") or first["kl"] == pytest.approx(0, abs=1e-6)
     assert same(watch.start, start) and same(watch.end, weights(out)) and not same(watch.end, start)
-    assert mode == "full" or same(watch.clone, start)
+    assert mode == "full" or method == "sft" or same(watch.clone, start)
     assert models.read_notes(out).get("load_in_4bit") == (mode == "4bit")
     assert models.is_adapter(out) == (mode != "full")
 
 
 @pytest.mark.slow
-def test_ktos_log_probs_of_the_policy_are_those_of_the_starting_model(zoo: Zoo, mode: str, tmp_path: Path) -> None:
-    out = train.kto(zoo[mode], JUDGED, tmp_path / "kto", max_steps=1, **KTO | {"per_device_train_batch_size": 16})
-    tokenizer, model = models.load_tokenizer(zoo[mode]), models.load_causal(zoo[mode]).eval()
-    expected: dict[bool, list[float]] = {True: [], False: []}
-    for row in JUDGED:
-        prompt, completion = (tokenizer(row[name])["input_ids"] for name in ("prompt", "completion"))
-        expected[row["label"]].append(naive_logprobs(model, prompt, [*completion, EOS]).sum().item())
-    first = train.history(out).iloc[0]
-    assert first["logps/chosen"] == pytest.approx(sum(expected[True]) / 8, rel=1e-4)
-    assert first["logps/rejected"] == pytest.approx(sum(expected[False]) / 8, rel=1e-4)
-
-
-@pytest.mark.slow
 def test_kto_raises_what_is_wanted_above_what_is_not(zoo: Zoo, tmp_path: Path) -> None:
-    out = train.kto(zoo["full"], JUDGED, tmp_path / "kto", max_steps=15, learning_rate=1e-3, **KTO)
+    out = run("kto", zoo["full"], tmp_path / "kto", max_steps=8, learning_rate=2e-3)
     tokenizer = models.load_tokenizer(out)
-
-    def margin(directory: str) -> float:
+    prompt, *answers = (tokenizer(text)["input_ids"] for text in (QUESTIONS[0], " by the river .", " no ."))
+    margins = []
+    for directory in (zoo["full"], out):
         model = models.load_causal(directory).eval()
-        prompt = tokenizer(QUESTIONS[0])["input_ids"]
-        wanted, unwanted = (tokenizer(text)["input_ids"] for text in (" by the river .", " no ."))
-        good, bad = (naive_logprobs(model, prompt, [*ids, EOS]).sum().item() for ids in (wanted, unwanted))
-        return good - bad
-
-    assert margin(out) > margin(zoo["full"]) + 2
+        good, bad = (naive_logprobs(model, prompt, [*ids, EOS]).sum().item() for ids in answers)
+        margins.append(good - bad)
+    assert margins[1] > margins[0] + 2
     assert train.history(out)["loss"].iloc[-1] < 0.45
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["rloo", "grpo", "rejection_sampling"])
-def test_the_policys_reward_rises(speaker: str, method: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"max_steps": 25, "learning_rate": 3e-3, "per_device_train_batch_size": 64}
-    settings |= {"n": 64} if method == "rejection_sampling" else {"beta": 0.01}
-    out = run(method, speaker, tmp_path / "out", **settings)
-    assert mean_reward(out) > mean_reward(speaker) + 0.1  # ten standard errors of 1024 samples
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["kto", "rloo", "grpo", "rejection_sampling"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_same_seed_gives_the_same_weights(zoo: Zoo, speaker: str, method: str, tmp_path: Path) -> None:
+    """Of a new adapter, whatever was drawn before."""
+    settings = {"lora": {"r": 4}, "max_steps": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 8}
     runs = []
     for number, seed in enumerate((1, 1, 2)):
         torch.manual_seed(number)
-        start = zoo["full"] if method == "kto" else speaker
-        runs.append(weights(run(method, start, tmp_path / str(number), seed=seed, max_steps=1, learning_rate=1e-3)))
+        start = zoo["full"] if method in OFFLINE else speaker
+        runs.append(weights(run(method, start, tmp_path / str(number), seed=seed, **settings)))
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "load_in_4bit"), [("kto", False), ("kto", True), ("rloo", True), ("grpo", False)])
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+@pytest.mark.parametrize("method", ["dpo", "kto", "rloo", "grpo"])
 def test_a_fresh_adapter_starts_where_the_full_weights_are(
     zoo: Zoo, method: str, load_in_4bit: bool, tmp_path: Path
 ) -> None:
     settings = {"lora": {"r": 4, "lora_dropout": 0.5}, "load_in_4bit": load_in_4bit, "learning_rate": 1e-2}
     out = run(method, zoo["full"], tmp_path / "out", max_steps=1, **settings)
-    assert train.history(out)["kl"][0] == pytest.approx(0, abs=1e-6)  # LoRA's dropout is off, too
+    first = train.history(out).iloc[0]  # LoRA's dropout is off, too
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) if method == "dpo" else abs(first["kl"]) < 1e-6
     assert models.base_of(out) == zoo["full"] and models.read_notes(out)["load_in_4bit"] == load_in_4bit
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
-def test_one_plain_gradient_step_is_that_of_the_objective_by_hand(speaker: str, method: str, tmp_path: Path) -> None:
+def test_one_plain_gradient_step_is_that_of_the_objective_by_hand(method: str, tmp_path: Path) -> None:
     """RLOO: -mean of A log pi(y), A against the prompt's other completions; GRPO: A whitened, a mean over tokens."""
+    pieces = [END, PAD, *(f"Ġ{letter}" for letter in "cdefghij")]  # what is sampled can be read back
+    vocabulary = {piece: row for row, piece in enumerate(pieces)}
+    tokenizer = wrap(Tokenizer(BPE(vocab=vocabulary, merges=[], ignore_merges=True)))
+    speaker = save_llama(tmp_path / "speaker", tokenizer, hidden=32, eos_logit=1.0)
+    prompts = Dataset.from_dict({"prompt": [" c", " d e", " f g h", " i"]})
     seen: list[tuple[str, str]] = []
 
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -184,30 +162,29 @@ def test_one_plain_gradient_step_is_that_of_the_objective_by_hand(speaker: str, 
         return share_of_c(prompts, completions)
 
     settings: dict[str, Any] = ONLINE | {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9, "max_steps": 1}
-    train_it = getattr(train, method)
-    out = train_it(speaker, reward, WORDS, tmp_path / "out", missing_eos_penalty=2.0, seed=1, **settings)
-    tokenizer, model = models.load_tokenizer(speaker), models.load_causal(speaker, trainable=True)
+    no_pad = {"suppress_tokens": [1]}  # a PAD in the middle could not be read back from the text
+    settings |= {"missing_eos_penalty": 2.0, "seed": 1, "generation_kwargs": no_pad}
+    out = getattr(train, method)(speaker, reward, prompts, tmp_path / "out", **settings)
+    model = models.load_causal(speaker, trainable=True)
     logprobs, rewards = [], []
-    for (prompt, text), share in zip(seen, share_of_c([], [text for _, text in seen]), strict=True):
-        first, ids = (tokenizer(part)["input_ids"] for part in (prompt, text))
-        unfinished = len(ids) == 6
-        ids = ids if unfinished else [*ids, EOS]
+    for prompt, text in seen:
+        first, ids = tokenizer(prompt)["input_ids"], tokenizer(text)["input_ids"]
+        rewards.append(share_of_c([prompt], [text])[0] - 2.0 * (len(ids) == 6))
+        ids = [*ids, EOS][:6]
         logits = model(input_ids=torch.tensor([first + ids])).logits[0, len(first) - 1 : -1]
         logprobs.append(logits.log_softmax(-1)[range(len(ids)), ids])
-        rewards.append(share - 2.0 * unfinished)
     groups = torch.tensor(rewards).view(4, 4)
-    mean = groups.mean(1, keepdim=True)
     if method == "rloo":
         advantages = groups - (groups.sum(1, keepdim=True) - groups) / 3
-        loss = -torch.stack([a * row.sum() for a, row in zip(advantages.flatten(), logprobs, strict=True)]).mean()
+        terms = torch.stack([a * row.sum() for a, row in zip(advantages.flatten(), logprobs, strict=True)])
     else:
-        advantages = (groups - mean) / (groups.std(1, keepdim=True) + 1e-4)
-        loss = -torch.cat([a * row for a, row in zip(advantages.flatten(), logprobs, strict=True)]).mean()
-    loss.backward()
-    assert loss.abs() > 0.01
+        advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+        terms = torch.cat([a * row for a, row in zip(advantages.flatten(), logprobs, strict=True)])
+    (-terms.mean()).backward()
     for name, now in weights(out).items():
         start = model.get_parameter(name)
-        assert torch.allclose(now, start.detach() - start.grad, atol=1e-4), name
+        assert torch.allclose(now, start.detach() - start.grad, atol=1e-5), name
+    assert model.lm_head.weight.grad.norm() > 0.1
     assert train.history(out)["reward"][0] == pytest.approx(groups.mean().item(), rel=1e-5)
 
 
@@ -310,134 +287,51 @@ def test_rejection_sampling_works_on_adapters_and_chats(zoo: Zoo, mode: str, tmp
 )
 def test_kto_refuses_labels_of_one_kind(zoo: Zoo, rows: Dataset, holds: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"`label` must hold both True .* {holds}"):
-        train.kto(zoo["full"], rows, tmp_path / "out", **KTO)
+        train.kto(zoo["full"], rows, tmp_path / "out", **TEXTS)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("method", ["kto", "rloo", "grpo", "rejection_sampling"])
-def test_what_every_stage_refuses_these_do_too(zoo: Zoo, method: str, tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "precious").write_text("weights")
-    with pytest.raises(FileExistsError, match="is there already"):
-        run(method, zoo["full"], tmp_path / "full")
+@pytest.mark.parametrize("method", METHODS)
+def test_what_cannot_be_trained_is_refused_in_one_sentence(zoo: Zoo, method: str, tmp_path: Path) -> None:
+    def never(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        raise AssertionError("sampled")
+
+    taken, out = tmp_path / "taken", tmp_path / "out"
+    taken.mkdir()
+    (taken / "precious").write_text("weights")
+    for path in (taken, taken / "precious"):
+        with pytest.raises(FileExistsError, match=f"{path.name}: is there already.*name another `out` or delete it"):
+            run(method, zoo["full"], path, reward=never)
     with pytest.raises(models.ModelError, match="is an adapter already"):
-        run(method, zoo["lora"], tmp_path / "out", lora={})
+        run(method, zoo["lora"], out, reward=never, lora={})
     with pytest.raises(models.ModelError, match="no such model directory"):
-        run(method, str(tmp_path / "absent"), tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+        run(method, str(tmp_path / "absent"), out, reward=never)
+    with pytest.raises(TypeError, match="learning_rat"):
+        run(method, zoo["full"], out, reward=never, learning_rat=1.0)
+    if method != "rejection_sampling":
+        with pytest.raises(models.ModelError, match="4-bit weights cannot be trained"):
+            run(method, zoo["full"], out, reward=never, load_in_4bit=True)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["taken", "taken/precious"]
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
 def test_what_cannot_be_sampled_is_refused_in_one_sentence(zoo: Zoo, method: str, tmp_path: Path) -> None:
+    train_it, out = getattr(train, method), tmp_path / "out"
     with pytest.raises(ValueError, match="2 prompts are fewer than the 4 of one batch"):
-        getattr(train, method)(zoo["words"], share_of_c, WORDS.select([0, 1]), tmp_path / "out", **ONLINE)
+        train_it(zoo["words"], share_of_c, WORDS.select([0, 1]), out, **ONLINE)
     with pytest.raises(ValueError, match="no column 'prompt'; it has text"):
-        getattr(train, method)(
-            zoo["words"], share_of_c, WORDS.rename_column("prompt", "text"), tmp_path / "out", **ONLINE
-        )
+        train_it(zoo["words"], share_of_c, WORDS.rename_column("prompt", "text"), out, **ONLINE)
     with pytest.raises(ValueError, match="exceed the model's 64 positions"):
-        run(method, zoo["words"], tmp_path / "out", max_completion_length=63)
+        run(method, zoo["words"], out, max_completion_length=63)
     with pytest.raises(models.ModelError, match="counts positions from the start of the padding"):
-        run(method, zoo["gpt2"], tmp_path / "out")
+        run(method, zoo["gpt2"], out)
     with pytest.raises(ValueError, match="gave \\[16\\] values for 16 completions, 16 of them not finite"):
-        getattr(train, method)(
-            zoo["words"], lambda prompts, completions: [math.nan] * len(prompts), WORDS, tmp_path / "out", **ONLINE
-        )
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_misspelt_setting_is_refused_before_anything_is_sampled(tmp_path: Path, speaker: str) -> None:
-    def never(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        raise AssertionError("sampled")
-
-    with pytest.raises(TypeError, match="learning_rat"):
-        train.rejection_sampling(speaker, never, WORDS, tmp_path / "out", learning_rat=1.0, **QUIET)
+        train_it(zoo["words"], lambda prompts, completions: [math.nan] * len(prompts), WORDS, out, **ONLINE)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rejection_sampling_says_how_many_prompts_it_leaves_out(speaker: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"n": 4, "max_completion_length": 1, "max_steps": 1}
-    with pytest.warns(
-        UserWarning, match=r"of \d+ of 16 prompts no completion ended in 1 tokens; these prompts are left"
-    ):
+    with pytest.warns(UserWarning, match=r"of \d+ of 16 prompts no completion ended in 1 tokens; these prompts are"):
         out = run("rejection_sampling", speaker, tmp_path / "out", **settings)
     assert 0 < len(pd.read_parquet(Path(out) / "samples.parquet")) < 16
-
-
-# --- reward models: margins, and rankings ----------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_margin_is_taken_off_the_difference_in_the_loss(zoo: Zoo, tmp_path: Path) -> None:
-    """-log sigmoid(r_chosen - r_rejected - m), Llama 2 (2307.09288), eq. 2."""
-    margins = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 0.25, 0.75]
-    settings = QUIET | {"per_device_train_batch_size": 8, "max_steps": 1, "learning_rate": 0.0}
-    losses = []
-    for name, rows in (("plain", PAIRS), ("margin", PAIRS.add_column("margin", margins))):
-        out = train.reward_model(zoo["full"], rows, tmp_path / name, **settings)
-        losses.append(train.history(out)["loss"][0])
-    scale, reward = models.read_notes(out)["scale"], RewardModel(out)
-    chosen, rejected = (torch.tensor(reward(PAIRS["prompt"][:], PAIRS[side][:])) for side in ("chosen", "rejected"))
-    expected = torch.log1p(torch.exp(-((chosen - rejected) * scale - torch.tensor(margins)))).mean().item()
-    assert losses[1] == pytest.approx(expected, abs=1e-4)
-    assert abs(losses[1] - losses[0]) > 0.1
-
-
-SIZES = {"a": 3, "b": 1, "c": 6, "d": 2, "e": 3, "f": 1, "g": 10, "h": 1, "i": 2}
-ITEMS = [item for k in range(10) for item, size in SIZES.items() if k < size]
-
-
-def test_batches_hold_whole_items_and_every_row_once_an_epoch() -> None:
-    batches = ItemBatches(ITEMS, 6, seed=1)
-    orders = []
-    for epoch in range(4):
-        batches.set_epoch(epoch)
-        order = list(batches)
-        assert len(order) == len(batches)  # in every epoch: Trainer counts once
-        assert sorted(row for batch in order for row in batch) == list(range(len(ITEMS)))
-        for batch in order:
-            held = {ITEMS[row] for row in batch}
-            assert len(batch) == sum(SIZES[item] for item in held)
-            assert len(batch) <= 6 or held == {"g"}
-        orders.append(order)
-    assert len({json.dumps(order) for order in orders}) == 4
-    again, other = ItemBatches(ITEMS, 6, seed=1), ItemBatches(ITEMS, 6, seed=2)
-    again.set_epoch(3)
-    assert list(again) == orders[3]
-    assert list(other) != orders[0]
-
-
-@pytest.mark.slow
-def test_a_reward_model_learns_from_batches_of_whole_items(
-    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the trainer's loss was given: whole items each time, reshuffled each epoch, over-long pairs left out."""
-    rows = [
-        {"prompt": QUESTIONS[item], "chosen": f" it lives {'by ' * pair}.", "rejected": f" no {item} .", "item": item}
-        for pair in range(6)
-        for item in range(6)
-        if pair <= item
-    ]
-    long = {"prompt": QUESTIONS[0], "chosen": " river" * 60, "rejected": " no .", "item": 0}
-    tokenizer = models.load_tokenizer(zoo["full"])
-    ids = [tokenizer(row["prompt"] + row["rejected"] + "<|endoftext|>")["input_ids"] for row in rows]
-    owner = {tuple(each): row["item"] for each, row in zip(ids, rows, strict=True)}  # names an item in a batch
-    epochs: list[list[list[int]]] = []
-    original = ItemRewardTrainer.compute_loss
-
-    def watch(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        half = len(inputs["input_ids"]) // 2
-        pairs = zip(inputs["input_ids"][half:], inputs["attention_mask"][half:], strict=True)
-        items = [owner[tuple(row[mask.bool()].tolist())] for row, mask in pairs]
-        if self.state.epoch == int(self.state.epoch) and (not epochs or epochs[-1]):
-            epochs.append([])
-        epochs[-1].append(items)
-        return original(self, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(ItemRewardTrainer, "compute_loss", watch)
-    settings: dict[str, Any] = QUIET | {"per_device_train_batch_size": 6, "num_train_epochs": 2, "max_length": 40}
-    train.reward_model(zoo["full"], Dataset.from_list([long, *rows]), tmp_path / "out", learning_rate=1e-3, **settings)
-    assert len(epochs) == 2 and epochs[0] != epochs[1]
-    for epoch in epochs:
-        assert sorted(item for batch in epoch for item in batch) == sorted(row["item"] for row in rows)
-        for batch in epoch:
-            assert all(batch.count(item) == item + 1 for item in set(batch)) and len(batch) <= 6
