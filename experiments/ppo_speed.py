@@ -51,14 +51,14 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     quiet()
     set_threads(options.threads)
     updates = 1 if options.quick else 5
-    rollouts, lengths = (ROLLOUTS[:2], LENGTHS[:2]) if options.quick else (ROLLOUTS, LENGTHS)
+    rollouts, lengths, middle = ((2, 4), (8, 16), 4) if options.quick else (ROLLOUTS, LENGTHS, 32)
     where = {"device": runs.device(), "threads": torch.get_num_threads(), **runs.versions()}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         base = random_base(Path(folder) / "base")
         cases = [{"table": "shares", "mode": mode, "rollouts": rollouts[-1] // 2, "length": 16} for mode in MODES]
         cases += [{"table": "growth", "mode": "full", "rollouts": n, "length": 16} for n in rollouts]
-        cases += [{"table": "growth", "mode": "full", "rollouts": 32, "length": n} for n in lengths]
+        cases += [{"table": "growth", "mode": "full", "rollouts": middle, "length": n} for n in lengths]
         started = time.monotonic()
         for i, case in enumerate(cases):
             rows.append(case | timed(base, Path(folder), case, updates) | where)
@@ -245,11 +245,12 @@ def exponent(x: pd.Series, y: pd.Series) -> float:
 
 
 def growths(growth: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The points of each growth by its x column."""
-    return {
-        "rollouts": growth[growth["length"] == 16].drop_duplicates("rollouts").sort_values("rollouts"),
-        "length": growth[growth["rollouts"] == 32].drop_duplicates("length").sort_values("length"),
-    }
+    """The points of each growth by its x column; the other column has its most frequent value there."""
+    found = {}
+    for x, other in (("rollouts", "length"), ("length", "rollouts")):
+        held = growth[growth[other] == growth[other].mode()[0]]
+        found[x] = held.drop_duplicates(x).sort_values(x)
+    return found
 
 
 def growth_figure(growth: pd.DataFrame) -> Figure:
