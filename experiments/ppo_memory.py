@@ -68,7 +68,7 @@ SHAPES = {
     "qwen2.5-7b": llama(3584, 28, 28, 4, 18944, 152064, attention_bias=True),
     "llama-3.1-8b": llama(4096, 32, 32, 8, 14336, 128256),
 }
-LENGTHS = {"pocket": (24, 16), "llama-30m": (64, 64)}  # tokens of prompt and completion; elsewhere 512 and 512
+LENGTHS = {"pocket": (24, 16), "llama-30m": (96, 16)}  # tokens of prompt and completion; elsewhere 512 and 512
 
 
 def main(arguments: list[str] | None = None) -> pd.DataFrame:

@@ -36,32 +36,22 @@ TRAINED = {"sft": ["policy"], "reward_model": ["reward"], "dpo": ["policy"], "pp
 STAGES = tuple(TRAINED)
 TRL_TILE = (4096, 32768)  # tokens and words of the vocabulary whose logits TRL's loss holds at once
 SCORED_ROWS, SCORED_TOKENS = 64, 4096  # what rewards.RewardModel scores at once, at most
-# On a GPU the CUDA context, the workspaces of cuBLAS and the gaps between blocks take memory that no tensor has: an
-# allowance, not a measurement.
+# For the CUDA context, the workspaces of cuBLAS and the gaps between blocks: an allowance, not a measurement.
 RESERVE_GIB, RESERVE_SHARE = 0.75, 0.05
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """GiB of a stage by phase and part; a role's part is its weights or, over a shared base, its adapter."""
+    """GiB of a stage by phase and part, and of these the phase that needs most with its parts and their sum.
+
+    A role's part is its weights or, over a shared base, its adapter.
+    """
 
     trained_parameters: int
     phases: dict[str, dict[str, float]]
-
-    @property
-    def peak_phase(self) -> str:
-        """The phase that needs most."""
-        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """GiB by part in that phase; they add up to `peak`."""
-        return self.phases[self.peak_phase]
-
-    @property
-    def peak(self) -> float:
-        """GiB at the peak."""
-        return sum(self.parts.values())
+    peak_phase: str
+    parts: dict[str, float]
+    peak: float
 
     def table(self) -> str:
         """Parts in rows, phases in columns, GiB; the largest total is the peak."""
@@ -101,8 +91,7 @@ def _model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"model type {config.model_type!r}: no causal LM can be built from it ({reason})") from error
+        raise ModelError(f"model type {config.model_type!r}: transformers has no causal LM of this config") from error
 
 
 def _weights(model: Any, four_bit: bool = False, head: bool = True) -> tuple[int, list[tuple[int, bool]], list[int]]:
@@ -194,10 +183,8 @@ def estimate(
     Raises ValueError on settings that make no stage, ModelError where there is no such model.
     """
     if stage not in STAGES or dtype not in ("float32", "bfloat16") or "adam" not in optim:
-        raise ValueError(
-            f"stage={stage!r}, dtype={dtype!r}, optim={optim!r}: known are the stages {', '.join(STAGES)}, float32 and "
-            "bfloat16, and AdamW in fp32 (adamw_torch_fused) or in 8 bits (paged_adamw_8bit)"
-        )
+        known = f"a stage of {', '.join(STAGES)}; float32 or bfloat16; AdamW in fp32 (adamw_torch_fused) or 8 bits"
+        raise ValueError(f"stage={stage!r}, dtype={dtype!r}, optim={optim!r}: choose {known} (paged_adamw_8bit)")
     if min(prompt_length, max_completion_length, rollout, micro_batch_size) < 1 or ensemble < 0:
         raise ValueError("prompt_length, max_completion_length, rollout and micro_batch_size must be at least 1")
     settings = models.lora_config(lora)
@@ -235,11 +222,10 @@ def estimate(
     if stage in ("dpo", "ppo"):
         held["reference"] = base if settings is None else adapter
     if stage == "ppo":
-        paths = [each for each in (model, reward_model) if isinstance(each, str | Path)]
-        shared = reward_model in (None, model) or (len(paths) == 2 and models.same_base(*paths))
         scorer = config if reward_model is None else reward_model
         scorer = scorer if isinstance(scorer, PreTrainedConfig) else models.load_config(scorer)
-        own = 0 if shared and settings is not None else _weights(_model(scorer, frozen), four_bit, head=False)[0]
+        shared = reward_model is None and settings is not None
+        own = 0 if shared else _weights(_model(scorer, frozen), four_bit, head=False)[0]
         held["reward models"] = ensemble * (own + adapter)
         held["heads"] = 4 * (width + 1) + ensemble * 4 * _number(scorer, 0, "hidden_size")
         trained += [(width, False), (1, False)]
@@ -256,13 +242,12 @@ def estimate(
     kept, checkpoint, backward, scoring, cached = _activations(config, rank, compute, stored, autocast)
     rows = min(micro_batch_size, rollout) if stage == "ppo" else micro_batch_size * (1 if stage == "sft" else 2)
     tokens = rows * length
-    if stage == "reward_model":
-        logits = 0
-    elif stage == "ppo":  # of a chunk: log-probs, their gradient, the logits' gradient
+    logits = 0
+    if stage == "ppo":  # of a chunk: log-probs, their gradient, the logits' gradient
         logits = 3 * min(4 * rows * max_completion_length * text.vocab_size, int(LOGITS_CHUNK_GIB * GIB))
-    elif on_gpu:
+    elif stage != "reward_model" and on_gpu:
         logits = 2 * min(rows * max_completion_length, TRL_TILE[0]) * TRL_TILE[1]
-    else:  # on a CPU TRL takes the prompts' tokens too, and works on seven fp32 copies of a tile
+    elif stage != "reward_model":  # on a CPU TRL takes prompts' tokens too, and works on seven fp32 copies of a tile
         logits = 4 * min(tokens - rows, TRL_TILE[0]) * (TRL_TILE[1] + 7 * min(text.vocab_size, TRL_TILE[1]))
     one_layer = tokens * (kept + backward)
     all_layers = tokens * (layers * (checkpoint if gradient_checkpointing else kept) + 4 * 4 * width)
@@ -282,15 +267,15 @@ def estimate(
         token = cached * layers * rollout  # of all rows' KV cache, which is copied layer by layer as it grows
         prefill, sampled = rollout * prompt_length * scoring, 3 * 4 * rollout * text.vocab_size
         phases["prefill"] = phase(**{"KV cache": prompt_length * token}, activations=prefill)
-        copied = length * token // layers
-        phases["generate"] = phase(**{"KV cache": length * token}, activations=copied, logits=sampled)
+        phases["generate"] = phase(**{"KV cache": length * token}, activations=length * token // layers, logits=sampled)
         scored = min(scored, scoring * length * rollout) if ensemble else 0
         phases["score"] = phase(activations=max(tokens * scoring + logits, scored))
     phases["forward"] = phase(gradients=accumulated, activations=all_layers + max(0, at_work - logits), logits=logits)
     phases["backward"] = phase(gradients=gradients, activations=one_layer)
     if stage == "reward_model":  # loaded again, it scores the dataset to be normalised
         phases["score"] = phase(optimizer=0, activations=scored)
-    return Estimate(sum(n for n, _ in trained), phases)
+    peak = max(phases, key=lambda name: sum(phases[name].values()))
+    return Estimate(sum(n for n, _ in trained), phases, peak, phases[peak], sum(phases[peak].values()))
 
 
 def advise(model: Shape, stage: str, gib: float, **settings: Any) -> Advice:

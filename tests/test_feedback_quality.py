@@ -342,7 +342,7 @@ def test_a_careless_rater_is_told_from_the_careful() -> None:
     lows, inside = [], []
     for seed in range(10):
         panel = Pocket(WORLD).panel(3, seed=100 * seed, lapse=0.02)
-        panel.append(feedback.SimulatedRater(WORLD, pocket.Rater(lapse=0.4, name="careless"), 1000 + seed))
+        panel.append(pocket.SimulatedRater(WORLD, pocket.Rater(lapse=0.4, name="careless"), 1000 + seed))
         judgments = feedback.ask(texts(300, seed), panel, per_item=4, seed=seed)
         found = feedback.biases(judgments).set_index("rater")
         assert found["lapse"].idxmax() == "careless"
