@@ -32,7 +32,6 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from rlhf_kit import PPOConfig, PPOTrainer, memory, models, plots, runs
 from rlhf_kit.notebook import set_threads
-from rlhf_kit.ppo import trainer as ppo_trainer
 from rlhf_kit.ppo.alarms import Alarms
 from rlhf_kit.progress import clock, quiet
 from rlhf_kit.tasks import pocket
@@ -52,14 +51,14 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     quiet()
     set_threads(options.threads)
     updates = 1 if options.quick else 5
-    rollouts, lengths = (ROLLOUTS[:2], LENGTHS[:2]) if options.quick else (ROLLOUTS, LENGTHS)
+    rollouts, lengths, middle = ((2, 4), (8, 16), 4) if options.quick else (ROLLOUTS, LENGTHS, 32)
     where = {"device": runs.device(), "threads": torch.get_num_threads(), **runs.versions()}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         base = random_base(Path(folder) / "base")
         cases = [{"table": "shares", "mode": mode, "rollouts": rollouts[-1] // 2, "length": 16} for mode in MODES]
         cases += [{"table": "growth", "mode": "full", "rollouts": n, "length": 16} for n in rollouts]
-        cases += [{"table": "growth", "mode": "full", "rollouts": 32, "length": n} for n in lengths]
+        cases += [{"table": "growth", "mode": "full", "rollouts": middle, "length": n} for n in lengths]
         started = time.monotonic()
         for i, case in enumerate(cases):
             rows.append(case | timed(base, Path(folder), case, updates) | where)
@@ -124,11 +123,11 @@ def make(base: str, folder: Path, case: dict[str, Any], updates: int) -> PPOTrai
         num_minibatches=2,
         micro_batch_size=16,
         max_steps=updates,
+        lora=None if case["mode"] == "full" else {},
         load_in_4bit=case["mode"].startswith("4-bit"),
     )
-    lora = None if case["mode"] == "full" else models.lora()
     prompts = Dataset.from_dict({"prompt": [row["prompt"] for row in rows]})
-    trainer = PPOTrainer(base, constant, args, prompts, peft_config=lora, callbacks=[])
+    trainer = PPOTrainer(base, constant, args, prompts, callbacks=[])
     trainer.remove_callback(Alarms)  # that random weights never stop is no news here
     return trainer
 
@@ -144,8 +143,8 @@ class Stopwatch:
         self.update_started = self.call_started = 0.0
         self.depth = 0
         self.handles: list[Any] = []
-        self.generate = ppo_trainer.generate
-        ppo_trainer.generate = self.timed("generate", self.generate)
+        self.generate = models.generate
+        models.generate = self.timed("generate", self.generate)
         trainer.accelerator.backward = self.timed("backward", trainer.accelerator.backward)
         create, step = trainer.create_optimizer, trainer.training_step
 
@@ -171,7 +170,7 @@ class Stopwatch:
 
     def stop(self) -> None:
         """Take the watch off the modules again."""
-        ppo_trainer.generate = self.generate
+        models.generate = self.generate
         for handle in self.handles:
             handle.remove()
 
@@ -210,7 +209,7 @@ def now() -> float:
 
 def one_pass(base: str, times: int) -> list[dict[str, Any]]:
     """Seconds of scoring one micro-batch under reference and value: two passes, and one with a row per role in it."""
-    roles = models.load_roles(base, lora=models.lora(), load_in_4bit=True).eval()
+    roles = models.load_roles(base, lora={}, load_in_4bit=True).eval()
     model, rows = roles.use("policy"), 16
     question, answer = "what does the otter eat ?", " the otter eats fish and it lives by the river ."
     tokens = models.encode_pairs(models.load_tokenizer(base), [question] * rows, [answer] * rows).to(model.device)
@@ -246,11 +245,12 @@ def exponent(x: pd.Series, y: pd.Series) -> float:
 
 
 def growths(growth: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The points of each growth by its x column."""
-    return {
-        "rollouts": growth[growth["length"] == 16].drop_duplicates("rollouts").sort_values("rollouts"),
-        "length": growth[growth["rollouts"] == 32].drop_duplicates("length").sort_values("length"),
-    }
+    """The points of each growth by its x column; the other column has its most frequent value there."""
+    found = {}
+    for x, other in (("rollouts", "length"), ("length", "rollouts")):
+        held = growth[growth[other] == growth[other].mode()[0]]
+        found[x] = held.drop_duplicates(x).sort_values(x)
+    return found
 
 
 def growth_figure(growth: pd.DataFrame) -> Figure:

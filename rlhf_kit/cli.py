@@ -144,7 +144,7 @@ def _memory(options: argparse.Namespace) -> int:
     if options.load_in_4bit is None and not adapter:  # an adapter's directory remembers
         options.load_in_4bit = not options.full
     settings = {
-        "lora": None if options.full or adapter else models.lora(r=options.lora),
+        "lora": None if options.full or adapter else models.lora_config({"r": options.lora}),
         "load_in_4bit": options.load_in_4bit,
         "prompt_length": options.prompt,
         "max_completion_length": options.completion,

@@ -1,4 +1,4 @@
-"""Rewards: functions `(prompts, completions, **columns) -> list[float]`, exact (gold) or learned (a directory)."""
+"""Rewards: functions `(prompts, completions, **columns) -> list[float]`, learned (a directory) or any other."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from rlhf_kit.models import (
     load_backbone,
     load_ready,
     load_tokenizer,
+    padded,
     read_notes,
     read_score_head,
     write_notes,
 )
 
-BATCH_TOKENS = 4096  # of one forward pass of a reward model, whatever its `batch_size`: long texts must not fill a GPU
+BATCH_TOKENS = 4096  # in one forward pass of a reward model, whatever its `batch_size`: long texts must not fill a GPU
 Completion = str | list[dict[str, str]]
 Reward = Callable[..., list[float]]
 
 
 def checked(rewards: list[float], count: int) -> torch.Tensor:
-    """What a reward function gave `count` completions, (count,) fp32; ValueError where that is not one number each."""
+    """The rewards of `count` completions as fp32 (count,); ValueError unless there is one finite number for each."""
     found = torch.tensor(rewards, dtype=torch.float32)
     if found.shape != (count,) or not torch.isfinite(found).all():
         raise ValueError(
             f"the reward function gave {list(found.shape)} values for {count} completions, "
-            f"{int((~torch.isfinite(found)).sum())} of them not finite; it must give one finite number each"
+            f"{int((~torch.isfinite(found)).sum())} of them not finite; return one finite number for each"
         )
     return found
 
@@ -40,8 +41,8 @@ def checked(rewards: list[float], count: int) -> torch.Tensor:
 class RewardModel:
     """A learned reward r(x, y): the score head on the hidden state of the last token of prompt + completion + EOS.
 
-    Scores text, so the policy may have another tokenizer. They are shifted and scaled as `normalise` left it. The
-    weights are loaded when they are first needed, or not at all where it stands on a base that others use (`on`).
+    It scores text, so the policy may have another tokenizer. Scores are shifted and scaled as `normalise` stored it.
+    The weights are loaded at the first use, or not at all where the adapter is over a base that is in use (`on`).
     """
 
     def __init__(self, path: ModelPath, load_in_4bit: bool | None = None, batch_size: int = 64) -> None:
@@ -55,14 +56,14 @@ class RewardModel:
         self._backbone: Callable[[], PreTrainedModel] | None = None
 
     def on(self, roles: Roles, role: str) -> RewardModel:
-        """The same reward, its adapter one of `roles`: no second copy of the base is held."""
+        """The same reward through its adapter in `roles`, without a second copy of the base."""
         shared = copy(self)
         shared._backbone = lambda: roles.backbone(role)
         return shared
 
     @property
     def backbone(self) -> PreTrainedModel:
-        """The transformer, this model's adapter switched on."""
+        """The transformer, with this model's adapter switched on."""
         if self._backbone is None:
             loaded = load_ready(load_backbone, self.path, self.load_in_4bit)
             self._backbone = lambda: loaded
@@ -70,7 +71,7 @@ class RewardModel:
 
     @property
     def __name__(self) -> str:
-        """How TRL's trainers call this reward in their logs."""
+        """The name of this reward in the logs of TRL's trainers."""
         return "reward_model"
 
     @torch.no_grad()
@@ -94,29 +95,28 @@ class RewardModel:
         return self.tokenizer.apply_chat_template(prompt + reply, tokenize=False)
 
     def _score(self, rows: list[list[int]]) -> torch.Tensor:
-        """Raw scores (B,) in fp32 of token ids, padded on the right so that no position has to be shifted."""
-        width = max(map(len, rows))
+        """Raw scores (B,) in fp32 of rows of token ids, padded on the right so that positions count from 0."""
         backbone = self.backbone
         where = backbone.device
-        ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=where)
-        lengths = torch.tensor([len(row) for row in rows], device=where)
-        mask = (torch.arange(width, device=where) < lengths[:, None]).long()
+        ids, mask = (tensor.to(where) for tensor in padded(rows, "right", self.tokenizer.pad_token_id))
         states = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        last = states[torch.arange(len(rows), device=where), lengths - 1]
+        last = states[torch.arange(len(rows), device=where), mask.sum(1) - 1]
         with torch.autocast(where.type, enabled=False):  # heads stay in fp32
             return (last.float() @ self.head.to(where).T).squeeze(-1)
 
 
 class Ensemble:
-    """Several rewards as one: the mean, or the smallest (`min`), of what they give each completion.
+    """Several rewards as one: the mean, or the smallest (`min`), of each completion's rewards.
 
-    Coste et al. 2023 (2310.02743): where they disagree, the policy has left what the judgments cover; `min` keeps it
-    from being paid for that.
+    Coste et al. 2023 (2310.02743): where the members disagree, the policy has left the data that they were trained on;
+    `min` does not reward that. ValueError for fewer than two members, or another way to combine.
     """
 
     def __init__(self, members: Sequence[Reward], combine: str = "mean") -> None:
         if len(members) < 2 or combine not in ("mean", "min"):
-            raise ValueError(f"an ensemble has two or more members and combine 'mean' or 'min', not {combine!r}")
+            raise ValueError(
+                f"an ensemble needs two or more members and combine 'mean' or 'min'; got {len(members)} and {combine!r}"
+            )
         self.members = list(members)
         self.combine = combine
 
@@ -124,22 +124,22 @@ class Ensemble:
         return self.combined(self.each(prompts, completions, **columns)).tolist()
 
     def each(self, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> torch.Tensor:
-        """What each member gives each completion: (K, B)."""
+        """The rewards of each of K members for each completion: (K, B)."""
         return torch.tensor([member(prompts, completions, **columns) for member in self.members])
 
     def combined(self, each: torch.Tensor) -> torch.Tensor:
-        """(K, B) -> (B,)"""
+        """The mean or the smallest of the members' rewards: (K, B) -> (B,)."""
         return each.mean(0) if self.combine == "mean" else each.amin(0)
 
 
 def normalise(path: ModelPath, prompts: list[Prompt], completions: list[Completion]) -> None:
-    """Shift and scale a reward model so that these completions (the SFT model's own) have mean 0 and variance 1.
+    """Shift and scale a reward model so that these completions (samples of the SFT model) have mean 0 and variance 1.
 
-    A Bradley-Terry reward is only defined up to a shift, and its scale is the raters' noise; in units of the SFT
-    distribution one `kl_coef` means the same for every reward model.
+    A Bradley-Terry reward is defined only up to a shift, and its scale depends on the noise of the raters. After this,
+    a `kl_coef` means the same for every reward model. ValueError where all completions have the same score.
     """
     write_notes(path, shift=0.0, scale=1.0)
     scores = torch.tensor(RewardModel(path)(prompts, completions))
-    if len(scores) < 2 or scores.std() < 1e-4:  # equal texts in batches of other sizes differ by rounding
-        raise ValueError(f"{path}: gives every completion the same score, so it cannot be normalised; was it trained?")
+    if len(scores) < 2 or scores.std() < 1e-4:  # equal texts in other batches differ by rounding
+        raise ValueError(f"{path}: gives every completion the same score, so it cannot be normalised; train it longer")
     write_notes(path, shift=scores.mean().item(), scale=scores.std().item())

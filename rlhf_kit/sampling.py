@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 
 from rlhf_kit.models import (
+    MAX_COMPLETION_LENGTH,
     ModelPath,
     completion_kl,
     decode_completions,
@@ -20,7 +21,7 @@ from rlhf_kit.models import (
 )
 from rlhf_kit.rewards import Reward
 
-KL_ROWS = 64  # completions of like length in one forward pass for the KL: halves what all of a batch at once takes
+KL_ROWS = 64  # completions in one forward pass for the KL; sorted by length, they cost half of a whole batch at once
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def sample(
     prompts: Dataset,
     n: int = 1,
     temperature: float = 1.0,
-    max_completion_length: int = 64,
+    max_completion_length: int = MAX_COMPLETION_LENGTH,
     reference: ModelPath | None = None,
     seed: int = 0,
     batch_tokens: int = 2**15,
@@ -37,12 +38,12 @@ def sample(
 ) -> pd.DataFrame:
     """`n` completions of each prompt: a row per (prompt_id, sample) with text, `finished`, `n_tokens`, prompt columns.
 
-    With a `reference` model the column `kl` holds KL(model || reference) along each completion in nats, summed exactly
-    over the vocabulary at each position. `batch_tokens`: how many tokens, prompts and completions at their longest, are
-    in memory at once.
+    With a `reference` model the column `kl` is KL(model || reference) in nats: the exact KL over the vocabulary, summed
+    over the positions of the completion. batch_tokens: the most tokens in memory at once, prompts and completions at
+    their longest. ValueError where there are no prompts or n is below 1.
     """
     if n < 1 or len(prompts) == 0:
-        raise ValueError(f"sample: there are no prompts to answer, or n is below 1 ({len(prompts)} prompts, n={n})")
+        raise ValueError(f"sample: needs prompts and n of at least 1; got {len(prompts)} prompts and n={n}")
     torch.manual_seed(seed)
     policy, tokenizer = load_ready(load_causal, model, load_in_4bit), load_tokenizer(model)
     other = load_ready(load_causal, reference, load_in_4bit) if reference is not None else None
@@ -59,27 +60,27 @@ def sample(
         batch["n_tokens"] = tokens.completion_mask.sum(1).tolist()
         if other is not None:
             kl = torch.zeros(len(batch))
-            for like in tokens.attention_mask.sum(1).argsort().split(KL_ROWS):
-                kl[like] = completion_kl(policy, other, tokens.rows(like), temperature or 1.0).cpu()
+            for index in tokens.attention_mask.sum(1).argsort().split(KL_ROWS):
+                kl[index] = completion_kl(policy, other, tokens.rows(index), temperature or 1.0).cpu()
             batch["kl"] = kl.tolist()
         parts.append(batch)
     columns = prompts.to_pandas().rename_axis("prompt_id").reset_index()
-    columns["prompt"] = prompts["prompt"][:]  # chats stay lists of dicts
+    columns["prompt"] = prompts["prompt"][:]  # to_pandas turns chats into arrays
     frame = pd.concat(parts, ignore_index=True).merge(columns, on="prompt_id", suffixes=("", "_dataset"))
     first = ["prompt_id", "sample", "prompt", "completion", "finished", "n_tokens"]
     return frame[first + [column for column in frame.columns if column not in first]]
 
 
 def add_rewards(samples: pd.DataFrame, rewards: dict[str, Reward]) -> pd.DataFrame:
-    """The samples with a column for each reward, called with the frame's other columns as it would be in training."""
+    """The samples with a column for each reward, which gets the other columns of the frame as it does in training."""
     columns = {name: samples[name].tolist() for name in samples.columns if name not in ("prompt", "completion")}
     prompts, completions = samples["prompt"].tolist(), samples["completion"].tolist()
     return samples.assign(**{name: reward(prompts, completions, **columns) for name, reward in rewards.items()})
 
 
 def best_of_n(scored: pd.DataFrame, by: str, n: int | None = None) -> pd.DataFrame:
-    """Of each prompt's first `n` samples (default: all) the one with the highest `by`: a row per prompt."""
+    """The sample with the highest `by` among the first `n` (default: all) of each prompt: a row per prompt."""
     if by not in scored.columns:
-        raise ValueError(f"best_of_n: no column {by!r} to choose by; score the samples first")
+        raise ValueError(f"best_of_n: no column {by!r} to choose by; add it to the samples by add_rewards")
     pool = scored if n is None else scored[scored["sample"] < n]
     return scored.loc[pool.groupby("prompt_id")[by].idxmax()].reset_index(drop=True)

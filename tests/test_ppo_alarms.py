@@ -7,8 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
-from test_ppo import Zoo, make, updates
+from test_ppo import Zoo, make
 
 from rlhf_kit.ppo.alarms import Alarms, Limits, check, repetition, worst
 
@@ -71,7 +70,7 @@ def test_a_policy_paid_for_one_word_sets_the_alarms_off_with_its_samples(
     zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alarms = Alarms(n_samples=2)
-    settings: dict[str, Any] = {"kl_coef": 0.0, "missing_eos_penalty": 0.0, "max_steps": 30, "learning_rate": 3e-3}
+    settings: dict[str, Any] = {"kl_coef": 0.0, "missing_eos_penalty": 0.0, "max_steps": 16, "learning_rate": 3e-3}
     settings |= {"max_completion_length": 12, "ppo_epochs": 4, "per_device_train_batch_size": 32}
     trainer = make(
         zoo, "words", tmp_path, pays_for_one_word, ["a", "b"] * 16, value_model=None, callbacks=[alarms], **settings
@@ -91,7 +90,7 @@ def test_a_policy_paid_for_one_word_sets_the_alarms_off_with_its_samples(
 
 
 def test_alarms_are_on_by_default_and_can_be_taken_off(zoo: Zoo, tmp_path: Path) -> None:
-    trainer = make(zoo, "full", tmp_path)
+    trainer = make(zoo, "full", tmp_path, max_steps=1)
     [alarms] = [c for c in trainer.callback_handler.callbacks if isinstance(c, Alarms)]
     assert alarms.limits == Limits()
     trainer.train()
@@ -99,21 +98,7 @@ def test_alarms_are_on_by_default_and_can_be_taken_off(zoo: Zoo, tmp_path: Path)
     trainer.remove_callback(Alarms)
     assert not [c for c in trainer.callback_handler.callbacks if isinstance(c, Alarms)]
     own = Alarms(Limits(kl=-1.0))
-    trainer = make(zoo, "full", tmp_path / "own", callbacks=[own])
+    trainer = make(zoo, "full", tmp_path / "own", callbacks=[own], max_steps=1)
     trainer.train()
     assert own.raised[0]["alarm"] == "kl" and own.raised[0]["step"] == 1
     assert [c for c in trainer.callback_handler.callbacks if isinstance(c, Alarms)] == [own]
-
-
-def test_a_gradient_that_is_not_finite_is_not_applied(zoo: Zoo, tmp_path: Path) -> None:
-    trainer = make(zoo, "full", tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
-    calls = []
-
-    def spoil(gradient: torch.Tensor) -> torch.Tensor:
-        calls.append(len(updates(trainer)))
-        return gradient / 0 if calls[-1] == 2 else gradient
-
-    trainer.roles.value_head.weight.register_hook(spoil)
-    with pytest.raises(FloatingPointError, match="update 3 has a loss of .*not applied.*checkpoint-2$"):
-        trainer.train()
-    assert all(p.isfinite().all() for p in trainer.roles.parameters())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
-from rlhf_kit.ppo import (
-    PPOConfig,
+from rlhf_kit.ppo import PPOConfig
+from rlhf_kit.ppo.maths import (
     adapt_kl_coef,
     explained_variance,
     gae,
@@ -229,10 +231,18 @@ def test_a_batch_smaller_than_num_minibatches_still_has_a_row_in_each() -> None:
         ({"gamma": 1.1}, "gamma must lie between 0 and 1"),
         ({"gae_lambda": 1.1}, "gae_lambda must lie between 0 and 1"),
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must not be negative"),
-        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must stay 1; micro_batch_size"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must stay 1; set micro_batch_size"),
         ({"num_minibatches": 9, "per_device_train_batch_size": 8}, "num_minibatches=9 exceeds"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_name(settings: dict[str, Any], says: str, tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=says):
         PPOConfig(output_dir=str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("lora", [{"r": 4}, LoraConfig(r=4, target_modules=["q_proj", "k_proj"])])
+def test_a_config_with_lora_is_written_as_json(lora: Any, tmp_path: Any) -> None:
+    args = PPOConfig(output_dir=str(tmp_path), lora=lora)
+    written = json.loads(args.to_json_string())["lora"]
+    assert written["r"] == 4 and args.lora is lora  # the setting itself stays as it was given
+    assert isinstance(lora, dict) or written["target_modules"] == ["k_proj", "q_proj"]

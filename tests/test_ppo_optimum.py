@@ -99,10 +99,10 @@ def test_ppo_reaches_the_enumerated_optimum(
         kl_coef=BETA,
         missing_eos_penalty=0.0,
         vf_coef=1.0,
+        lora={"r": 16} if fresh_adapter else None,
     )
     dataset = Dataset.from_dict({"prompt": prompts * (384 // len(prompts))})
-    adapter = models.lora(16, 32) if fresh_adapter else None
-    trainer = PPOTrainer(zoo["words"], reward, args, dataset, peft_config=adapter, callbacks=[])
+    trainer = PPOTrainer(zoo["words"], reward, args, dataset, callbacks=[])
     trainer.train()
     policy = trainer.roles.use("policy").eval()
     for reached, start in distances(policy, models.load_causal(zoo["words"]).eval(), prompts, length):
@@ -189,9 +189,10 @@ def test_the_trainers_gradient_is_the_true_gradient_of_the_objective(
     args = PPOConfig(
         output_dir=str(tmp_path), kl_coef=BETA, gamma=1.0, gae_lambda=1.0, vf_coef=0.0, max_completion_length=2
     )
-    adapter = models.lora(4, 8) if fresh_adapter else None
-    options: dict[str, Any] = {"ref_model": None if fresh_adapter else zoo["words-other"], "peft_config": adapter}
-    trainer = PPOTrainer(zoo["words"], reward, args, Dataset.from_dict({"prompt": ["a c"]}), callbacks=[], **options)
+    args.lora = {"r": 4} if fresh_adapter else None
+    other = None if fresh_adapter else zoo["words-other"]
+    prompts = Dataset.from_dict({"prompt": ["a c"]})
+    trainer = PPOTrainer(zoo["words"], reward, args, prompts, ref_model=other, callbacks=[])
     for name, parameter in trainer.roles.trainable_parameters():
         if "lora_B" in name and name.startswith("policy"):
             torch.nn.init.normal_(parameter, std=0.3)

@@ -12,7 +12,7 @@ from test_ppo import PROMPTS, Zoo, make, rolled_out, rows_of, updates, vowels
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit import models, train
-from rlhf_kit.ppo import PPOConfig, PPOTrainer, casting
+from rlhf_kit.ppo import PPOConfig, PPOTrainer
 from rlhf_kit.rewards import Ensemble, RewardModel
 
 ADAPTERS = ["lora", "4bit"]
@@ -69,7 +69,7 @@ def test_stages_chain_onto_one_base(zoo: Zoo, tmp_path: Path) -> None:
     rows = [{"prompt": prompt, "completion": " it lives by the river ."} for prompt in PROMPTS]
     pairs = [{"prompt": p, "chosen": f" yes , the {i} .", "rejected": f" no {i}"} for i, p in enumerate(PROMPTS)]
     few = {"max_steps": 2, "per_device_train_batch_size": 4, "max_length": 48}
-    lora = models.lora(r=4)
+    lora = {"r": 4}
     sft = train.sft(zoo["full"], Dataset.from_list(rows), tmp_path / "sft", lora=lora, load_in_4bit=True, **few)
     reward = train.reward_model(sft, Dataset.from_list(pairs), tmp_path / "reward", **few)
     args = PPOConfig(output_dir=str(tmp_path / "ppo"), max_steps=1, per_device_train_batch_size=4, micro_batch_size=1)
@@ -87,7 +87,7 @@ def test_in_full_the_same_interface_stands_on_separate_models(zoo: Zoo, tmp_path
     assert set(trainer.roles.parts) == {"policy", "reference", "value"} and len(trainer.roles.models) == 3
     assert isinstance(trainer.reward, RewardModel)
     with pytest.raises(models.ModelError, match="full weights share nothing"):
-        models.load_roles(zoo["full"], rewards=[zoo["full-reward"]])
+        models.load_roles(zoo["full"], rewards={"reward_0": zoo["full-reward"]})
 
 
 @pytest.mark.parametrize("mode", ADAPTERS)
@@ -154,7 +154,7 @@ def test_an_ensemble_may_hold_functions_and_needs_two_members(zoo: Zoo, rewards:
     assert trainer.reward(PROMPTS, TEXTS) == pytest.approx(both)
     with pytest.raises(ValueError, match="two or more members"):
         Ensemble([vowels])
-    with pytest.raises(ValueError, match="'mean' or 'min', not 'max'"):
+    with pytest.raises(ValueError, match="'mean' or 'min'; got 2 and 'max'"):
         Ensemble([vowels, vowels], "max")
 
 
@@ -193,7 +193,7 @@ def test_a_run_that_would_not_fit_is_refused_before_anything_is_loaded_and_a_kno
     make(zoo, "lora", tmp_path / "fits", reward=rewards["lora-0"], max_memory_gib=2.0, **args)
     make(zoo, "lora", tmp_path / "function", reward=vowels, max_memory_gib=2.0, **args)
     loaded = []
-    monkeypatch.setattr(casting, "load_roles", lambda *a, **k: loaded.append(a))
+    monkeypatch.setattr(models, "load_roles", lambda *a, **k: loaded.append(a))
     with pytest.raises(ValueError, match="does not fit: .* GiB at the peak(.|\n)*micro_batch_size=1") as refused:
         make(zoo, "lora", tmp_path / "out", reward=rewards["lora-0"], max_memory_gib=0.79, **args)
     assert "max_memory_gib" in str(refused.value) and not loaded

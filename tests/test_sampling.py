@@ -96,7 +96,7 @@ def test_a_column_of_the_same_name_is_kept_beside_the_sampled_one(zoo: Zoo) -> N
 
 
 def test_nothing_to_sample_is_said(zoo: Zoo) -> None:
-    with pytest.raises(ValueError, match="no prompts"):
+    with pytest.raises(ValueError, match="got 0 prompts"):
         sampling.sample(zoo["full"], PROMPTS.select([]))
     with pytest.raises(ValueError, match="n=0"):
         sampling.sample(zoo["full"], PROMPTS, n=0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_kit.models import Tokens, load_base, lora, write_notes
+from rlhf_kit.models import Tokens, load_base, lora_config, write_notes
 from rlhf_kit.tasks import pocket
 from rlhf_kit.tasks.pocket.tokenizer import wrap
 
@@ -84,12 +84,8 @@ def save_adapter(
     torch.manual_seed(seed)
     auto: Any = AutoModelForSequenceClassification if score else AutoModelForCausalLM
     model = load_base(base, auto.from_pretrained, load_in_4bit, **({"num_labels": 1} if score else {}))
-    config = lora(r=4, alpha=8)
-    if score:
-        config = LoraConfig(
-            r=4, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]
-        )
-    adapted = get_peft_model(model, config)
+    kind = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if score else {}
+    adapted = get_peft_model(model, lora_config({"r": 4, **kind}))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
             torch.nn.init.normal_(parameter, std=0.15)

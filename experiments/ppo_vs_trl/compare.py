@@ -59,7 +59,7 @@ OUT = Path("results/ppo-vs-trl")
 KIT, TRL = "rlhf-kit", "TRL 1.12"
 SCRIPTS = {KIT: "ours.py", TRL: "peer.py"}
 PYTHONS = {KIT: Path(sys.executable), TRL: ROOT / ".venv-trl-1.12" / "bin" / "python"}
-LORA = {"r": 16, "alpha": 32}
+LORA = {"r": 16, "lora_alpha": 32}
 REWARDS = ("proxy", "gold")
 OBJECTIVE = "proxy - kl_coef KL"
 SAMPLES = 4  # of each held-out prompt and checkpoint
@@ -144,7 +144,7 @@ def ppo_settings(preset: Preset, mode: str, updates: int, threads: int, micro_ba
         "micro_batch_size": micro_batch_size,
         "save_every": preset.ppo["save_steps"],
         "lora_r": LORA["r"],
-        "lora_alpha": LORA["alpha"],
+        "lora_alpha": LORA["lora_alpha"],
     }
 
 
@@ -192,7 +192,7 @@ def lora_reward_model(pipeline: Pipeline) -> tuple[str, str]:
             sft,
             data,
             adapter,
-            lora=models.lora(LORA["r"], LORA["alpha"]),
+            lora=LORA,
             seed=pipeline.preset.seed,
             **settings,
         )

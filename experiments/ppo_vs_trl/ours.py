@@ -10,7 +10,6 @@ from typing import Any
 from datasets import Dataset
 from watch import PPO_SETTINGS, Watch, read_settings
 
-from rlhf_kit import models
 from rlhf_kit.ppo import PPOConfig, PPOTrainer
 from rlhf_kit.progress import quiet
 
@@ -27,14 +26,15 @@ def main() -> None:
 
 def make_trainer(settings: dict[str, Any], out: Path, watch: Watch) -> PPOTrainer:
     """The trainer of a run; micro-batches of completions of like length are part of it, and TRL has none."""
+    lora = {"r": settings["lora_r"], "lora_alpha": settings["lora_alpha"]}
     args = PPOConfig(
         output_dir=str(out / "trainer"),
         micro_batch_size=settings["micro_batch_size"],
+        lora=lora if settings["mode"] == "lora" else None,
         **{name: settings[name] for name in PPO_SETTINGS},
     )
     prompts = Dataset.from_dict({"prompt": json.loads(Path(settings["prompts"]).read_text())})
-    lora = models.lora(r=settings["lora_r"], alpha=settings["lora_alpha"]) if settings["mode"] == "lora" else None
-    return PPOTrainer(settings["sft"], settings["reward"], args, prompts, peft_config=lora, callbacks=[watch])
+    return PPOTrainer(settings["sft"], settings["reward"], args, prompts, callbacks=[watch])
 
 
 if __name__ == "__main__":

@@ -101,14 +101,16 @@ pd.DataFrame([*rows, judge | {"learns": False}])
 # ## Four roles, one base
 #
 # Here the reward model is trained as an adapter over the SFT model (briefly, it is only to be looked at), and PPO gets
-# a `peft_config`. Policy and value learn adapters of their own; the reference is the adapter the policy began as.
+# `lora` too. Policy and value learn adapters of their own; the reference is the adapter the policy began as.
 
 # %%
+from dataclasses import replace
+
 lora = {"r": 8}
 pairs = rk.data.load(str(flow.preferences() / "train.parquet"))
 brief = {**preset.reward_model, "max_steps": min(40, preset.reward_model["max_steps"])}
 judge_adapter = rk.train.reward_model(flow.sft(), pairs, work / "reward_adapter", lora=lora, seed=SEED, **brief)
-shared = rk.PPOTrainer(flow.sft(), judge_adapter, args, prompts, peft_config=rk.models.lora_config(lora), callbacks=[])
+shared = rk.PPOTrainer(flow.sft(), judge_adapter, replace(args, lora=lora), prompts, callbacks=[])
 
 
 def megabytes(*modules):

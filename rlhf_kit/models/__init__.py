@@ -1,4 +1,4 @@
-"""Models as directories: load and save them, generate, take log-probs, and cast them in PPO's roles."""
+"""Models as directories: load and save, generate, take log-probs, and the roles of PPO over one base."""
 
 from rlhf_kit.models.generation import (
     Prompt,
@@ -11,6 +11,7 @@ from rlhf_kit.models.generation import (
     stop_ids,
 )
 from rlhf_kit.models.loading import (
+    MAX_COMPLETION_LENGTH,
     Lora,
     Model,
     ModelError,
@@ -27,7 +28,6 @@ from rlhf_kit.models.loading import (
     load_config,
     load_ready,
     load_tokenizer,
-    lora,
     lora_config,
     max_length,
     read_notes,
@@ -42,10 +42,12 @@ from rlhf_kit.models.logprobs import (
     completion_logprobs,
     completion_mask,
     next_logprobs,
+    padded,
 )
-from rlhf_kit.models.roles import Roles, load_roles, switch_off_dropout
+from rlhf_kit.models.roles import Roles, load_roles, shares_base, switch_off_dropout
 
 __all__ = [
+    "MAX_COMPLETION_LENGTH",
     "Lora",
     "Model",
     "ModelError",
@@ -76,13 +78,14 @@ __all__ = [
     "load_ready",
     "load_roles",
     "load_tokenizer",
-    "lora",
     "lora_config",
     "max_length",
     "next_logprobs",
+    "padded",
     "read_notes",
     "read_score_head",
     "same_base",
+    "shares_base",
     "stop_ids",
     "switch_off_dropout",
     "write_notes",

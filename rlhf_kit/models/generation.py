@@ -1,4 +1,4 @@
-"""Sample completions: what the policy says at a temperature, and nothing else (no top-k, no penalties of a config)."""
+"""Encode prompts, and sample completions from the softmax at a temperature: no top-k, no penalties of a config."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf_kit.models.loading import Model
-from rlhf_kit.models.logprobs import Tokens, completion_mask
+from rlhf_kit.models.logprobs import Tokens, completion_mask, padded
 
 Prompt = str | list[dict[str, str]]
-DROP_EVERY = 8  # tokens after which completed rows leave the batch; more often costs more in calls than it saves
+DROP_EVERY = 8  # tokens after which finished rows leave the batch; more often would cost more calls than it saves
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
-    """Token ids of text prompts, or of chat prompts through the chat template with the generation prompt added."""
+    """Token ids of text prompts, or of chat prompts by the chat template with the generation prompt added."""
     if prompts and isinstance(prompts[0], str):
         return list(tokenizer(prompts)["input_ids"])
     return [
@@ -27,9 +27,10 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) ->
 
 
 def encode_pairs(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], completions: list[Any]) -> Tokens:
-    """Given completions as TRL tokenises them (text: prompt + completion + EOS; chat: what the template renders).
+    """Prompts with given completions, tokenised as TRL does (text: prompt + completion + EOS; chat: the template).
 
-    Raises ValueError where the prompt's tokens are not a prefix of the whole's, for then no completion can be cut out.
+    Raises ValueError where the prompt's tokens are not the first tokens of the whole, so that no completion can be cut
+    out.
     """
     heads = encode_prompts(tokenizer, prompts)
     tails = []
@@ -41,43 +42,23 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], comp
             whole = tokenizer.apply_chat_template(prompt + reply, tokenize=True, return_dict=True)["input_ids"]
         if whole[: len(head)] != head:
             raise ValueError(
-                f"row {row}: prompt and completion share a token where they meet; end prompts without a space"
+                f"row {row}: one token spans the end of the prompt and the start of the completion; "
+                "end the prompt without a space"
             )
         tails.append(whole[len(head) :])
-    width, length = max(map(len, heads)), max(map(len, tails))
-    pairs = list(zip(heads, tails, strict=True))
-    ids = [[0] * (width - len(head)) + head + tail + [0] * (length - len(tail)) for head, tail in pairs]
-    mask = [
-        [0] * (width - len(head)) + [1] * (len(head) + len(tail)) + [0] * (length - len(tail)) for head, tail in pairs
-    ]
-    attention = torch.tensor(mask)
-    return Tokens(torch.tensor(ids), attention, attention[:, width:])
+    (head_ids, head_mask), (tail_ids, tail_mask) = padded(heads, "left"), padded(tails, "right")
+    return Tokens(torch.cat([head_ids, tail_ids], dim=1), torch.cat([head_mask, tail_mask], dim=1), tail_mask)
 
 
 def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: the tokenizer's EOS and those of the model's generation config."""
-    ours = model.generation_config.eos_token_id if model.generation_config is not None else None
-    extra = ours if isinstance(ours, list) else [ours] if ours is not None else []
+    """The tokens that end a completion: the tokenizer's EOS and those of the model's generation config."""
+    found = model.generation_config.eos_token_id if model.generation_config is not None else None
+    extra = found if isinstance(found, list) else [found] if found is not None else []
     return sorted({int(tokenizer.eos_token_id), *map(int, extra)})
 
 
-def sampling_config(max_completion_length: int, temperature: float, stops: list[int], pad: int) -> GenerationConfig:
-    """Plain ancestral sampling (greedy at temperature 0): defaults that would change the distribution are off."""
-    settings: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    return GenerationConfig(
-        max_new_tokens=max_completion_length,
-        eos_token_id=stops,
-        pad_token_id=pad,
-        repetition_penalty=1.0,
-        return_dict_in_generate=True,
-        **settings,
-    )
-
-
 def check_positions(model: Model, longest: int, max_completion_length: int) -> None:
-    """Raises ValueError where a prompt of `longest` tokens and its completion would not fit the model's positions."""
+    """Raise ValueError where a prompt of `longest` tokens and its completion exceed the model's positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest + max_completion_length > limit:
         raise ValueError(
@@ -94,29 +75,34 @@ def generate(
     max_completion_length: int,
     temperature: float = 1.0,
 ) -> Tokens:
-    """One completion for each prompt of token ids, drawn at `temperature`: Tokens of (B, P + C).
+    """One completion for each prompt of token ids, sampled at `temperature` (0: greedy): Tokens of (B, P + C).
 
-    Runs in eval mode (with checkpointing in train mode the cache is dropped, and the text wrong) and restores the mode.
-    Raises ValueError where prompt and completion would not fit the model's positions.
+    Runs in eval mode and restores the mode: in train mode, checkpointing would drop the cache and spoil the text.
+    Raises ValueError where a prompt and its completion exceed the model's positions.
     """
     longest = max(map(len, prompts))
     check_positions(model, longest, max_completion_length)
-    stops = stop_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id
-    batch = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    input_ids, attention_mask = (torch.tensor(rows, device=model.device) for rows in (batch, mask))
-    settings = sampling_config(max_completion_length, temperature, stops, pad)
-    # A PEFT model generates through the model its adapters sit in.
+    stops, pad = stop_ids(model, tokenizer), tokenizer.pad_token_id
+    input_ids, attention_mask = (tensor.to(model.device) for tensor in padded(prompts, "left", pad))
+    # Every default that would change the distribution is off.
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    settings = GenerationConfig(
+        max_new_tokens=max_completion_length,
+        eos_token_id=stops,
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+        **(drawn if temperature > 0 else {"do_sample": False, "repetition_penalty": 1.0}),
+    )
+    # A PEFT model generates through the model that its adapters are in.
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    was_training, its_own = model.training, inner.generation_config
+    was_training, own_config = model.training, inner.generation_config
     model.eval()
-    # What `settings` leaves open would be filled in from the model's own config: its min_p, its forbidden words.
+    # Otherwise transformers would take what `settings` leaves open, such as min_p or forbidden words, from the model.
     inner.generation_config = settings
     try:
         output = _generate_dropping(inner, input_ids, attention_mask, settings)
     finally:
-        inner.generation_config = its_own
+        inner.generation_config = own_config
         model.train(was_training)
     completions = completion_mask(output[:, longest:], stops)
     return Tokens(output, torch.cat([attention_mask, completions], dim=1), completions)
@@ -125,10 +111,11 @@ def generate(
 def _generate_dropping(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, settings: GenerationConfig
 ) -> torch.Tensor:
-    """Prompts with their completions (B, P + C), as `model.generate` gives them, for fewer rows at each step.
+    """What `model.generate` returns, prompts with completions (B, P + C), without computing rows that have ended.
 
-    `generate` carries every row along until the longest completion ends. Here it stops each DROP_EVERY tokens, and goes
-    on from its own cache with the rows that have not ended. A recurrent model's cache drops no rows; it has one go.
+    `generate` computes every row until the longest completion ends. Here it stops after each DROP_EVERY tokens and
+    continues from its own cache with the rows that have not ended. The cache of a recurrent model cannot drop rows, so
+    such a model generates in one call.
     """
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     attends = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
@@ -153,7 +140,7 @@ def _generate_dropping(
 
 
 def decode_completions(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[str]:
-    """The text of each completion up to its first stop token, special tokens left out."""
+    """The text of each completion up to its first stop token, without special tokens."""
     return [
         tokenizer.decode(ids[mask.bool()], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for ids, mask in zip(tokens.completion_ids, tokens.completion_mask, strict=True)
@@ -161,6 +148,6 @@ def decode_completions(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> li
 
 
 def finished(tokens: Tokens, stops: list[int]) -> torch.Tensor:
-    """Whether each completion ended with a stop token: (B,) bool."""
+    """Whether each completion ends with a stop token: (B,) bool."""
     last = tokens.completion_mask.sum(1, keepdim=True) - 1
     return torch.isin(tokens.completion_ids.gather(1, last), torch.tensor(stops, device=last.device)).squeeze(1)

@@ -22,8 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-# What a directory has to remember beyond Hugging Face's own files: {"load_in_4bit": bool, "shift": .., "scale": ..}.
+# What this kit stores beside Hugging Face's own files: {"load_in_4bit": bool, "shift": float, "scale": float}.
 NOTES = "rlhf_kit.json"
+MAX_COMPLETION_LENGTH = 64  # tokens: the default of everything that samples
 Model: TypeAlias = PreTrainedModel | PeftModel
 ModelPath: TypeAlias = str | Path
 Lora: TypeAlias = LoraConfig | Mapping[str, Any]
@@ -34,22 +35,13 @@ class ModelError(ValueError):
     """A model directory or hub id that cannot be used, with the reason and what to do."""
 
 
-def lora(
-    r: int = 16, alpha: int = 32, dropout: float = 0.0, target_modules: str | list[str] = "all-linear"
-) -> LoraConfig:
-    """LoRA settings (Hu et al. 2021, 2106.09685): rank `r`, scale alpha / r, on every linear layer but the output."""
-    return LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, bias="none", task_type="CAUSAL_LM"
-    )
-
-
 def lora_config(lora: Lora | None) -> LoraConfig | None:
-    """Settings of LoRA (Hu et al. 2021, 2106.09685) as peft's config: `{"r": 16}`, in LoraConfig's own names, or whole.
+    """Settings of LoRA (Hu et al. 2021, 2106.09685) as peft's config, from a dict in LoraConfig's own names.
 
-    Where a dict says nothing else: rank 16, scale lora_alpha / r = 2, no dropout, every linear layer but the output.
+    Defaults of a dict: rank 16, scale lora_alpha / r = 2, no dropout, every linear layer but the output.
     """
     if lora is None or isinstance(lora, LoraConfig):
-        return deepcopy(lora)  # peft writes the modules that it finds into it
+        return deepcopy(lora)  # peft writes the modules that it finds into its config
     rank = lora.get("r", 16)
     defaults = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return LoraConfig(**{**defaults, **lora})
@@ -61,42 +53,42 @@ def device() -> torch.device:
 
 
 def is_adapter(model: ModelPath) -> bool:
-    """Whether `model` is a LoRA adapter directory (its base lies elsewhere)."""
+    """Whether `model` is the directory of a LoRA adapter, whose base is another directory or hub id."""
     return (Path(model) / "adapter_config.json").is_file()
 
 
 def base_of(model: ModelPath) -> str:
-    """The base model an adapter directory was trained on, or the model itself."""
+    """The model that an adapter was trained on; for full weights, the model itself."""
     return str(PeftConfig.from_pretrained(str(model)).base_model_name_or_path) if is_adapter(model) else str(model)
 
 
 def same_base(model: ModelPath, other: ModelPath) -> bool:
-    """Whether two models stand on the same weights."""
+    """Whether two models have the same base weights."""
     a, b = base_of(model), base_of(other)
     return a == b or (Path(a).is_dir() and Path(b).is_dir() and Path(a).samefile(b))
 
 
 def read_notes(model: ModelPath) -> dict[str, Any]:
-    """What this kit wrote about a model directory when it saved it ({} for models from elsewhere)."""
+    """What this kit stored about a model when it saved it; {} where another program saved it."""
     path = Path(model) / NOTES
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def is_4bit(model: ModelPath, load_in_4bit: bool | None) -> bool:
-    """Whether `model` is to be loaded in 4 bits: as asked, or (None) as its directory remembers."""
+    """Whether to load `model` in 4 bits: as asked, or where None, as its notes say."""
     return bool(read_notes(model).get("load_in_4bit", False)) if load_in_4bit is None else load_in_4bit
 
 
 def write_notes(model: ModelPath, **notes: Any) -> None:
-    """Add `notes` to what a model directory remembers."""
+    """Add `notes` to those of a model directory."""
     (Path(model) / NOTES).write_text(json.dumps({**read_notes(model), **notes}, indent=2) + "\n")
 
 
 def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, padding on the left with a token that is not EOS; ModelError if there is none.
+    """The tokenizer of a model, padding on the left with a token that is not EOS; ModelError where it has none.
 
-    transformers' score heads read the last token that is not the pad token: padded with EOS, they would be trained at
-    the last word, and a finished completion is scored at EOS.
+    transformers' score heads read the last token that is not the pad token. With EOS as the pad token they would be
+    trained at the last word, but a finished completion is scored at EOS.
     """
     source = model if (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
     tokenizer = _load(AutoTokenizer.from_pretrained, source, padding_side="left")
@@ -108,9 +100,9 @@ def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
 
 
 def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
-    """A token to pad with: a special one that the chat template does not use, else the one of the NUL byte.
+    """A token to pad with: a special token that the chat template does not use, or else the NUL byte's token.
 
-    Decoding leaves the pad token out, so no token of ordinary text will do.
+    A token of ordinary text would not do, because decoding leaves the pad token out.
     """
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     in_use = f"{tokenizer.chat_template} {tokenizer.eos_token} {tokenizer.bos_token}"
@@ -120,27 +112,25 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
         if token in tokenizer.get_vocab():
             return token
     raise ModelError(
-        f"{source}: its tokenizer has no token to pad with but EOS; set `pad_token` to one that no text has"
+        f"{source}: its tokenizer has no token to pad with except EOS; set `pad_token` to one that no text contains"
     )
 
 
 def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False) -> Model:
-    """A causal LM from full weights or an adapter; `load_in_4bit=None` means as the directory remembers.
+    """A causal LM from full weights or an adapter; `load_in_4bit=None` loads it as its notes say.
 
-    Raises ModelError where `model` is no model, or 4-bit weights are asked to train without an adapter.
+    Raises ModelError where `model` is no model, or where 4-bit weights would be trained without an adapter.
     """
     base = load_base(model, AutoModelForCausalLM.from_pretrained, load_in_4bit)
     if is_adapter(model):
         return PeftModel.from_pretrained(base, str(model), is_trainable=trainable)
     if trainable and getattr(base, "is_loaded_in_4bit", False):
-        raise ModelError(
-            f"{model}: 4-bit weights cannot be trained; pass `lora=rlhf_kit.models.lora()` to train an adapter"
-        )
+        raise ModelError(f"{model}: 4-bit weights cannot be trained; pass lora={{'r': 16}} to train an adapter")
     return base.requires_grad_(trainable)
 
 
 def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bit: bool | None, **kwargs: Any) -> Any:
-    """The full model under `model` through any Auto class's `from_pretrained`: fp32, or NF4 (QLoRA, 2305.14314)."""
+    """The base weights of `model` by an Auto class's `from_pretrained`: fp32, or 4-bit NF4 (QLoRA, 2305.14314)."""
     base = base_of(model)
     if not is_4bit(model, load_in_4bit):
         return _load(from_pretrained, base, dtype=torch.float32, **kwargs)
@@ -156,16 +146,17 @@ def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bi
         from_pretrained, base, dtype=compute, quantization_config=quantization, device_map={"": device()}, **kwargs
     )
     for module in loaded.modules():
-        # On CPUs with AVX512-BF16 one no-grad forward would repack the weights, and LoRA gradients vanish afterwards.
+        # On CPUs with AVX512-BF16 one forward pass without gradients would repack the weights, and then the LoRA
+        # gradients vanish. bitsandbytes has no public switch for this.
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
     return loaded
 
 
 def load_backbone(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False) -> PreTrainedModel:
-    """The transformer of a causal LM or reward model without its head: token ids in, hidden states (B, T, D) out."""
+    """The transformer of a causal LM or a reward model without its head: token ids to hidden states (B, T, D)."""
     if is_adapter(model):
-        # A reward adapter has the keys of a causal-LM adapter plus its head, so it fits the causal base as it is.
+        # A reward adapter has the keys of a causal-LM adapter and its head besides, so it fits on the causal base.
         return decoder(load_causal(model, load_in_4bit, trainable))
     return load_base(model, AutoModel.from_pretrained, load_in_4bit).requires_grad_(trainable)
 
@@ -173,9 +164,9 @@ def load_backbone(model: ModelPath, load_in_4bit: bool | None = None, trainable:
 def load_ready(
     load: Callable[[ModelPath, bool | None], Loaded], model: ModelPath, load_in_4bit: bool | None = None
 ) -> Loaded:
-    """What `load` gives, to use but not to train: in eval mode, on the device.
+    """What `load` returns, in eval mode on the device: to use, not to train.
 
-    Loading draws random numbers where there are adapters; those of a run must not depend on when it happens.
+    Loading an adapter draws random numbers; the random numbers of a run must not depend on when that happens.
     """
     with torch.random.fork_rng():
         loaded = load(model, load_in_4bit).eval()
@@ -183,12 +174,12 @@ def load_ready(
 
 
 def decoder(model: Model) -> PreTrainedModel:
-    """The transformer inside a causal LM, with whatever adapter is active."""
+    """The transformer inside a causal LM, with the adapter that is active."""
     return (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
 
 
 def output_head(model: Model) -> Any:
-    """The layer of a causal LM that turns hidden states into logits."""
+    """The layer of a causal LM that maps hidden states to logits."""
     return (model.get_base_model() if isinstance(model, PeftModel) else model).get_output_embeddings()
 
 
@@ -198,7 +189,7 @@ def hidden_size(model: PreTrainedModel | PeftModel) -> int:
 
 
 def read_score_head(reward_model: ModelPath) -> torch.Tensor:
-    """The score head (1, D) of a reward model directory in fp32, whether it was saved in full or with an adapter."""
+    """The score head (1, D) of a reward model, full or adapter, in fp32; ModelError where it has none."""
     for file in sorted(Path(reward_model).glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is not iterable)
@@ -206,24 +197,24 @@ def read_score_head(reward_model: ModelPath) -> torch.Tensor:
                     head = tensors.get_tensor(key).float()
                     if head.shape[0] != 1:
                         raise ModelError(
-                            f"{reward_model}: its score head has {head.shape[0]} outputs; a reward model has one"
+                            f"{reward_model}: its score head has {head.shape[0]} outputs; a reward model needs one"
                         )
                     return head
     raise ModelError(f"{reward_model}: no `score.weight` in its safetensors; it is not a reward model of a causal LM")
 
 
 def load_config(model: ModelPath) -> PreTrainedConfig:
-    """The architecture of a model or of an adapter's base; a directory with a config.json and no weights will do."""
+    """The config of a model or of an adapter's base; needs no weights."""
     return _load(AutoConfig.from_pretrained, base_of(model))
 
 
 def max_length(model: ModelPath) -> int | None:
-    """How many tokens the model can attend to, where its config says."""
+    """How many tokens the model can attend to; None where its config does not say."""
     return getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
 
 
 def _load(from_pretrained: Callable[..., Any], model: ModelPath, **kwargs: Any) -> Any:
-    """`from_pretrained` whose failures say what is wrong with `model` in one sentence."""
+    """What `from_pretrained` returns; a failure becomes a ModelError of one sentence."""
     path = Path(model)
     if path.is_dir() and not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
         raise ModelError(f"{model}: this directory holds no model (no config.json, no adapter_config.json)")

@@ -1,4 +1,4 @@
-"""Log-probabilities, entropies and KL of completions from hidden states, so that a batch's full logits never exist."""
+"""Log-probs, entropies and KL of completions from hidden states, so that the full logits of a batch never exist."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Tokens(NamedTuple):
         return self.input_ids[:, -self.completion_mask.shape[1] :]
 
     def rows(self, index: torch.Tensor | slice) -> Tokens:
-        """The given rows, without the padding columns that all of them share."""
+        """The given rows, without the columns that are padding in all of them."""
         ids, mask, completion = (tensor[index] for tensor in self)
         width = completion.shape[1]
         start = int(mask[:, :-width].any(0).long().argmax()) if mask[:, :-width].any() else mask.shape[1] - width
@@ -44,18 +44,29 @@ class Tokens(NamedTuple):
         return Tokens(*(tensor.to(device) for tensor in self))
 
 
+def padded(rows: list[list[int]], side: str, pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of token ids as one tensor, padded on the `side` "left" or "right", with its mask: (B, T) each."""
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if side == "left" else slice(len(row))
+        ids[i, columns] = torch.tensor(row, dtype=torch.long)
+        mask[i, columns] = 1
+    return ids, mask
+
+
 def completion_mask(completion_ids: torch.Tensor, stop_ids: list[int]) -> torch.Tensor:
-    """1 up to and including the first stop token, 0 after it: (B, C) -> (B, C); pad ids play no part."""
+    """1 up to and including the first stop token, 0 after it: (B, C) -> (B, C); the pad token has no effect."""
     is_stop = torch.isin(completion_ids, torch.tensor(stop_ids, device=completion_ids.device))
     stops_before = is_stop.long().cumsum(1) - is_stop.long()
     return (stops_before == 0).long()
 
 
 def completion_hidden(backbone: PreTrainedModel, tokens: Tokens) -> torch.Tensor:
-    """Hidden states (B, C, D); index t has seen the prompt and the completion before token t, never token t."""
+    """Hidden states (B, C, D); index t has seen the prompt and the tokens before token t, never token t."""
     width, length = tokens.completion_mask.shape[1], int(tokens.attention_mask.sum(1).max())
-    # Rows are moved to the left, so that padding comes last, where causal attention never looks: no mask is needed,
-    # positions count from 0 by themselves, and a batch is no wider than its longest row.
+    # Rows are aligned on the left. The padding then comes last, where causal attention never looks: no mask is needed,
+    # positions count from 0, and the batch is no wider than its longest row.
     start = tokens.attention_mask.argmax(1, keepdim=True)
     columns = torch.arange(length, device=start.device) + start
     ids = tokens.input_ids.gather(1, columns.clamp(max=tokens.input_ids.shape[1] - 1))
@@ -67,9 +78,9 @@ def completion_hidden(backbone: PreTrainedModel, tokens: Tokens) -> torch.Tensor
 def completion_logprobs(
     model: Model, tokens: Tokens, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log pi(y_t | x, y_<t) in nats and, if asked, the entropy there: (B, C) each, 0 where masked.
+    """log pi(y_t | x, y_<t) and, if asked, the entropy at each token, in nats: (B, C) each, 0 where masked.
 
-    `temperature` divides the logits: the same as in sampling, so that the policy scored is the policy sampled.
+    `temperature` divides the logits as in sampling, so that the policy that is scored is the one that was sampled.
     """
     real = tokens.completion_mask.bool()
     hidden = completion_hidden(decoder(model), tokens)[real]
@@ -85,10 +96,10 @@ def completion_logprobs(
 
 
 def completion_kl(policy: Model, reference: Model, tokens: Tokens, temperature: float = 1.0) -> torch.Tensor:
-    """KL(policy || reference) in nats (B,), an exact sum over the vocabulary at each position of a sampled completion.
+    """KL(policy || reference) in nats (B,): the exact KL over the vocabulary, summed over a completion's positions.
 
-    Averaged over completions drawn from the policy, the mean is the sequence KL (the chain rule); summing over the
-    vocabulary takes most of the variance out of the usual log-ratio.
+    Its mean over completions drawn from the policy is the sequence KL (chain rule), with much less variance than the
+    mean of the log-ratio.
     """
     real = tokens.completion_mask.bool()
     ours, theirs = (completion_hidden(decoder(model), tokens)[real] for model in (policy, reference))
@@ -102,17 +113,16 @@ def completion_kl(policy: Model, reference: Model, tokens: Tokens, temperature: 
 
 
 def next_logprobs(model: Model, rows: list[list[int]], choices: list[int]) -> torch.Tensor:
-    """log-probs of each of `choices` as the token after each row of ids, in nats: (B, len(choices))."""
-    width, where = max(map(len, rows)), next(model.parameters()).device
-    # Padding comes last, where causal attention never looks.
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=where)
-    ends = torch.tensor([len(row) - 1 for row in rows], device=where)
+    """Log-probs in nats of each of `choices` as the token after each row of ids: (B, len(choices))."""
+    ids, mask = (tensor.to(next(model.parameters()).device) for tensor in padded(rows, "right"))
+    # No mask is needed: the padding comes last, where causal attention never looks.
     states = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
-    return _log_softmax(model, states[torch.arange(len(rows), device=where), ends], 1.0)[:, choices]
+    last = states[torch.arange(len(rows), device=ids.device), mask.sum(1) - 1]
+    return _log_softmax(model, last, 1.0)[:, choices]
 
 
 def check_logprobs(model: Model) -> None:
-    """Raise ValueError where a model alters its logits after the output head in a way this file does not know."""
+    """Raise ValueError where a model changes its logits after the output head in a way this module does not know."""
     ids = torch.arange(3, 9, device=next(model.parameters()).device).unsqueeze(0)
     tokens = Tokens(ids, torch.ones_like(ids), torch.ones_like(ids[:, 2:]))
     with torch.no_grad():
@@ -122,12 +132,12 @@ def check_logprobs(model: Model) -> None:
     if not torch.allclose(ours, theirs, atol=0.05):
         raise ValueError(
             f"{type(model).__name__}: log-probs from hidden states differ from its own logits by "
-            f"{(ours - theirs).abs().max():.3g} nats; it post-processes logits in a way not supported yet"
+            f"{(ours - theirs).abs().max():.3g} nats; it changes its logits in a way that is not supported"
         )
 
 
 def _log_softmax(model: Model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-    """(N, D) -> (N, V) in fp32."""
+    """Log-probs of the whole vocabulary: (N, D) -> (N, V) in fp32."""
     head = output_head(model)
     logits = head(hidden.to(head.weight.dtype)).float()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
@@ -139,9 +149,9 @@ def _log_softmax(model: Model, hidden: torch.Tensor, temperature: float) -> torc
 def _by_chunk(
     function: Callable[..., tuple[torch.Tensor, ...]], model: Model, *tensors: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """`function` over chunks of (N, ...) tensors whose fp32 logits fill LOGITS_CHUNK_GIB each.
+    """Apply `function` to chunks of (N, ...) tensors; the fp32 logits of a chunk take at most LOGITS_CHUNK_GIB.
 
-    More than one chunk: the backward pass recomputes each chunk's logits instead of keeping them.
+    Where there are several chunks, the backward pass recomputes their logits one by one instead of keeping them.
     """
     size = max(1, int(LOGITS_CHUNK_GIB * 2**30 / 4 / model.config.get_text_config().vocab_size))
     chunks = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
@@ -152,5 +162,5 @@ def _by_chunk(
 
 
 def _scatter(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Put (N,) values back where `real` (B, C) is true, zeros elsewhere."""
+    """(N,) values at the places where `real` (B, C) is true, zeros elsewhere."""
     return torch.zeros(real.shape, dtype=values.dtype, device=values.device).masked_scatter(real, values)

@@ -1,29 +1,31 @@
-"""PPO's policy, reference, value and reward models behind one interface: separate models, or adapters over one base."""
+"""The models of PPO by role behind one interface: separate models, or adapters over one base that is loaded once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_kit.models.loading import (
+    Lora,
     Model,
     ModelError,
     ModelPath,
     base_of,
     decoder,
     hidden_size,
+    is_4bit,
     is_adapter,
     load_backbone,
     load_base,
     load_causal,
+    lora_config,
     read_notes,
     read_score_head,
     same_base,
@@ -35,15 +37,15 @@ VALUE_HEAD = "value_head.safetensors"
 
 
 class Roles(nn.Module):
-    """The models of PPO by role: `policy`, `reference`, `value` and, where they stand on the same base, `reward_0`, ...
+    """The models of PPO by role: `policy`, `reference`, `value`, and reward models that share the policy's base.
 
-    Each role is a module and, where modules are shared, the adapter to switch on. A trainer asks for log-probs and
-    values by role and cannot tell separate models from adapters over one base.
+    A role is a module and, where the module is shared, the adapter to switch on. A trainer takes log-probs and values
+    by role and cannot tell separate models from adapters over one base.
     """
 
-    def __init__(self, parts: dict[str, tuple[Any, str | None]], value_head: nn.Linear) -> None:
+    def __init__(self, parts: Mapping[str, tuple[Any, str | None]], value_head: nn.Linear) -> None:
         super().__init__()
-        self.parts = parts  # not registered: several roles may stand on one module
+        self.parts = parts  # not registered as submodules: several roles may share one module
         self.models = nn.ModuleList(dict.fromkeys(module for module, _ in parts.values()))
         self.value_head = value_head.float()
         self.accepts_loss_kwargs = False  # read by transformers.Trainer
@@ -52,24 +54,24 @@ class Roles(nn.Module):
         self.use("policy")
 
     def use(self, role: str) -> Model:
-        """The module that plays `role`, its adapter switched on: run forward AND backward before using another role."""
+        """The module of `role` with its adapter switched on; run forward AND backward before using another role."""
         module, adapter = self.parts[role]
         if adapter is not None and module.active_adapter != adapter:
-            # Switching freezes every adapter but the one switched on: the roles that learn are made to learn again, or
-            # an optimizer built now would miss one of them and its gradient would be lost without an error.
+            # Switching freezes all other adapters. Policy and value must stay trainable: otherwise an optimizer built
+            # now would miss one of them, and its gradient would be lost without an error.
             module.set_adapter(adapter, inference_mode=True)
             for parameter in self.learning:
                 parameter.requires_grad_(True)
         return module
 
     def set_trainable(self) -> None:
-        """Policy and value learn, everything else is frozen."""
+        """Make policy and value trainable, and freeze everything else."""
         self.requires_grad_(False)
         for parameter in self.learning:
             parameter.requires_grad_(True)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of everything that learns."""
+        """(name, parameter) of the policy, the value model and its head."""
         for role in ("policy", "value"):
             module, adapter = self.parts[role]
             for name, parameter in module.named_parameters():
@@ -79,38 +81,38 @@ class Roles(nn.Module):
             yield f"value_head.{name}", parameter
 
     def backbone(self, role: str) -> PreTrainedModel:
-        """The transformer of a role without its head, its adapter switched on: token ids in, hidden states out."""
+        """The transformer of a role without its head, with its adapter switched on: token ids to hidden states."""
         module = self.use(role)
         return decoder(module) if self.parts[role][1] is not None else module
 
     def activation_checkpointing_enable(self, **kwargs: object) -> None:
-        """Recompute activations in the backward pass; called by transformers.Trainer."""
+        """Recompute activations in the backward pass; transformers.Trainer calls this."""
         model: Any
         for model in self.models:
             model.activation_checkpointing_enable(**kwargs)
 
     def values(self, tokens: Tokens) -> torch.Tensor:
-        """V(x, y_<t) (B, C) in fp32, 0 where masked: index t has seen only the tokens before t."""
+        """V(x, y_<t) in fp32 (B, C), 0 where masked: index t has seen only the tokens before t."""
         hidden = completion_hidden(self.backbone("value"), tokens)
         with torch.autocast(hidden.device.type, enabled=False):  # heads stay in fp32
             return self.value_head(hidden.float()).squeeze(-1) * tokens.completion_mask
 
     def save(self, out: ModelPath) -> None:
-        """Write the policy to `out` and the value model with its head to `out`/value, each a directory of its own."""
+        """Write the policy to `out`, and the value model with its head to `out`/value: each is a model directory."""
         for role, folder in (("policy", Path(out)), ("value", Path(out) / "value")):
             module, adapter = self.parts[role]
             if adapter is None:
                 module.save_pretrained(folder)
                 continue
             module.save_pretrained(folder, selected_adapters=[adapter])
-            for file in (folder / adapter).iterdir():  # peft puts a named adapter one folder too deep
+            for file in (folder / adapter).iterdir():  # peft saves a named adapter in a folder of that name
                 file.replace(folder / file.name)
             (folder / adapter).rmdir()
             write_notes(folder, load_in_4bit=bool(getattr(module.get_base_model(), "is_loaded_in_4bit", False)))
         save_file(self.value_head.state_dict(), Path(out) / "value" / VALUE_HEAD)
 
     def load(self, saved: ModelPath) -> None:
-        """Take the weights of policy and value back from a directory written by `save`, bit for bit."""
+        """Read the weights of policy and value from a directory that `save` wrote, bit for bit."""
         for role, folder in (("policy", Path(saved)), ("value", Path(saved) / "value")):
             module, adapter = self.parts[role]
             if adapter is not None:
@@ -124,76 +126,72 @@ def load_roles(
     policy: ModelPath,
     reference: ModelPath | None = None,
     value: ModelPath | None = None,
-    lora: LoraConfig | None = None,
+    lora: Lora | None = None,
     load_in_4bit: bool | None = None,
-    rewards: Sequence[ModelPath] = (),
+    rewards: Mapping[str, ModelPath] | None = None,
 ) -> Roles:
-    """Policy and its frozen copy, the reference (by default the same directory), and a value model.
+    """Policy, reference (a frozen copy of the policy by default) and value model.
 
-    `value` is a saved value model or a reward model; its head becomes the value head. Without one, the value model
-    starts from the policy with a zero head. With an adapter as policy, or `lora`, all roles are adapters over one base,
-    and so are `rewards`, reward-model adapters of that base (their heads stay with `rlhf_kit.rewards`).
+    `value` is a saved value model or a reward model, whose head becomes the value head; by default the value model is a
+    copy of the policy with a zero head. Where the policy is an adapter or `lora` is given, all roles are adapters over
+    one base, and so are `rewards`: reward adapters by role name for which `shares_base` holds (their heads stay with
+    `rlhf_kit.rewards`). Raises ModelError where a model is not over the policy's base.
     """
-    if is_adapter(policy) or lora is not None:
-        roles = _adapter_roles(policy, reference, value, lora, load_in_4bit, rewards)
+    if lora is not None or is_adapter(policy):
+        roles = _adapter_roles(policy, reference, value, lora, load_in_4bit, dict(rewards or {}))
     elif rewards:
-        raise ModelError(f"{policy}: full weights share nothing, so reward models cannot stand on them")
+        raise ModelError(f"{policy}: full weights share nothing, so reward models cannot share its base")
     else:
-        roles = _separate_roles(policy, reference, value, load_in_4bit)
+        model = load_causal(policy, load_in_4bit, trainable=True)
+        frozen = load_causal(reference or policy, load_in_4bit)
+        backbone = load_backbone(value or policy, trainable=True)
+        parts = {"policy": (model, None), "reference": (frozen, None), "value": (backbone, None)}
+        roles = Roles(parts, _value_head(backbone, value))
     switch_off_dropout(roles)
     check_logprobs(roles.use("policy"))
     return roles
 
 
-def _separate_roles(
-    policy: ModelPath, reference: ModelPath | None, value: ModelPath | None, load_in_4bit: bool | None
-) -> Roles:
-    model = load_causal(policy, load_in_4bit, trainable=True)
-    frozen = load_causal(reference or policy, load_in_4bit)
-    backbone = load_backbone(value or policy, trainable=True)
-    return Roles(
-        {"policy": (model, None), "reference": (frozen, None), "value": (backbone, None)}, _value_head(backbone, value)
-    )
+def shares_base(reward: ModelPath, reward_in_4bit: bool | None, policy: ModelPath, load_in_4bit: bool | None) -> bool:
+    """Whether a reward model is an adapter over the policy's base: the same weights in the same precision."""
+    if not is_adapter(reward) or not same_base(reward, policy):
+        return False
+    return is_4bit(reward, reward_in_4bit) == is_4bit(policy, load_in_4bit)
 
 
 def _adapter_roles(
     policy: ModelPath,
     reference: ModelPath | None,
     value: ModelPath | None,
-    lora: LoraConfig | None,
+    lora: Lora | None,
     load_in_4bit: bool | None,
-    rewards: Sequence[ModelPath],
+    rewards: dict[str, ModelPath],
 ) -> Roles:
-    """Named adapters over one base, loaded once; a fresh adapter (`lora`) over full weights starts as the identity."""
-    for other in (reference, value, *rewards):
+    """An adapter for each role over one base; a new adapter (`lora`) over full weights starts as the identity."""
+    for other in (reference, value, *rewards.values()):
         if other is not None and not same_base(other, policy):
-            raise ModelError(
-                f"{other}: stands on {base_of(other)}, the policy on {base_of(policy)}; adapters need one base"
-            )
+            raise ModelError(f"{other}: its base is {base_of(other)}, not the policy's; adapters need one base")
     if is_adapter(policy) and lora is not None:
-        raise ModelError(f"{policy}: is an adapter already, and is trained on as it is; leave `peft_config` out")
+        raise ModelError(f"{policy}: is an adapter already and is trained as it is; leave `lora` out")
     base = load_base(policy, AutoModelForCausalLM.from_pretrained, load_in_4bit)
     if lora is None:
         model = PeftModel.from_pretrained(base, str(policy), adapter_name="policy", is_trainable=True)
     else:
-        model = get_peft_model(base, deepcopy(lora), adapter_name="policy")  # peft writes what it finds into it
-    for role, source in (("reference", reference), ("value", value)):
+        model = get_peft_model(base, lora_config(lora), adapter_name="policy")
+    others = {"reference": reference, "value": value, **rewards}
+    for role, source in others.items():
         if source is not None and is_adapter(source):
             model.load_adapter(str(source), role)
             continue
-        model.add_adapter(
-            role, model.peft_config["policy"]
-        )  # the identity, which is what a full `source` is over itself
+        # A new adapter is the identity: right where `source` is the base itself.
+        model.add_adapter(role, model.peft_config["policy"])
         if source is None:
             set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="policy"), role)
-    names = [f"reward_{i}" for i in range(len(rewards))]
-    for name, source in zip(names, rewards, strict=True):
-        model.load_adapter(str(source), name)
-    return Roles({role: (model, role) for role in ("policy", "reference", "value", *names)}, _value_head(model, value))
+    return Roles({role: (model, role) for role in ("policy", *others)}, _value_head(model, value))
 
 
 def _value_head(backbone: Model, value: ModelPath | None) -> nn.Linear:
-    """A fp32 head: saved with a value model, taken over from a reward model (with its normalisation), or zero."""
+    """The value head in fp32: from a value model, from a reward model (with its shift and scale), or zero."""
     head = nn.Linear(hidden_size(backbone), 1, device=backbone.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -208,7 +206,7 @@ def _value_head(backbone: Model, value: ModelPath | None) -> nn.Linear:
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """A policy that drops units while it is trained is not the policy that was sampled, and its ratio is never 1."""
+    """Set dropout to 0: with dropout in training, the ratio to the policy that was sampled would never be 1."""
     module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):

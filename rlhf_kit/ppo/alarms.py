@@ -1,4 +1,4 @@
-"""What a person wants to be told while PPO runs: each alarm is a rule over the log, and shows the worst samples."""
+"""Warnings while PPO runs: each alarm is a rule over the log and shows the worst samples."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rlhf_kit.progress import LossCallback
 
 @dataclass(frozen=True)
 class Limits:
-    """Where alarms go off; those that compare with the first update say so.
+    """The limits beyond which an alarm is raised; "first" is the value at the first update.
 
-    kl: nats per sequence; entropy: least share of the first; length: most change, as a factor of the first, up or down;
-    repetition: rise over the first of the share of completions that repeat themselves; disagreement: factor of the
-    first; value_loss: factor of the median of the last ten; unfinished: share of completions.
+    kl: nats per sequence; entropy: smallest share of the first; length: largest factor of the first, up or down;
+    repetition: largest rise over the first in the share of completions that repeat themselves; disagreement: largest
+    factor of the first; value_loss: largest factor of the median of the last ten; unfinished: largest share.
     """
 
     kl: float = 10.0
@@ -33,7 +33,7 @@ class Limits:
 
 
 class Alarm(NamedTuple):
-    """A rule that was broken: its name, what was seen and what to try, and the samples' column to sort the worst by."""
+    """A broken rule: its name, a message (what happened, what to try) and the column that sorts the worst samples."""
 
     name: str
     message: str
@@ -41,7 +41,7 @@ class Alarm(NamedTuple):
 
 
 def check(rows: Sequence[dict[str, float]], limits: Limits = Limits()) -> list[Alarm]:  # noqa: B008 (it is frozen)
-    """The alarms of the last of a run's log rows, one for each update so far."""
+    """The alarms of the last update of a run, from the log rows of all its updates."""
     first, now = rows[0], rows[-1]
     found = []
 
@@ -60,7 +60,7 @@ def check(rows: Sequence[dict[str, float]], limits: Limits = Limits()) -> list[A
         alarm("length", f"{seen}: look whether the reward pays for length", "n_tokens" if factor > 1 else "-n_tokens")
     if now["repetition"] > first["repetition"] + limits.repetition:
         seen = f"{now['repetition']:.0%} of completions repeat themselves, {first['repetition']:.0%} did at first"
-        alarm("repetition", f"{seen}: raise kl_coef, or take off reward for repetition", "repetition")
+        alarm("repetition", f"{seen}: raise kl_coef, or make the reward charge for repetition", "repetition")
     if now.get("disagreement", 0.0) > limits.disagreement * first.get("disagreement", 0.0):
         seen = f"the reward models' disagreement rose from {first['disagreement']:.2f} to {now['disagreement']:.2f}"
         alarm("disagreement", f"{seen}: the policy leaves what they were trained on; raise kl_coef", "disagreement")
@@ -75,23 +75,23 @@ def check(rows: Sequence[dict[str, float]], limits: Limits = Limits()) -> list[A
 
 
 def repetition(text: str, n: int = 3) -> float:
-    """Share of a text's word n-grams that are there more than once: 0 none, 1 all; 0 for a text of fewer words."""
+    """Share of the word n-grams of a text that occur more than once; 0 where there are fewer than n words."""
     words = text.split()
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
     return sum(count for count in counts.values() if count > 1) / max(1, counts.total())
 
 
 class Alarms(LossCallback):
-    """Checks every update of a PPO run and prints what is wrong with the samples that show it; on by default.
+    """Checks every update of a PPO run and prints each alarm with the samples that show it; on by default.
 
-    An alarm that stays on is said again every `again` updates. All are kept in `raised` and in the trainer's log.
+    An alarm that stays on is printed again every `again` updates. All are kept in `raised` and in the trainer's log.
     """
 
     def __init__(self, limits: Limits | None = None, again: int = 10, n_samples: int = 3) -> None:
         self.limits = limits or Limits()
         self.again = again
         self.n_samples = n_samples
-        self.samples: Callable[[], pd.DataFrame] = pd.DataFrame  # PPOTrainer puts its last rollouts here
+        self.samples: Callable[[], pd.DataFrame] = pd.DataFrame  # PPOTrainer sets this to its last rollouts
         self.raised: list[dict[str, Any]] = []
         self.last_said: dict[str, int] = {}
 

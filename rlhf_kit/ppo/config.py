@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from peft import LoraConfig
 from transformers import TrainingArguments
+
+from rlhf_kit.models import MAX_COMPLETION_LENGTH
 
 
 @dataclass
 class PPOConfig(TrainingArguments):
-    """Settings of PPO; `max_steps` counts updates and `per_device_train_batch_size` the prompts rolled out in each.
+    """Settings of PPO; `max_steps` counts updates, `per_device_train_batch_size` counts the prompts of an update.
 
-    kl_coef: weight of the KL penalty (beta in papers); adaptive_kl_target: nats per sequence to steer it to (None:
-    it is fixed); kl_horizon: completions over which the steering acts; temperature: of sampling and of every log-prob;
-    missing_eos_penalty: taken off the score of a completion that never ended; gamma, gae_lambda: of the advantages;
-    clip_range, value_clip_range: of the two losses; vf_coef, entropy_coef, ptx_coef: weights beside the policy loss;
-    ppo_epochs, num_minibatches: optimizer steps per update are their product; micro_batch_size: completions in one
-    forward pass (memory only, never the result); early_stop_kl: nats per token of policy change
-    that end an update early; max_memory_gib: a run that is estimated to need more is refused (None: the GPU's memory;
-    no limit on a CPU).
+    temperature: of sampling and of every log-prob; missing_eos_penalty: taken off the score of a completion that did
+    not end; kl_coef: weight of the KL penalty (beta in papers), kept fixed unless adaptive_kl_target (nats per
+    sequence) is given, which then changes it at a speed set by kl_horizon (completions); gamma, gae_lambda: of the
+    advantages; clip_range, value_clip_range: of the two losses; vf_coef, entropy_coef, ptx_coef: weights beside the
+    policy loss; ppo_epochs, num_minibatches: their product is the number of optimizer steps in an update;
+    micro_batch_size: completions in one forward pass (affects memory only, not the result); early_stop_kl: nats per
+    token of policy change that end an update early; lora: train an adapter with these settings (a dict of LoraConfig's
+    fields, or a LoraConfig); load_in_4bit: None loads the base as the model's notes say; max_memory_gib: a run that is
+    estimated to need more is refused (None: the GPU's memory; no limit on a CPU).
     """
 
     per_device_train_batch_size: int = 64
@@ -32,7 +37,7 @@ class PPOConfig(TrainingArguments):
     disable_tqdm: bool = True
     log_level: str = "error"
     remove_unused_columns: bool = False
-    max_completion_length: int = 64
+    max_completion_length: int = MAX_COMPLETION_LENGTH
     temperature: float = 1.0
     missing_eos_penalty: float = 1.0
     kl_coef: float = 0.1
@@ -49,28 +54,19 @@ class PPOConfig(TrainingArguments):
     num_minibatches: int = 1
     micro_batch_size: int = 64
     early_stop_kl: float | None = None
+    lora: dict[str, Any] | None = None
     load_in_4bit: bool | None = None
     max_memory_gib: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data_seed is None:
-            self.data_seed = self.seed  # else each process would shuffle by a seed of its own
-        positive = (
-            "per_device_train_batch_size",
-            "max_completion_length",
-            "ppo_epochs",
-            "num_minibatches",
-            "micro_batch_size",
-        )
-        optional = tuple(
-            name
-            for name in ("adaptive_kl_target", "early_stop_kl", "max_memory_gib")
-            if getattr(self, name) is not None
-        )
-        for name in (*positive, *optional, "temperature", "kl_horizon", "clip_range", "value_clip_range"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"PPOConfig: {name} must be above 0, got {getattr(self, name)}")
+            self.data_seed = self.seed  # otherwise each process would shuffle with a seed of its own
+        sizes = ("per_device_train_batch_size", "max_completion_length", "ppo_epochs", "num_minibatches")
+        positive = (*sizes, "micro_batch_size", "temperature", "kl_horizon", "clip_range", "value_clip_range")
+        for name in (*positive, "adaptive_kl_target", "early_stop_kl", "max_memory_gib"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"PPOConfig: {name} must be above 0, got {value}")
         for name in ("kl_coef", "vf_coef", "entropy_coef", "ptx_coef", "missing_eos_penalty"):
             if getattr(self, name) < 0:
                 raise ValueError(f"PPOConfig: {name} must not be negative, got {getattr(self, name)}")
@@ -78,13 +74,19 @@ class PPOConfig(TrainingArguments):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"PPOConfig: {name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.fp16:
-            raise ValueError("PPOConfig: fp16 overflows in the ratio of a policy; use bf16=True, or fp32")
+            raise ValueError("PPOConfig: fp16 overflows in the probability ratio; use bf16=True, or fp32")
         if self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                "PPOConfig: gradient_accumulation_steps must stay 1; micro_batch_size is what saves memory here"
-            )
+            raise ValueError("PPOConfig: gradient_accumulation_steps must stay 1; set micro_batch_size to save memory")
         if self.num_minibatches > self.per_device_train_batch_size:
             raise ValueError(
                 f"PPOConfig: num_minibatches={self.num_minibatches} exceeds per_device_train_batch_size="
                 f"{self.per_device_train_batch_size}; a minibatch needs a completion"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """TrainingArguments.to_dict, with a LoraConfig as a dict that JSON can hold."""
+        settings = super().to_dict()
+        if isinstance(self.lora, LoraConfig):
+            fields = self.lora.to_dict().items()
+            settings["lora"] = {name: sorted(value) if isinstance(value, set) else value for name, value in fields}
+        return settings

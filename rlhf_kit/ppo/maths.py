@@ -7,12 +7,12 @@ from typing import TypeAlias
 
 import torch
 
-# Adds a tensor up over processes, where there are several.
+# Sums a tensor over processes.
 Summed: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, summed: Summed = lambda x: x) -> torch.Tensor:
-    """Values (B, C) moved to mean 0 and variance 1 over real tokens; padding stays 0 and plays no part."""
+    """Values (B, C) with mean 0 and variance 1 over real tokens; padding is 0 and has no effect."""
     count = summed(mask.sum())
     centred = (values - summed((values * mask).sum()) / count) * mask
     return centred * torch.rsqrt(summed((centred**2).sum()) / count + 1e-8)
@@ -77,7 +77,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, completions: int, ho
 
 
 def partition(lengths: torch.Tensor, num_minibatches: int, micro_batch_size: int) -> list[list[torch.Tensor]]:
-    """Rows in random minibatches, each cut into micro-batches of like length, so that little of them is padding."""
+    """Row numbers in random minibatches, each sorted by length and cut into micro-batches with little padding."""
     minibatches = torch.randperm(len(lengths)).tensor_split(min(num_minibatches, len(lengths)))
     by_length = (rows[lengths[rows].argsort(descending=True, stable=True)] for rows in minibatches)
     return [list(rows.split(micro_batch_size)) for rows in by_length]

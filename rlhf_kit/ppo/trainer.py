@@ -3,12 +3,12 @@
 The objective (InstructGPT, Ouyang et al. 2022, 2203.02155, eq. 2):  E[r(x, y) - kl_coef * log(pi(y|x) / pi_ref(y|x))]
 plus ptx_coef * E[log pi(demonstration)], maximised by PPO (Schulman et al. 2017, 1707.06347). One update is:
 
-1. roll out: the policy answers a batch of prompts at `temperature`;
+1. roll out: the policy samples a completion of each prompt of a batch at `temperature`;
 2. score: log-probs under policy and reference, values, and the reward of each whole completion;
-3. estimate advantages: the KL charged token by token, the score on the last token, GAE, whitening;
+3. estimate advantages: the KL on each token, the score on the last token, GAE, whitening;
 4. optimise: `ppo_epochs` passes over the batch in `num_minibatches` optimizer steps each.
 
-One `transformers.Trainer` step is one update, so checkpoints fall between rollouts and a resumed run is the same run.
+One step of `transformers.Trainer` is one update, so a checkpoint lies between two rollouts and resuming is exact.
 """
 
 from __future__ import annotations
@@ -23,34 +23,14 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
-from rlhf_kit.models import (
-    ModelPath,
-    Tokens,
-    completion_logprobs,
-    decode_completions,
-    encode_pairs,
-    encode_prompts,
-    finished,
-    generate,
-    load_tokenizer,
-    stop_ids,
-)
+from rlhf_kit import models
+from rlhf_kit.models import ModelPath, Tokens
+from rlhf_kit.ppo import maths
 from rlhf_kit.ppo.alarms import Alarms, repetition
-from rlhf_kit.ppo.casting import cast
 from rlhf_kit.ppo.config import PPOConfig
-from rlhf_kit.ppo.maths import (
-    adapt_kl_coef,
-    explained_variance,
-    gae,
-    partition,
-    policy_loss,
-    token_rewards,
-    value_loss,
-    whiten,
-)
+from rlhf_kit.ppo.loading import load_models
 from rlhf_kit.progress import ProgressCallback
 from rlhf_kit.rewards import Ensemble, Reward, checked
 
@@ -58,10 +38,10 @@ STATE = "ppo_state.json"
 
 
 class Trajectory(NamedTuple):
-    """A batch of rollouts; B completions of up to C tokens, everything 0 where `tokens.completion_mask` is 0.
+    """A batch of B completions of up to C tokens; every (B, C) tensor is 0 where `tokens.completion_mask` is 0.
 
-    logprobs, reference_logprobs: nats (B, C); values, advantages, returns: (B, C); scores: (B,) with the
-    missing-EOS penalty taken off.
+    logprobs, reference_logprobs: nats (B, C); values, advantages, returns: (B, C); scores: (B,), rewards less the
+    missing-EOS penalty.
     """
 
     tokens: Tokens
@@ -73,7 +53,7 @@ class Trajectory(NamedTuple):
     returns: torch.Tensor
 
     def rows(self, index: torch.Tensor, where: torch.device) -> Trajectory:
-        """The given rows on a device, without the padding that all of them share."""
+        """The given rows on a device, without the columns that are padding in all of them."""
         tokens = self.tokens.rows(index)
         width = tokens.completion_mask.shape[1]
         rest = (t[index] if t.dim() == 1 else t[index, :width] for t in self[1:])
@@ -81,13 +61,13 @@ class Trajectory(NamedTuple):
 
 
 class PPOTrainer(Trainer):
-    """PPO on a `prompt` column (text or chat) with any reward function or reward-model directory.
+    """PPO on a `prompt` column (text or chat) with any reward function or reward model.
 
-    model: the SFT model's directory or hub id; reward: a function, a reward model's directory or several (an ensemble);
-    ref_model: the reference (default: the same); value_model: where values start from (default: the reward model where
-    it stands on the same weights and tokenizer, otherwise the policy with a zero head); peft_config: train a LoRA
-    adapter; ptx_dataset: `prompt, completion` rows for `ptx_coef`. With adapters, reward models over the same base
-    become adapters beside policy, reference and value: the base is held once.
+    model: the SFT model's directory or hub id; reward: a function, a reward model's directory, or several of them (an
+    ensemble); ref_model: the reference (default: `model`); value_model: where the values start (default: the reward
+    model where it has the same weights and tokenizer, otherwise the policy with a zero head); ptx_dataset: `prompt,
+    completion` rows for `ptx_coef`. Where the policy is an adapter (or `args.lora` is given), reward models over the
+    same base become adapters beside policy, reference and value, and the base is loaded once.
     """
 
     control: Any  # Trainer's
@@ -101,7 +81,6 @@ class PPOTrainer(Trainer):
         eval_dataset: Dataset | None = None,
         ref_model: ModelPath | None = None,
         value_model: ModelPath | None = None,
-        peft_config: LoraConfig | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         ptx_dataset: Dataset | None = None,
@@ -115,15 +94,13 @@ class PPOTrainer(Trainer):
                 raise ValueError(f"{name}: no column {max(missing)!r}; it has {', '.join(dataset.column_names)}")
         if (args.ptx_coef > 0) != (ptx_dataset is not None):
             raise ValueError("ptx_coef and ptx_dataset go together: give both or neither")
-        set_seed(args.seed)  # new adapters are drawn before Trainer would set it
-        tokenizer = processing_class or load_tokenizer(model)
+        set_seed(args.seed)  # new adapters are drawn before Trainer sets the seed
+        tokenizer = processing_class or models.load_tokenizer(model)
         tokenizer.padding_side = "left"
-        self.roles, self.reward = cast(
-            model, reward, ref_model, value_model, peft_config, args, tokenizer, train_dataset
-        )
+        self.roles, self.reward = load_models(model, reward, args, ref_model, value_model, tokenizer, train_dataset)
         self.policy = self.roles.use("policy")
-        self.stop_ids = stop_ids(self.policy, tokenizer)
-        self.policy.generation_config.eos_token_id = self.stop_ids  # what is saved must know where to stop
+        self.stop_ids = models.stop_ids(self.policy, tokenizer)
+        self.policy.generation_config.eos_token_id = self.stop_ids  # saved with the policy
         self.kl_coef = args.kl_coef
         self.ptx_dataset: Any = ptx_dataset
         self.samples = pd.DataFrame()  # the last rollouts: prompt, completion, reward, kl, n_tokens, finished
@@ -142,13 +119,13 @@ class PPOTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("PPO shares prompts out, not weights: FSDP and DeepSpeed do not work here, so use DDP")
+            raise ValueError("PPO divides prompts among processes, not weights: use DDP instead of FSDP or DeepSpeed")
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """One update (steps 1 to 4 above); its last minibatch's gradient is left to Trainer, which steps and logs."""
-        started = time.perf_counter()
+        """One update (steps 1 to 4 above); Trainer makes the optimizer step of its last minibatch, logs and saves."""
+        args, started = self.args, time.perf_counter()
         self.roles.eval()
         tokens = self.rollout(inputs["rows"])
         minibatches = self.partition(tokens)
@@ -156,34 +133,29 @@ class PPOTrainer(Trainer):
         rolled_out = time.perf_counter()
         self.roles.train()
         loss, optimisation = self.optimise(trajectory, minibatches)
-        if self.args.adaptive_kl_target is not None:
-            self.kl_coef = adapt_kl_coef(
-                self.kl_coef,
-                metrics["kl"],
-                self.args.adaptive_kl_target,
-                len(inputs["rows"]) * self.args.world_size,
-                self.args.kl_horizon,
+        if args.adaptive_kl_target is not None:
+            completions = len(inputs["rows"]) * args.world_size
+            self.kl_coef = maths.adapt_kl_coef(
+                self.kl_coef, metrics["kl"], args.adaptive_kl_target, completions, args.kl_horizon
             )
         times = {"seconds_rollout": rolled_out - started, "seconds_optimise": time.perf_counter() - rolled_out}
         for name, value in {**metrics, **optimisation, **times}.items():
             self._metrics[name].append(value)
-        return loss.to(self.args.device)
+        return loss.to(args.device)
 
     # 1. Roll out ---------------------------------------------------------------------------------------------------
 
     def rollout(self, rows: list[dict[str, Any]]) -> Tokens:
-        """A completion from the policy for each row's prompt: Tokens (B, P + C) on the CPU."""
-        prompts = encode_prompts(self.processing_class, [row["prompt"] for row in rows])
-        policy = self.roles.use("policy")
+        """A completion from the policy for the prompt of each row: Tokens (B, P + C) on the CPU."""
+        args, tokenizer, policy = self.args, self.processing_class, self.roles.use("policy")
+        prompts = models.encode_prompts(tokenizer, [row["prompt"] for row in rows])
         with self.accelerator.autocast():
-            tokens = generate(
-                policy, self.processing_class, prompts, self.args.max_completion_length, self.args.temperature
-            )
+            tokens = models.generate(policy, tokenizer, prompts, args.max_completion_length, args.temperature)
         return tokens.to(torch.device("cpu"))
 
     def partition(self, tokens: Tokens) -> list[list[torch.Tensor]]:
         """The minibatches of one epoch, each as a list of micro-batches of row numbers."""
-        return partition(tokens.attention_mask.sum(1), self.args.num_minibatches, self.args.micro_batch_size)
+        return maths.partition(tokens.attention_mask.sum(1), self.args.num_minibatches, self.args.micro_batch_size)
 
     # 2. Score, 3. estimate advantages ------------------------------------------------------------------------------
 
@@ -191,9 +163,9 @@ class PPOTrainer(Trainer):
     def make_trajectory(
         self, rows: list[dict[str, Any]], tokens: Tokens, minibatches: list[list[torch.Tensor]]
     ) -> tuple[Trajectory, dict[str, float]]:
-        """Everything the loss needs about the completions, and metrics of the rollout.
+        """What the loss needs to know of the completions, and the metrics of the rollout.
 
-        Log-probs are taken in the very micro-batches of the first epoch, so that there the ratio is 1 to the last bit.
+        The log-probs are computed in the micro-batches of the first epoch, so that its first ratios are exactly 1.
         """
         args, mask = self.args, tokens.completion_mask
         logprobs, reference_logprobs, entropy, values = (torch.zeros(mask.shape) for _ in range(4))
@@ -206,10 +178,10 @@ class PPOTrainer(Trainer):
 
         self.samples = self.rewards(rows, tokens)
         rewards, kl = torch.tensor(self.samples["reward"], dtype=torch.float32), (logprobs - reference_logprobs) * mask
-        unfinished = ~finished(tokens, self.stop_ids)
+        unfinished = ~models.finished(tokens, self.stop_ids)
         scores = rewards - args.missing_eos_penalty * unfinished
-        per_token = token_rewards(scores, logprobs, reference_logprobs, mask, self.kl_coef)
-        advantages, returns = gae(per_token, values, mask, args.gamma, args.gae_lambda)
+        per_token = maths.token_rewards(scores, logprobs, reference_logprobs, mask, self.kl_coef)
+        advantages, returns = maths.gae(per_token, values, mask, args.gamma, args.gae_lambda)
         metrics = {
             "reward": rewards.mean(),
             "kl": kl.sum(1).mean(),
@@ -217,7 +189,7 @@ class PPOTrainer(Trainer):
             "entropy": self._summed(entropy.sum()) / self._summed(mask.sum()),
             "completion_length": mask.sum(1).float().mean(),
             "unfinished": unfinished.float().mean(),
-            "explained_variance": explained_variance(values, returns, mask, self._summed),
+            "explained_variance": maths.explained_variance(values, returns, mask, self._summed),
         }
         self.samples = self.samples.assign(
             kl=kl.sum(1).tolist(),
@@ -228,18 +200,18 @@ class PPOTrainer(Trainer):
         metrics["repetition"] = torch.tensor((self.samples["repetition"] > 0.5).mean())
         if "disagreement" in self.samples:
             metrics["disagreement"] = torch.tensor(self.samples["disagreement"].mean())
-        advantages = whiten(advantages, mask, self._summed)
+        advantages = maths.whiten(advantages, mask, self._summed)
         trajectory = Trajectory(tokens, logprobs, reference_logprobs, values, scores, advantages, returns)
         means = self._summed(torch.stack(list(metrics.values()))) / args.world_size
         return trajectory, dict(zip(metrics, means.tolist(), strict=True)) | {"kl_coef": self.kl_coef}
 
     def rewards(self, rows: list[dict[str, Any]], tokens: Tokens) -> pd.DataFrame:
-        """`prompt, completion, reward` of each row and, of an ensemble, `disagreement`: its standard deviation.
+        """`prompt, completion, reward` of each row and `disagreement`, the standard deviation of an ensemble.
 
-        The reward is a function of the texts; it also gets the rows' other columns.
+        The reward function gets the texts and the other columns of the rows.
         """
         prompts = [row["prompt"] for row in rows]
-        texts: list[Any] = decode_completions(self.processing_class, tokens)
+        texts: list[Any] = models.decode_completions(self.processing_class, tokens)
         found = pd.DataFrame({"prompt": prompts, "completion": texts})
         if not isinstance(prompts[0], str):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
@@ -253,9 +225,9 @@ class PPOTrainer(Trainer):
         return found.assign(reward=checked(rewards, len(rows)).tolist())
 
     def logprobs(self, role: str, tokens: Tokens, with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of the completions under a role and, if asked, entropies: (B, C) each, in nats."""
-        with self.accelerator.autocast():  # Trainer would do this for a model it calls itself; here roles are called
-            return completion_logprobs(self.roles.use(role), tokens, self.args.temperature, with_entropy)
+        """Log-probs of the completions under a role and, if asked, entropies, in nats: (B, C) each."""
+        with self.accelerator.autocast():  # Trainer does this only for a model that it calls itself
+            return models.completion_logprobs(self.roles.use(role), tokens, self.args.temperature, with_entropy)
 
     def values(self, tokens: Tokens) -> torch.Tensor:
         """V(x, y_<t) (B, C)."""
@@ -267,26 +239,23 @@ class PPOTrainer(Trainer):
     def optimise(
         self, trajectory: Trajectory, minibatches: list[list[torch.Tensor]]
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """All epochs over one trajectory: the mean loss (scalar) and metrics; leaves the last gradient unapplied."""
+        """All epochs over one trajectory: the mean loss (scalar) and metrics; the last gradient is not applied."""
         history: list[torch.Tensor] = []
-        first_deviation = 0.0
         for epoch in range(self.args.ppo_epochs):
             for minibatch in minibatches if epoch == 0 else self.partition(trajectory.tokens):
                 if history:
                     self._optimizer_step()
-                statistics = self.accumulate_gradient(trajectory, minibatch)
-                self._refuse_nan(statistics[0])
-                if not history:
-                    first_deviation = statistics[-1].item()
-                history.append(statistics)
-                if self.args.early_stop_kl is not None and statistics[3] > self.args.early_stop_kl:
-                    # The policy has moved far enough: this gradient is not applied, and without one no optimizer steps.
+                totals = self.accumulate_gradient(trajectory, minibatch)
+                self._refuse_nan(totals[0])
+                history.append(totals)
+                if self.args.early_stop_kl is not None and totals[3] > self.args.early_stop_kl:
+                    # The policy has moved far enough: drop this gradient, without which the optimizer changes nothing.
                     self.model.zero_grad(set_to_none=True)
-                    return self._summarise(history, first_deviation)
-        return self._summarise(history, first_deviation)
+                    return self._summarise(history)
+        return self._summarise(history)
 
     def accumulate_gradient(self, trajectory: Trajectory, minibatch: list[torch.Tensor]) -> torch.Tensor:
-        """Gradient of one minibatch, a mean over its tokens however it is cut into micro-batches and among processes.
+        """Gradient of one minibatch: a mean over its tokens, whatever the micro-batches and processes.
 
         Returns loss, policy loss, value loss, approximate KL, clip fraction (token means) and max |ratio - 1|: (6,).
         """
@@ -296,17 +265,17 @@ class PPOTrainer(Trainer):
         for index in minibatch:
             t = trajectory.rows(index, self.policy.device)
             mask = t.tokens.completion_mask
-            # Backward before the roles change: with adapters, switching first would lose the policy's gradient.
+            # Run backward before the role changes: with adapters, switching first would lose the policy's gradient.
             logprobs, entropy = self.logprobs("policy", t.tokens, with_entropy=args.entropy_coef > 0)
             log_ratio = (logprobs - t.logprobs) * mask
             ratio = log_ratio.exp()
-            surrogate = (policy_loss(ratio, t.advantages, args.clip_range) * mask).sum() / n_tokens
+            surrogate = (maths.policy_loss(ratio, t.advantages, args.clip_range) * mask).sum() / n_tokens
             self.accelerator.backward(surrogate - args.entropy_coef * entropy.sum() / n_tokens)
-            errors = value_loss(self.values(t.tokens), t.values, t.returns, args.value_clip_range)
+            errors = maths.value_loss(self.values(t.tokens), t.values, t.returns, args.value_clip_range)
             squared = (errors * mask).sum() / n_tokens
             self.accelerator.backward(args.vf_coef * squared)
             with torch.no_grad():
-                k3 = (log_ratio.expm1() - log_ratio).sum() / n_tokens  # r - 1 - log r, also where r is nearly 1
+                k3 = (log_ratio.expm1() - log_ratio).sum() / n_tokens  # r - 1 - log r, exact near r = 1
                 clipped = (((ratio - 1).abs() > args.clip_range) * mask).sum() / n_tokens
                 loss = surrogate - args.entropy_coef * entropy.sum() / n_tokens + args.vf_coef * squared
                 totals[:5] += torch.stack([loss, surrogate, squared, k3, clipped]).float().cpu()
@@ -322,20 +291,21 @@ class PPOTrainer(Trainer):
         return totals
 
     def accumulate_ptx_gradient(self, n: int) -> float:
-        """Gradient of ptx_coef times the mean token NLL of `n` demonstrations (2203.02155, eq. 2); returns this NLL."""
+        """Gradient of ptx_coef times the mean token NLL of `n` demonstrations (2203.02155, eq. 2); returns the NLL."""
         rows = self.ptx_dataset[torch.randint(len(self.ptx_dataset), (n,)).tolist()]
-        tokens = encode_pairs(self.processing_class, rows["prompt"], rows["completion"])
+        tokens = models.encode_pairs(self.processing_class, rows["prompt"], rows["completion"])
         n_tokens, total = self._summed(tokens.completion_mask.sum()).item(), 0.0
         for index in torch.arange(n).split(self.args.micro_batch_size):
+            micro = tokens.rows(index).to(self.policy.device)
             with self.accelerator.autocast():
-                logprobs, _ = completion_logprobs(self.roles.use("policy"), tokens.rows(index).to(self.policy.device))
+                logprobs, _ = models.completion_logprobs(self.roles.use("policy"), micro)
             nll = -logprobs.sum() / n_tokens
             self.accelerator.backward(self.args.ptx_coef * nll)
             total += nll.item()
         return total
 
     def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor added up over all processes; they share prompts out, and nothing but sums is exchanged."""
+        """The sum of a tensor over all processes."""
         return self.accelerator.reduce(tensor.to(self.args.device), "sum").to(tensor.device)
 
     def _optimizer_step(self) -> None:
@@ -344,21 +314,21 @@ class PPOTrainer(Trainer):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _summarise(self, history: list[torch.Tensor], first_deviation: float) -> tuple[torch.Tensor, dict[str, float]]:
+    def _summarise(self, history: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         mean = torch.stack(history).mean(0)
         names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction")
         metrics = dict(zip(names, mean[1:5].tolist(), strict=True))
-        return mean[0], metrics | {"first_ratio_deviation": first_deviation, "minibatches": float(len(history))}
+        return mean[0], metrics | {"first_ratio_deviation": history[0][5].item(), "minibatches": float(len(history))}
 
     # What Trainer calls --------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer.train, from the seed: the same run whatever was drawn since this trainer was made."""
-        set_seed(self.args.seed + self.args.process_index)  # processes must not draw the same tokens
+        """Trainer.train from the seed, whatever random numbers were drawn since this trainer was made."""
+        set_seed(self.args.seed + self.args.process_index)  # processes must not sample the same tokens
         return super().train(*args, **kwargs)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """An optimizer over exactly the parameters that learn, whichever adapter was switched on last."""
+        """Trainer.create_optimizer for policy and value, whichever adapter was switched on last."""
         self.roles.set_trainable()
         return super().create_optimizer(model)
 
@@ -369,10 +339,13 @@ class PPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Reward, KL, entropy, length on the evaluation prompts, with the same random numbers each time."""
+        """Reward, KL, entropy and length on the evaluation prompts, with the same random numbers each time.
+
+        Raises ValueError where there is no `eval_dataset`.
+        """
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
-            raise ValueError("evaluate: no eval_dataset here and none given to the trainer")
+            raise ValueError("evaluate: there is no eval_dataset; give one here or to the trainer")
         totals: dict[str, float] = defaultdict(float)
         was_training = self.roles.training
         self.roles.eval()
@@ -380,11 +353,9 @@ class PPOTrainer(Trainer):
             torch.manual_seed(self.args.seed)
             for batch in dataset.iter(self.args.per_device_eval_batch_size):
                 rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-                tokens = self.rollout(rows)
-                _, metrics = self.make_trajectory(
-                    rows, tokens, [list(torch.arange(len(rows)).split(self.args.micro_batch_size))]
-                )
-                # A mean over tokens, not over batches: divided again below.
+                micro_batches = list(torch.arange(len(rows)).split(self.args.micro_batch_size))
+                _, metrics = self.make_trajectory(rows, self.rollout(rows), [micro_batches])
+                # Entropy is a mean over tokens, so it is weighted by length here and divided by the mean length below.
                 metrics["entropy"] *= metrics["completion_length"]
                 for name in ("reward", "kl", "objective", "entropy", "completion_length", "unfinished"):
                     totals[f"{metric_key_prefix}_{name}"] += metrics[name] * len(rows) / len(dataset)
@@ -395,14 +366,14 @@ class PPOTrainer(Trainer):
         return dict(totals)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of PPO's own metrics since the last log to what Trainer logs."""
+        """Trainer.log with the means of PPO's metrics since the last log."""
         if "loss" in logs:
             logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
             self._metrics.clear()
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the policy, tokenizer and generation config to `output_dir`, the value model to its folder `value`."""
+        """Write policy, tokenizer and generation config to `output_dir`, and the value model to its folder `value`."""
         out = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             out.mkdir(parents=True, exist_ok=True)
@@ -410,6 +381,9 @@ class PPOTrainer(Trainer):
             self.policy.generation_config.save_pretrained(out)
             self.processing_class.save_pretrained(out)
             (out / STATE).write_text(json.dumps({"kl_coef": self.kl_coef}) + "\n")
+
+    # Trainer has no public method that reads weights from a checkpoint. Its own version of these two does not know the
+    # roles and would load nothing.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.roles.load(resume_from_checkpoint)
@@ -419,7 +393,7 @@ class PPOTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _refuse_nan(self, loss: torch.Tensor) -> None:
-        """Stop before a gradient that is not finite is applied, so that every checkpoint is a good one."""
+        """Raise FloatingPointError before a gradient that is not finite is applied, so that checkpoints stay good."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.roles.learning if p.grad is not None])
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             saved = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))

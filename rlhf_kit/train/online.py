@@ -23,7 +23,7 @@ from rlhf_kit.train.offline import fit_texts
 LIKE_PPO: dict[str, Any] = {
     "per_device_train_batch_size": 64,
     "num_generations": 4,
-    "max_completion_length": 64,
+    "max_completion_length": models.MAX_COMPLETION_LENGTH,
     "temperature": 1.0,
     "beta": 0.1,
     "epsilon": 0.2,
