@@ -128,7 +128,7 @@ def test_a_reward_on_another_base_or_in_another_precision_keeps_its_own_weights(
     for i, other in enumerate((zoo["full-reward"], rewards["4bit-0"])):
         trainer = make(zoo, "lora", tmp_path / str(i), reward=other)
         assert set(trainer.roles.parts) == {"policy", "reference", "value"}
-        assert trainer.rewards(rows_of(PROMPTS), rolled_out(trainer)[0].tokens)["reward"].notna().all()
+        assert trainer.rewards(rows_of(PROMPTS), rolled_out(trainer).trajectory.tokens)["reward"].notna().all()
 
 
 @pytest.mark.parametrize("combine", ["mean", "min"])
