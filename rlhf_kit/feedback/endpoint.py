@@ -153,7 +153,8 @@ class Endpoint:
         """What an error of the client means, and what to do."""
         status, tried = getattr(error, "status_code", None), f"max_retries={self._client.max_retries}"
         if status in REFUSED:
-            return f"{REFUSED[status]} ({status}); check the model's name, base_url and the key in {self.key_variable}"
+            key = f"the key in {self.key_variable}" if self.key_variable else "key_variable (no key was sent)"
+            return f"{REFUSED[status]} ({status}); check the model's name, base_url and {key}"
         kept = "replies are kept only with a cache, such as cache='replies.sqlite'"
         if self.cache is not None:
             kept = f"earlier replies are kept in {self.cache}, and the next attempt goes on from there"
