@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from rlhf_kit import evaluate, plots, presets, report, runs, stats
+from rlhf_kit import evaluate, outputs, plots, presets, runs, stats
 from rlhf_kit.notebook import set_threads
 from rlhf_kit.pipeline import Pipeline
 from rlhf_kit.progress import quiet
+from rlhf_kit.tasks import Pocket
 
 OUT = Path("results/demo-seeds")
 HARMLESS = ("garbled", "borderline prompts refused", "plain questions refused")
@@ -50,7 +51,7 @@ def main() -> None:
     runs.save_figure(options.out, "reward_shift", plots.reward_shift(final))
     print(shifts.round(3).to_string(index=False), "\n")
     print(effects.round(3).to_string(index=False), "\n")
-    print(report.readable(evaluate.summary(final)))
+    print(outputs.readable(evaluate.summary(final)))
 
 
 def shift_table(final: pd.DataFrame) -> pd.DataFrame:
@@ -67,9 +68,8 @@ def shift_table(final: pd.DataFrame) -> pd.DataFrame:
 
 def effect_table(final: pd.DataFrame) -> pd.DataFrame:
     """Side effects of each seed's models, with their change against SFT."""
-    world = presets.preset("pocket").task
-    assert world is not None
-    tables = [evaluate.side_effects(part, world).assign(seed=seed) for seed, part in final.groupby("seed")]
+    task = Pocket()
+    tables = [task.effects(part).assign(seed=seed) for seed, part in final.groupby("seed")]
     table = pd.concat(tables, ignore_index=True)
     sft = table[table["model"] == "SFT"].set_index(["seed", "effect"])["share"]
     change = table["share"].to_numpy() - sft.loc[list(zip(table["seed"], table["effect"], strict=True))].to_numpy()

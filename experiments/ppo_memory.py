@@ -30,10 +30,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from rlhf_kit import PPOConfig, PPOTrainer, memory, models, plots, runs, train
+from rlhf_kit import PPOConfig, PPOTrainer, files, memory, models, plots, runs, train
 from rlhf_kit.notebook import set_threads
 from rlhf_kit.progress import quiet
-from rlhf_kit.runs import provenance
 
 # On a CPU the trace sees this thread's allocations only, and transformers would load weights in others.
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
@@ -99,7 +98,12 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     made: dict[str, Path] = {}
     for stage in (stage for stage in STAGES if stage in asked):
         made[stage] = measured_run(options, config, base, stage, made)
-    rows = [pd.read_csv(run.directory / "metrics.csv").assign(**run.config) for run in runs.load_runs(options.out)]
+    finished = sorted((options.out / "runs").glob("[!.]*/run.json"))
+    configs = [json.loads(file.read_text())["config"] for file in finished]
+    rows = [
+        pd.read_csv(file.with_name("metrics.csv")).assign(**config)
+        for file, config in zip(finished, configs, strict=True)
+    ]
     table = pd.concat(rows, ignore_index=True)
     runs.write_summary(options.out, table)
     for (shape, layers, mode), part in table.groupby(["shape", "layers", "mode"], sort=False):
@@ -142,7 +146,7 @@ def write_base(config: LlamaConfig, out: Path) -> str:
             index |= dict.fromkeys(shard, file)
             shard = {}
     size = {"total_size": sum(2 * shape.numel() for shape in shapes.values())}
-    with runs.replacing(out / "model.safetensors.index.json") as temporary:  # last: it says that all is there
+    with files.replacing(out / "model.safetensors.index.json") as temporary:  # last: it says that all is there
         temporary.write_text(json.dumps({"metadata": size, "weight_map": index}))
     return str(out)
 
@@ -161,7 +165,7 @@ def measured_run(
         "completion": options.completion,
         "rollout": options.rollout,
         "micro_batch": options.micro_batch,
-        "device": torch.cuda.get_device_name() if on_gpu else provenance.device(),
+        "device": torch.cuda.get_device_name() if on_gpu else runs.device(),
     }
 
     def function(directory: Path) -> None:
@@ -196,7 +200,7 @@ def measured_run(
             "peak_phase": estimate.peak_phase,
         }
         row |= {f"estimate {part}": gib for part, gib in estimate.parts.items()}
-        versions = provenance.versions() | {"bitsandbytes": __import__("bitsandbytes").__version__}
+        versions = runs.versions() | {"bitsandbytes": __import__("bitsandbytes").__version__}
         runs.append_metrics(directory, {"shared_reward_base": str(shared), **row, **versions})
 
     device = "gpu" if on_gpu else "cpu"

@@ -35,7 +35,6 @@ from rlhf_kit.notebook import set_threads
 from rlhf_kit.ppo import trainer as ppo_trainer
 from rlhf_kit.ppo.alarms import Alarms
 from rlhf_kit.progress import clock, quiet
-from rlhf_kit.runs import provenance
 from rlhf_kit.tasks import pocket
 
 OUT = Path("results/ppo-speed")
@@ -54,7 +53,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     set_threads(options.threads)
     updates = 1 if options.quick else 5
     rollouts, lengths = (ROLLOUTS[:2], LENGTHS[:2]) if options.quick else (ROLLOUTS, LENGTHS)
-    where = {"device": provenance.device(), "threads": torch.get_num_threads(), **provenance.versions()}
+    where = {"device": runs.device(), "threads": torch.get_num_threads(), **runs.versions()}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         base = random_base(Path(folder) / "base")

@@ -31,14 +31,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def publish(made: Path, path: Path) -> None:
     """Give what was made its final name; an older folder of that name is put aside first and removed last."""
-    if not path.is_dir():
-        made.replace(path)
-        return
     aside = path.with_name(f".{path.name}.old")
-    remove(aside)
-    path.rename(aside)
-    made.rename(path)
-    remove(aside)
+    if path.is_dir():
+        remove(aside)
+        path.rename(aside)
+    made.replace(path)
+    remove(aside)  # also after a kill between the two renames
 
 
 def remove(path: Path) -> None:

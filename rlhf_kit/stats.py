@@ -1,21 +1,25 @@
 """Numbers with intervals from frames of scores: means, differences, win rates, calibration, best-of-n.
 
-A score belongs to a sample, a sample to a prompt and a prompt to a seed. Samples of one prompt are alike, so none are
-treated as independent: each prompt counts once, however many samples it has, and intervals come from resampling prompts
-(and seeds, where the frame has several). A row without a number is an error; what was not measured at all is NaN.
+A score belongs to a sample, a sample to a prompt and a prompt to a seed. Samples of one prompt are alike, so they are
+not treated as independent: each prompt counts once, however many samples it has, and intervals come from resampling
+prompts (and seeds if the frame has several). A row without a number is an error; what was not measured at all is NaN.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import comb
+from statsmodels.stats.proportion import proportion_confint
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
 DRAWS_AT_ONCE = 4_000_000  # bounds the memory of one block of resamples: 32 MB of indices
 
 
@@ -30,14 +34,15 @@ class Interval(NamedTuple):
         return f"{self.mean:.2f} [{self.lo:.2f}, {self.hi:.2f}]"
 
 
+LEVEL = 0.95
 Z = 1.959963984540054  # standard errors on either side of a 95% interval
 NOT_MEASURED = Interval(math.nan, math.nan, math.nan)
 
+# The bootstrap
 
-def bootstrap(
-    values: ArrayLike, groups: ArrayLike | None = None, n_resamples: int = 2000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Percentile bootstrap of the mean of `values` [N], resampling whole `groups` [N] (prompts) where they are given.
+
+def bootstrap(values: ArrayLike, groups: ArrayLike | None = None, n_resamples: int = 2000, seed: int = 0) -> Interval:
+    """95% percentile bootstrap of the mean of `values` [N], resampling whole `groups` [N] (prompts) if they are given.
 
     One value, or one group, says nothing about the spread: its bounds are NaN. ValueError if a value is not finite.
     """
@@ -49,33 +54,31 @@ def bootstrap(
             raise ValueError(f"groups has shape {labels.shape}, values {flat.shape}: give one group per value")
         _, index = np.unique(labels, return_inverse=True)
         sums, counts = (np.bincount(index, weights=weights).astype(float) for weights in (flat, counts))
-    means = _resampled_ratio(sums, counts, n_resamples, np.random.default_rng(seed))
-    return _percentiles(float(flat.mean()), means, level, enough=len(sums) > 1)
+    draws = _resample(lambda drawn: sums[drawn].sum(1) / counts[drawn].sum(1), len(sums), n_resamples, seed)
+    return _percentiles(float(flat.mean()), draws, enough=len(sums) > 1)
 
 
 def bootstrap_of(
-    statistic: Callable[[NDArray[np.int64]], float],
-    groups: ArrayLike,
-    n_resamples: int = 500,
-    seed: int = 0,
-    level: float = 0.95,
+    statistic: Callable[[Indices], float], groups: ArrayLike, n_resamples: int = 500, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap of any `statistic` of row numbers, resampling whole `groups` [N] of rows (items, prompts).
+    """95% percentile bootstrap of any `statistic` of row numbers, resampling whole `groups` [N] of rows (prompts).
 
-    The bounds are NaN with one group, or where more than 1 - `level` of the resamples leave the statistic undefined
-    (NaN); fewer such are left out.
+    Resamples that leave the statistic undefined (NaN) are left out. The bounds are NaN if these are more than 5% of
+    all, or if there is only one group.
     """
     _, index = np.unique(np.asarray(groups), return_inverse=True)
-    rows, size, rng = np.arange(len(index)), index.max() + 1, np.random.default_rng(seed)
+    rows, size = np.arange(len(index)), int(index.max()) + 1
+
+    def of_each(drawn: Indices) -> Array:
+        times = [np.bincount(resample, minlength=size) for resample in drawn]
+        return np.array([statistic(np.repeat(rows, each[index])) for each in times])
+
     value = float(statistic(rows))
     if size < 2 or math.isnan(value):
         return Interval(value, math.nan, math.nan)
-    times = (np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(n_resamples))
-    draws = [statistic(np.repeat(rows, drawn[index])) for drawn in times]
-    found = np.array(draws)[~np.isnan(draws)]
-    if len(found) < level * n_resamples:
-        return Interval(value, math.nan, math.nan)
-    return _percentiles(value, found, level, enough=True)
+    draws = _resample(of_each, size, n_resamples, seed)
+    found = draws[~np.isnan(draws)]
+    return _percentiles(value, found, enough=len(found) >= LEVEL * n_resamples)
 
 
 def hierarchical_bootstrap(
@@ -84,66 +87,49 @@ def hierarchical_bootstrap(
     levels: Sequence[str] = ("seed", "prompt_id"),
     n_resamples: int = 2000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Interval:
-    """Mean of means over nested `levels`, resampling the outer level (seeds) and, within each draw, the next (prompts).
+    """Mean over seeds of means over prompts, resampling seeds and, within each draw, prompts; 95% percentile interval.
 
-    Rows below the last level (samples of a prompt) are averaged first. A level with one member adds no spread: with one
-    seed the interval covers prompts only. Raises ValueError naming the column and row of the first fault.
+    `levels` are both columns or only the prompts'. Samples of a prompt are averaged first. A level with one member adds
+    no spread: with one seed the interval covers prompts only. ValueError names the column and row of the first fault.
     """
     _need(frame, *levels, value)
     for name in levels:
         if frame[name].isna().any():  # groupby would drop these rows without a word
             raise ValueError(f"column {name!r} is empty in row {frame.index[frame[name].isna()][0]}")
+    if len(levels) > 2:
+        raise ValueError(f"levels must be one or two columns, the outer one first, got {', '.join(levels)}")
     _finite(frame[value], value, frame.index)
     means = frame.groupby(list(levels))[value].mean()
-    nested = _nest(means)
-    draws = _resampled_means(nested, n_resamples, np.random.default_rng(seed))
-    return _percentiles(_mean_of_means(nested), draws, level, enough=len(means) > 1)
-
-
-def _nest(means: pd.Series) -> Any:
-    """Means indexed by L levels -> lists of lists (L-1 deep) of arrays."""
-    if means.index.nlevels == 1:
-        return means.to_numpy(dtype=float)
-    return [_nest(part.droplevel(0)) for _, part in means.groupby(level=0)]
-
-
-def _mean_of_means(nested: Any) -> float:
-    return float(np.mean(nested if isinstance(nested, np.ndarray) else [_mean_of_means(child) for child in nested]))
-
-
-def _resampled_means(nested: Any, size: int, rng: np.random.Generator) -> Array:
-    """`size` draws [size] of the mean of means: every slot draws a child, and the child redraws its own members."""
-    if isinstance(nested, np.ndarray):
-        return _resampled_ratio(nested, np.ones_like(nested), size, rng)
-    total = np.zeros(size)
-    for _ in nested:
-        drawn = rng.integers(len(nested), size=size)
-        for position, child in enumerate(nested):
+    parts = [part.to_numpy(float) for _, part in means.groupby(level=0)] if len(levels) > 1 else [means.to_numpy(float)]
+    draws, rng = np.zeros(n_resamples), np.random.default_rng(seed)
+    for _ in parts:  # each slot draws a seed, and that seed draws its prompts anew
+        drawn = rng.integers(len(parts), size=n_resamples)
+        for position, part in enumerate(parts):
             chosen = drawn == position
-            total[chosen] += _resampled_means(child, int(chosen.sum()), rng)
-    return total / len(nested)
+            draws[chosen] += _resample(partial(_means, part), len(part), int(chosen.sum()), rng)
+    return _percentiles(float(np.mean([part.mean() for part in parts])), draws / len(parts), enough=len(means) > 1)
 
 
-def _resampled_ratio(sums: Array, counts: Array, size: int, rng: np.random.Generator) -> Array:
-    """`size` draws [size] of sum(sums) / sum(counts) over groups [G] drawn with replacement."""
-    step = max(1, DRAWS_AT_ONCE // len(sums))
-    draws = []
-    for start in range(0, size, step):
-        index = rng.integers(len(sums), size=(min(step, size - start), len(sums)))
-        draws.append(sums[index].sum(axis=1) / counts[index].sum(axis=1))
-    return np.concatenate(draws) if draws else np.empty(0)
+def _means(values: Array, drawn: Indices) -> Array:
+    return np.asarray(values[drawn].mean(axis=1))
 
 
-def _percentiles(mean: float, draws: Array, level: float, enough: bool) -> Interval:
-    if not 0 < level < 1 or len(draws) == 0:
-        raise ValueError(
-            f"level must lie between 0 and 1, got {level}, and n_resamples be at least 1, got {len(draws)}"
-        )
-    if not enough:
-        return Interval(mean, math.nan, math.nan)
-    lo, hi = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+def _resample(statistic: Callable[[Indices], Array], members: int, size: int, seed: int | np.random.Generator) -> Array:
+    """The statistic [size] of `size` resamples: `members` numbers below `members`, drawn with replacement.
+
+    `statistic` takes a block of resamples [R, members] and returns [R], so that memory stays bounded.
+    """
+    rng = np.random.default_rng(seed)  # which returns a generator as it is
+    step = max(1, DRAWS_AT_ONCE // members)
+    blocks = [min(step, size - start) for start in range(0, size, step)]
+    return np.concatenate([np.empty(0), *(statistic(rng.integers(members, size=(rows, members))) for rows in blocks)])
+
+
+def _percentiles(mean: float, draws: Array, enough: bool) -> Interval:
+    if len(draws) == 0:
+        raise ValueError("n_resamples must be at least 1")
+    lo, hi = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if enough else (math.nan, math.nan)
     return Interval(mean, float(lo), float(hi))
 
 
@@ -165,36 +151,33 @@ def _finite(values: ArrayLike, name: str, index: Any = None) -> Array:
     return flat
 
 
-def paired_difference(
-    scores: pd.DataFrame, a: str, b: str, value: str, n_resamples: int = 2000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Mean over prompts of (mean `value` of a's samples - mean of b's), on the same prompts, with its interval.
+# Models against each other
+
+
+def paired_difference(scores: pd.DataFrame, a: str, b: str, value: str, seed: int = 0) -> Interval:
+    """Mean over prompts of (mean `value` of a's samples - mean of b's), on the same prompts, with its 95% interval.
 
     It covers prompts, and seeds if the column `seed` has several. Raises ValueError if a model or a prompt is missing.
     """
-    levels = _levels(scores)
-    left, right = _same_prompts(scores, a, b, value, levels)
+    left, right, levels = _same_prompts(scores, a, b, value)
     difference = left.groupby(levels)[value].mean() - right.groupby(levels)[value].mean()
-    return hierarchical_bootstrap(difference.reset_index(), value, levels, n_resamples, seed, level)
+    return hierarchical_bootstrap(difference.reset_index(), value, levels, seed=seed)
 
 
-def win_rate(
-    scores: pd.DataFrame, a: str, b: str, by: str, n_resamples: int = 2000, seed: int = 0, level: float = 0.95
-) -> Interval:
+def win_rate(scores: pd.DataFrame, a: str, b: str, by: str, seed: int = 0) -> Interval:
     """Chance that a sample of a beats a sample of b to the same prompt by the score `by`; a tie is half a win.
 
     All pairs of samples of a prompt count: that is the prompt's Mann-Whitney U over its number of pairs, from ranks.
-    A policy against itself is exactly 0.5. Interval over prompts (and seeds); raises ValueError as `paired_difference`.
+    A policy against itself is exactly 0.5. Interval and errors are those of `paired_difference`.
     """
-    levels = _levels(scores)
-    left, right = _same_prompts(scores, a, b, by, levels)
+    left, right, levels = _same_prompts(scores, a, b, by)
     both = pd.concat([left.assign(_left=True), right.assign(_left=False)], ignore_index=True)
     both["_rank"] = both.groupby(levels)[by].rank()  # ties share their mean rank
     mine = both[both["_left"]].groupby(levels)["_rank"].agg(["sum", "size"])
     theirs = both[~both["_left"]].groupby(levels).size()
     u = mine["sum"] - mine["size"] * (mine["size"] + 1) / 2
     wins = (u / (mine["size"] * theirs)).rename("win").reset_index()
-    return hierarchical_bootstrap(wins, "win", levels, n_resamples, seed, level)
+    return hierarchical_bootstrap(wins, "win", levels, seed=seed)
 
 
 def _levels(scores: pd.DataFrame) -> list[str]:
@@ -202,28 +185,33 @@ def _levels(scores: pd.DataFrame) -> list[str]:
     return ["seed", "prompt_id"] if several_seeds else ["prompt_id"]
 
 
-def _of_model(scores: pd.DataFrame, model: str) -> pd.DataFrame:
+def of_model(scores: pd.DataFrame, model: str) -> pd.DataFrame:
+    """The rows of a model; ValueError if there are none."""
     rows = scores[scores["model"] == model]
     if rows.empty:
         raise ValueError(f"no rows of model {model!r}; the scores have {', '.join(map(str, scores['model'].unique()))}")
     return rows
 
 
-def _same_prompts(
-    scores: pd.DataFrame, a: str, b: str, value: str, levels: list[str]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of a and of b, after a check that both have numbers for the very same prompts."""
+def numbers_of(scores: pd.DataFrame, model: str, value: str) -> Array:
+    """A model's numbers [N] in the column `value`; ValueError naming the first row without one."""
     _need(scores, value)
-    left, right = _of_model(scores, a), _of_model(scores, b)
-    for name, rows in ((a, left), (b, right)):
-        _finite(rows[value], f"{value} of {name}", rows.index)
+    rows = of_model(scores, model)
+    return _finite(rows[value], f"{value} of {model}", rows.index)
+
+
+def _same_prompts(scores: pd.DataFrame, a: str, b: str, value: str) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """The rows of a and of b and their levels, after a check that both have numbers for the very same prompts."""
+    levels, left, right = _levels(scores), of_model(scores, a), of_model(scores, b)
+    for name in (a, b):
+        numbers_of(scores, name, value)
     prompts_a, prompts_b = (set(rows[levels].itertuples(index=False, name=None)) for rows in (left, right))
     if odd := sorted(prompts_a ^ prompts_b):
+        first = " ".join(f"{level} {key}" for level, key in zip(levels, odd[0], strict=True))
         raise ValueError(
-            f"{a} and {b} must be scored on the same prompts, but {len(odd)} are on one side only, "
-            f"first {' '.join(f'{level} {key}' for level, key in zip(levels, odd[0], strict=True))}"
+            f"{a} and {b} must be scored on the same prompts, but {len(odd)} are on one side only, first {first}"
         )
-    return left, right
+    return left, right, levels
 
 
 def summary(
@@ -236,11 +224,10 @@ def summary(
 
     What was not measured (no such column, or empty for that model) stays NaN. ValueError if the baseline is missing.
     """
-    levels = _levels(scores)
-    base = _of_model(scores, baseline)
+    levels, base = _levels(scores), of_model(scores, baseline)
     table: list[dict[str, Any]] = []
     for model in scores["model"].unique():
-        rows = _of_model(scores, model)
+        rows = of_model(scores, model)
         row: dict[str, Any] = {"model": model}
         for value in values:
             measured = _measured(rows, value)
@@ -267,7 +254,7 @@ def compare(scores: pd.DataFrame, a: str = "PPO", b: str = "DPO") -> pd.DataFram
     Columns: `quantity`, `mean`, `lo`, `hi`, `if_equal` (the value that means no difference) and `verdict`, which is
     "<a> higher" or "<b> higher" where the interval excludes `if_equal`, else "cannot tell", or "not measured".
     """
-    left, right = _of_model(scores, a), _of_model(scores, b)
+    left, right = of_model(scores, a), of_model(scores, b)
     table = []
     for quantity in ("win_rate_gold", "win_rate_proxy", "gold", "proxy", "kl", "n_tokens"):
         value = quantity.removeprefix("win_rate_")
@@ -287,13 +274,12 @@ def quantiles(
     scores: pd.DataFrame, value: str, by: str = "model", q: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95)
 ) -> pd.DataFrame:
     """Quantiles of `value` over all samples: a row per `by` in order of appearance, columns `q05`, ... or NaN."""
-    table = []
-    for name, rows in scores.groupby(by, sort=False):
-        found = np.full(len(q), math.nan)
-        if _measured(rows, value):
-            found = np.quantile(_finite(rows[value], f"{value} of {name}", rows.index), q)
-        table.append({by: name, **{f"q{f'{100 * p:g}'.zfill(2)}": x for p, x in zip(q, found, strict=True)}})
-    return pd.DataFrame(table)
+    table = scores.groupby(by, sort=False)[value].quantile(np.asarray(q)).unstack(sort=False)
+    table.columns = [f"q{f'{100 * p:g}'.zfill(2)}" for p in q]
+    return table.reset_index()
+
+
+# Reward models
 
 
 def pair_accuracy(chosen_scores: ArrayLike, rejected_scores: ArrayLike, groups: ArrayLike | None = None) -> Interval:
@@ -320,28 +306,20 @@ def calibration_curve(probabilities: ArrayLike, outcomes: ArrayLike, bins: int =
         raise ValueError(f"bins must be at least 1, got {bins}")
     edges = np.linspace(0, 1, bins + 1)
     index = np.minimum((predicted * bins).astype(int), bins - 1)  # 1.0 belongs to the last bin
-    n = np.bincount(index, minlength=bins)
-    with np.errstate(invalid="ignore"):  # 0 / 0 = NaN is what an empty bin should hold
-        mean_predicted = np.bincount(index, weights=predicted, minlength=bins) / n
-        mean_observed = np.bincount(index, weights=observed, minlength=bins) / n
-        lo, hi = _wilson(mean_observed, n)
-    columns = {"left": edges[:-1], "right": edges[1:], "n": n, "predicted": mean_predicted, "observed": mean_observed}
-    return pd.DataFrame({**columns, "observed_lo": lo, "observed_hi": hi})
+    inside = pd.DataFrame({"predicted": predicted, "observed": observed}).groupby(index)
+    table = pd.DataFrame({"left": edges[:-1], "right": edges[1:], "n": inside.size()}, index=range(bins))
+    table = table.fillna({"n": 0}).astype({"n": int}).join(inside.mean())
+    with np.errstate(divide="ignore", invalid="ignore"):  # an empty bin has no interval
+        lo, hi = proportion_confint(table["observed"] * table["n"], table["n"], method="wilson")
+    return table.assign(observed_lo=lo, observed_hi=hi)
 
 
-def _wilson(p: Array, n: NDArray[np.int64]) -> tuple[Array, Array]:
-    """95% interval of a proportion (Wilson 1927): unlike p +- 1.96 se it stays in [0, 1] and is not empty at 0 or 1."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
-        half = Z * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
-    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)  # at 0 and 1 rounding would leave [0, 1]
+def expected_calibration_error(curve: pd.DataFrame) -> float:
+    """Mean over pairs of |predicted - observed| of their bin (Guo et al. 2017, arXiv:1706.04599, eq. 3) of a curve."""
+    return float(((curve["predicted"] - curve["observed"]).abs() * curve["n"]).sum() / curve["n"].sum())
 
 
-def expected_calibration_error(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -> float:
-    """Mean over pairs of |predicted - observed| of their bin (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
-    table = calibration_curve(probabilities, outcomes, bins)
-    gap = (table["predicted"] - table["observed"]).abs()
-    return float((gap * table["n"]).sum() / table["n"].sum())
+# Best-of-n
 
 
 def best_of_n_kl(n: int) -> float:
@@ -368,17 +346,11 @@ def best_of_n_estimate(frame: pd.DataFrame, reward: str, value: str, n: int) -> 
         _finite(frame[name], name, frame.index)
     levels = _levels(frame)
     prompts = frame.groupby(levels)
-    size = prompts[reward].transform("size").to_numpy()
+    size = prompts[reward].transform("size")
     if size.min() < n:
-        short = frame[levels].iloc[int(size.argmin())].to_dict()
+        short = frame[levels].iloc[int(size.to_numpy().argmin())].to_dict()
         raise ValueError(f"best of {n} needs {n} samples per prompt, but prompt {short} has {size.min()}")
-    lowest = prompts[reward].rank("min").to_numpy().astype(int)  # a tie fills the ranks lowest..highest
-    highest = prompts[reward].rank("max").to_numpy().astype(int)
-    weight = np.empty(len(frame))
-    for total in np.unique(size):
-        within = np.array([math.comb(rank, n) / math.comb(total, n) for rank in range(total + 1)])  # P(best <= rank)
-        rows = size == total
-        share = within[highest[rows]] - within[lowest[rows] - 1]
-        weight[rows] = share / (highest[rows] - lowest[rows] + 1)
-    weighted = frame[levels].assign(**{value: weight * frame[value].to_numpy(dtype=float)})
+    lowest, highest = (prompts[reward].rank(method) for method in ("min", "max"))  # a tie fills these ranks
+    share = comb(highest, n) / comb(size, n) - comb(lowest - 1, n) / comb(size, n)  # P(best is among the tied)
+    weighted = frame[levels].assign(**{value: share / (highest - lowest + 1) * frame[value]})
     return weighted.groupby(levels)[value].sum().reset_index()

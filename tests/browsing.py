@@ -13,33 +13,27 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.error import URLError
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
+from rlhf_kit.rating import Page as Served
+from rlhf_kit.rating import Session
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET_CHROMIUM = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+QUIET = "no-sandbox disable-gpu disable-quic no-first-run disable-sync disable-background-networking "
+QUIET += "disable-component-update"
 START_SECONDS = 60
 
 
 def chromium() -> str:
-    """The browser's path; without one the test skips, or fails where RLHF_KIT_REQUIRE_BROWSER=1 lets nothing skip."""
+    """The browser's path; without one the test skips, or fails under RLHF_KIT_REQUIRE_BROWSER=1."""
     if CHROMIUM is None:
-        reason = "no Chromium is installed, so nothing was opened in a browser (on Debian: apt install chromium)"
-        if os.environ.get("RLHF_KIT_REQUIRE_BROWSER") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        stop = pytest.fail if os.environ.get("RLHF_KIT_REQUIRE_BROWSER") == "1" else pytest.skip
+        stop("no Chromium is installed, so nothing was opened in a browser (on Debian: apt install chromium)")
     return CHROMIUM
 
 
@@ -50,11 +44,10 @@ def free_port() -> int:
 
 
 def answers(url: str) -> bool:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(url, timeout=5) as response:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5) as response:
             return bool(response.status == 200)
-    except (URLError, OSError):
+    except OSError:
         return False
 
 
@@ -65,15 +58,9 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[tuple[str, str]]:
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps({"windowingMode": "none"}))  # else a cell out of sight is not in the page
     address, token = f"http://127.0.0.1:{free_port()}", secrets.token_hex(16)
-    environment = os.environ | {
-        "JUPYTER_TOKEN": token,
-        "JUPYTER_CONFIG_DIR": str(home / "config"),
-        "JUPYTER_DATA_DIR": str(home / "data"),
-        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
-        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
-        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
-        "RLHF_KIT_RESULTS": str(home / "results"),
-    }
+    folders = {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    folders |= {f"JUPYTERLAB_{name}_DIR": str(home / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
+    environment = os.environ | folders | {"JUPYTER_TOKEN": token, "RLHF_KIT_RESULTS": str(home / "results")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
     command += ["--ip=127.0.0.1", f"--port={address.rpartition(':')[2]}", "--ServerApp.port_retries=0"]
     command += [f"--ServerApp.root_dir={folder}"]
@@ -83,9 +70,8 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[tuple[str, str]]:
     try:
         deadline = time.monotonic() + START_SECONDS
         while not answers(f"{address}/api/status?token={token}"):
-            assert server.poll() is None and time.monotonic() < deadline, (
-                f"JupyterLab did not start:\n{log.read_text()}"
-            )
+            up = server.poll() is None and time.monotonic() < deadline
+            assert up, f"JupyterLab did not start:\n{log.read_text()}"
             time.sleep(0.2)
         yield address, token
     finally:
@@ -98,12 +84,19 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
+def served(session: Session) -> Iterator[Served]:
+    """The rating page of a session, answering until the block ends."""
+    with Served(session) as server, ThreadPoolExecutor(1) as background:
+        background.submit(server.serve_forever, 0.02)
+        try:
+            yield server
+        finally:
+            server.shutdown()
+
+
+@contextmanager
 def browser() -> Iterator[Browser]:
     """A Chromium that Playwright drives; the test skips, or fails, where there is none."""
     path = chromium()
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=QUIET_CHROMIUM)
-        try:
-            yield opened
-        finally:
-            opened.close()
+        yield playwright.chromium.launch(executable_path=path, args=[f"--{name}" for name in QUIET.split()])

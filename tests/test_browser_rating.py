@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sqlite3
-import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nbformat
 import pytest
-from browsing import START_SECONDS, browser, jupyterlab
+from browsing import START_SECONDS, browser, jupyterlab, served
 from playwright.sync_api import Browser, Locator, Page, expect
 
 import rlhf_kit as rk
 from rlhf_kit.feedback import Item, Store
-from rlhf_kit.rating import Page as Served
 from rlhf_kit.rating import Session
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -34,72 +30,69 @@ rk.rate(items, store="judgments.db", rater="ana")
 LONG = " ".join(["the sea otter holds hands while it sleeps ."] * 200)
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a <b>bold</b>\n  question ?"}]
 
-# (contrast, text, part) of every text, its colours laid over what is behind it.
-CONTRASTS = """() => {
-    const parse = (colour) => {
-        const canvas = document.createElement("canvas");
-        const context = canvas.getContext("2d", {willReadFrequently: true});
-        canvas.width = canvas.height = 1;
-        context.fillStyle = colour;
-        context.fillRect(0, 0, 1, 1);
-        const [r, g, b, a] = context.getImageData(0, 0, 1, 1).data;
-        return [r, g, b, a / 255];
+# The texts with less than 4.5:1 against what is behind them, by WCAG 2.1. A canvas reads any notation of a colour.
+POOR_CONTRASTS = """() => {
+    const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+    const painted = (colours) => {
+        for (const colour of ["white", ...colours]) {
+            context.fillStyle = colour;
+            context.fillRect(0, 0, 1, 1);
+        }
+        return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
     };
-    const over = (top, under) => [0, 1, 2].map(i => top[i] * top[3] + under[i] * (1 - top[3])).concat(1);
-    const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
-        .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    const luminance = (rgb) => rgb.map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
         .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-    const behind = (element) => {
+    const contrast = (element) => {
         const layers = [];
-        for (let at = element; at; at = at.parentElement) layers.push(parse(getComputedStyle(at).backgroundColor));
-        return layers.reverse().reduce((under, top) => over(top, under), [255, 255, 255, 1]);
+        for (let at = element; at; at = at.parentElement) layers.unshift(getComputedStyle(at).backgroundColor);
+        const back = luminance(painted(layers));
+        const front = luminance(painted([...layers, getComputedStyle(element).color]));
+        return (Math.max(back, front) + 0.05) / (Math.min(back, front) + 0.05);
     };
     return [...document.querySelectorAll(".rk-rating *")]
         .filter(element => [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim()))
-        .filter(element => element.getBoundingClientRect().height > 0)
-        .map(element => {
-            const back = behind(element), front = over(parse(getComputedStyle(element).color), back);
-            const [dark, bright] = [light(back), light(front)].sort((a, b) => a - b);
-            return [(bright + 0.05) / (dark + 0.05), element.textContent.slice(0, 40), element.className];
-        });
+        .filter(element => element.getBoundingClientRect().height > 0 && contrast(element) < 4.5)
+        .map(element => [contrast(element), element.textContent.slice(0, 40), element.className]);
 }"""
 
 
 class Clicked(NamedTuple):
     prompt: str
-    ranks: tuple[int, int]  # of the answers as shown
-    shown: tuple[str, str]
+    ranks: tuple[int, ...]  # of the answers as shown
+    shown: tuple[str, ...]
     strength: str | None = None
     note: str = ""
 
 
-def rating_page(page: Page, position: int | None = None) -> Locator:
+def rating_page(page: Page, position: int) -> Locator:
     """The page, once it takes answers to that item."""
     root = page.get_by_role("region", name="Rating", exact=True)
-    if position is not None:
-        expect(root.get_by_role("status").first).to_contain_text(f"{position} of ")
+    expect(root.get_by_role("status").first).to_contain_text(f"{position} of ")
     expect(root).to_have_attribute("aria-busy", "false")
     return root
 
 
-def seen(root: Locator) -> tuple[str, tuple[str, str]]:
-    parts = [root.get_by_role("group", name=f"{name}, text") for name in ("Prompt", "Answer 1", "Answer 2")]
-    prompt, first, second = (part.inner_text() for part in parts)
-    return prompt, (first, second)
+@contextmanager
+def opened(page: Page, session: Session) -> Iterator[Locator]:
+    """The page of a session, served and open at its first item."""
+    with served(session) as server:
+        page.goto(server.address)
+        yield rating_page(page, session.state()["position"])
+
+
+def seen(root: Locator) -> tuple[str, tuple[str, ...]]:
+    prompt, *shown = (part.inner_text() for part in root.get_by_role("group", name=re.compile(", text$")).all())
+    return prompt, tuple(shown)
 
 
 def judge(page: Page, position: int) -> Clicked:
     """One item, in a way that its position says: by key or mouse, the first, the second or neither, with a strength."""
     root = rating_page(page, position)
     prompt, shown = seen(root)
-    mouse = position % 2 == 0
-    strength, note = (None, "")
+    mouse, strength, note = position % 2 == 0, None, ""
     if position % 5 == 0:
         note = "1 s g"  # keys that must not be read as a choice
-        if mouse:
-            root.get_by_role("textbox").click()
-        else:
-            page.keyboard.press("n")
+        root.get_by_role("textbox").click() if mouse else page.keyboard.press("n")
         page.keyboard.type(note)
         page.keyboard.press("Escape")
     if position % 4 == 1:
@@ -108,27 +101,19 @@ def judge(page: Page, position: int) -> Clicked:
     elif position % 4 == 2:
         strength = "slightly"
         root.get_by_role("radio", name="slightly").check()
-    ranks = (1, 1) if position % 7 == 0 else (1, 2) if position % 3 else (2, 1)
-    key = {(1, 1): "0", (1, 2): "1", (2, 1): "2"}[ranks]
-    if mouse:
-        root.get_by_role("button", name="Tie" if key == "0" else f"Answer {key} is better").click()
-    else:
-        page.keyboard.press(key)
-    return Clicked(prompt, ranks, shown, strength if ranks != (1, 1) else None, note)
+    key = "0" if position % 7 == 0 else "1" if position % 3 else "2"
+    button = root.get_by_role("button", name="Tie" if key == "0" else f"Answer {key} is better")
+    button.click() if mouse else page.keyboard.press(key)
+    ranks = {"0": (1, 1), "1": (1, 2), "2": (2, 1)}[key]
+    return Clicked(prompt, ranks, shown, strength if key != "0" else None, note)
 
 
-def kept(path: Path) -> list[Clicked]:
-    """What SQLite has, and what was taken back is not there, read without the kit."""
-    with closing(sqlite3.connect(path)) as connection:
-        rows = connection.execute(
-            "SELECT prompt, completions, ranks, shown, strength, note FROM judgments JOIN showings USING (showing) "
-            "JOIN items USING (item) WHERE judgment NOT IN (SELECT judgment FROM withdrawals) ORDER BY judgment"
-        ).fetchall()
+def kept(store: Store) -> list[Clicked]:
+    """What the store has, in the order of the page."""
     found = []
-    for prompt, completions, ranks, shown, strength, note in rows:
-        order, texts = json.loads(shown), json.loads(completions)
-        first, second = ((json.loads(ranks)[i], texts[i]) for i in order)
-        found.append(Clicked(json.loads(prompt), (first[0], second[0]), (first[1], second[1]), strength, note))
+    for row in store.judgments().itertuples():
+        ranks, shown = zip(*((row.ranks[i], row.completions[i]) for i in row.shown), strict=True)
+        found.append(Clicked(row.prompt, ranks, shown, row.strength, row.note))
     return found
 
 
@@ -143,24 +128,11 @@ def undo_and_judge_again(page: Page, clicked: list[Clicked]) -> None:
     position = len(clicked) + 1
     rating_page(page, position)
     page.keyboard.press("ArrowLeft")
-    root = rating_page(page, position - 1)
-    assert seen(root) == (clicked[-1].prompt, clicked[-1].shown)
-    page.keyboard.press("2" if clicked[-1].ranks == (1, 2) else "1")
-    other = (2, 1) if clicked[-1].ranks == (1, 2) else (1, 2)
+    assert seen(rating_page(page, position - 1)) == (clicked[-1].prompt, clicked[-1].shown)
+    key, other = ("2", (2, 1)) if clicked[-1].ranks == (1, 2) else ("1", (1, 2))
+    page.keyboard.press(key)
     clicked[-1] = clicked[-1]._replace(ranks=other, strength=None, note="")
     rating_page(page, position)
-
-
-@contextmanager
-def served(session: Session) -> Iterator[str]:
-    with Served(session) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield server.address
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +143,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(chromium: Browser, tmp_path: Path) -> Iterator[Page]:
-    page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+    page = chromium.new_context(viewport={"width": 1400, "height": 1000}).new_page()
     page.set_default_timeout(START_SECONDS * 1000)
     said: list[str] = []
     page.on("pageerror", lambda error: said.append(str(error)))
@@ -180,17 +152,12 @@ def page(chromium: Browser, tmp_path: Path) -> Iterator[Page]:
         assert said == []
     finally:
         page.screenshot(path=tmp_path / "page.png")
-        page.close()
+        page.context.close()
 
 
-def trains_a_reward_model(path: Path, out: Path) -> None:
-    with pytest.warns(UserWarning, match="2 of 20 judgments are ties"):
-        pairs = rk.feedback.preferences(Store(path).judgments())
-    assert len(pairs) == 18
-    preset = rk.presets.preset("pocket")
-    settings = preset.reward_model | {"max_steps": 2}
-    model = rk.RewardModel(rk.train.reward_model(preset.base_model, pairs, out=out, **settings))
-    assert len(model(pairs["prompt"][:2], pairs["chosen"][:2])) == 2
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "judgments.db")
 
 
 def test_twenty_items_in_jupyterlab(page: Page, tmp_path: Path) -> None:
@@ -209,7 +176,6 @@ def test_twenty_items_in_jupyterlab(page: Page, tmp_path: Path) -> None:
         clicked = [judge(page, position) for position in range(1, 7)]
         undo_and_judge_again(page, clicked)
         clicked += [judge(page, position) for position in range(7, 10)]
-        rating_page(page, 10)
         before = seen(rating_page(page, 10))
         page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
         page.wait_for_function("!window.jupyterapp.shell.currentWidget.context.model.dirty")
@@ -229,63 +195,53 @@ def test_twenty_items_in_jupyterlab(page: Page, tmp_path: Path) -> None:
         kinds = "[...window.jupyterapp.shell.currentWidget.content.model.cells].map(cell => cell.type)"
         assert page.evaluate(kinds) == ["code"], "a key reached JupyterLab's command mode"
         assert page.get_by_role("dialog").count() == 0
-    assert kept(folder / "judgments.db") == clicked
-    trains_a_reward_model(folder / "judgments.db", tmp_path / "reward")
+    store = Store(folder / "judgments.db")
+    assert kept(store) == clicked
+    with pytest.warns(UserWarning, match="2 of 20 judgments are ties"):
+        pairs = rk.feedback.preferences(store.judgments())
+    preset = rk.presets.preset("pocket")
+    settings = preset.reward_model | {"max_steps": 2}
+    model = rk.RewardModel(rk.train.reward_model(preset.base_model, pairs, out=tmp_path / "reward", **settings))
+    assert len(model(pairs["prompt"][:2], pairs["chosen"][:2])) == 2
 
 
-def test_twenty_items_on_the_served_page(page: Page, tmp_path: Path) -> None:
-    path = tmp_path / "judgments.db"
+def test_the_served_page_goes_on_after_a_reload_and_after_the_command_was_ended(page: Page, store: Store) -> None:
     requested: list[str] = []
     page.on("request", lambda request: requested.append(request.url))
-    with served(Session(Store(path), ITEMS, "ana")) as address:
-        page.goto(address)
-        clicked = [judge(page, position) for position in range(1, 9)]
+    with opened(page, Session(store, ITEMS[:12], "ana")):
+        clicked = [judge(page, position) for position in range(1, 8)]
         undo_and_judge_again(page, clicked)
-        before = seen(rating_page(page, 9))
+        before = seen(rating_page(page, 8))
         page.reload()
-        assert seen(rating_page(page, 9)) == before
-        clicked += [judge(page, position) for position in range(9, 12)]
-        rating_page(page, 12)
-    with served(Session(Store(path), ITEMS, "ana")) as address:  # Ctrl-C, and the same command again
-        page.goto(address)
-        clicked += [judge(page, position) for position in range(12, 21)]
-        expect(page.get_by_text("20 judged, 0 skipped, all kept under the name ana.")).to_be_visible()
-        assert re.search(r"20 of 20 · [\d.]+ a minute", page.get_by_role("status").first.inner_text())
-    assert kept(path) == clicked
+        assert seen(rating_page(page, 8)) == before
+    page.keyboard.press("1")
+    expect(page.get_by_role("alert")).to_contain_text("Not saved: rlhf-kit rate does not answer")
+    expect(page.get_by_role("status").first).to_contain_text("8 of 12")
+    with opened(page, Session(store, ITEMS[:12], "ana")):  # the same command again
+        clicked += [judge(page, position) for position in range(8, 13)]
+        expect(page.get_by_text("12 judged, 0 skipped, all kept under the name ana.")).to_be_visible()
+        assert re.search(r"12 of 12 · [\d.]+ a minute", page.get_by_role("status").first.inner_text())
+    assert kept(store) == clicked
     assert all(url.startswith(("http://127.0.0.1:", "data:")) for url in requested)
-    trains_a_reward_model(path, tmp_path / "reward")
 
 
-def test_a_double_click_and_a_held_key_judge_one_item(page: Page, tmp_path: Path) -> None:
-    store = Store(tmp_path / "j.db")
-    with served(Session(store, ITEMS, "ana")) as address:
-        page.goto(address)
-        rating_page(page, 1).get_by_role("button", name="Answer 1 is better").dblclick()
+def test_a_double_click_a_held_key_and_a_second_tab_judge_each_item_once(page: Page, store: Store) -> None:
+    with opened(page, Session(store, ITEMS, "ana")) as root, page.context.new_page() as behind:
+        behind.goto(page.url)
+        rating_page(behind, 1)
+        root.get_by_role("button", name="Answer 1 is better").dblclick()
         rating_page(page, 2)
         for _ in range(5):
             page.keyboard.down("2")  # repeats, as a held key does
         page.keyboard.up("2")
         rating_page(page, 3)
+        behind.keyboard.press("1")
+        expect(behind.get_by_role("alert")).to_contain_text("nothing was recorded")
+        rating_page(behind, 3)
         assert len(store.judgments()) == 2
 
 
-def test_a_second_tab_that_is_behind_is_told_so(chromium: Browser, page: Page, tmp_path: Path) -> None:
-    store = Store(tmp_path / "j.db")
-    with served(Session(store, ITEMS, "ana")) as address:
-        page.goto(address)
-        rating_page(page, 1)
-        behind = chromium.new_page()
-        behind.goto(address)
-        rating_page(behind, 1)
-        judge(page, 1)
-        rating_page(page, 2)
-        behind.keyboard.press("1")
-        expect(behind.get_by_role("alert")).to_contain_text("nothing was recorded")
-        rating_page(behind, 2)
-        assert len(store.judgments()) == 1
-
-
-def test_two_pages_in_one_document_keep_apart(page: Page, tmp_path: Path) -> None:
+def test_two_pages_in_one_document_keep_apart(page: Page, store: Store) -> None:
     """As in a notebook with the cell twice: the second has the same showing."""
     second = """async () => {
         const {default: {render}} = await import("./page.js");
@@ -293,34 +249,26 @@ def test_two_pages_in_one_document_keep_apart(page: Page, tmp_path: Path) -> Non
         const el = document.body.appendChild(document.createElement("div"));
         render({model: {get: () => state, on() {}, off() {}, send() {}}, el});
     }"""
-    with served(Session(Store(tmp_path / "j.db"), ITEMS, "ana")) as address:
-        page.goto(address)
-        rating_page(page, 1)
+    with opened(page, Session(store, ITEMS, "ana")):
         page.evaluate(second)
         expect(page.get_by_role("radio", name="not said", checked=True)).to_have_count(2)
 
 
-def test_a_server_that_is_gone_loses_nothing_in_silence(page: Page, tmp_path: Path) -> None:
-    with served(Session(Store(tmp_path / "j.db"), ITEMS, "ana")) as address:
-        page.goto(address)
-        rating_page(page, 1)
-    page.keyboard.press("1")
-    expect(page.get_by_role("alert")).to_contain_text("Not saved: rlhf-kit rate does not answer")
-    expect(page.get_by_role("status").first).to_contain_text("1 of 20")
-
-
-def test_a_ranking_by_keys_with_a_tie_and_a_step_back(page: Page, tmp_path: Path) -> None:
-    store = Store(tmp_path / "j.db")
-    items = [Item(f"{i} ?", ("a", "b", "c", "d")) for i in range(2)]
-    with served(Session(store, items, "ana")) as address:
-        page.goto(address)
-        root = rating_page(page, 1)
-        letters = [root.get_by_role("group", name=f"Answer {place}, text").inner_text() for place in range(1, 5)]
+def test_a_ranking_by_keys_with_a_tie_and_a_step_back(page: Page, store: Store) -> None:
+    with opened(page, Session(store, [Item(f"{i} ?", ("a", "b", "c", "d")) for i in range(2)], "ana")) as root:
+        letters = seen(root)[1]
         page.keyboard.press("Enter")
         expect(page.get_by_role("alert")).to_contain_text("Rank all 4 answers")
-        for key in ("3", "1", "Backspace", "2", "0", "4", "1"):
-            page.keyboard.press(key)
-        expect(root).to_contain_text("Your order: 3 = 2 > 4 > 1")
+        for keys, order in {
+            "314": "3 > 1 > 4",
+            "1": "3 > 4",
+            "20": "3 > 4 = 2",
+            "4B4": "3 > 4",
+            "201": "3 > 4 = 2 > 1",
+        }.items():
+            for key in keys:
+                page.keyboard.press("Backspace" if key == "B" else key)
+            expect(root.get_by_text("Your order: ")).to_have_text(f"Your order: {order}")
         page.keyboard.press("Enter")
         root = rating_page(page, 2)
         for place in (1, 2, 3, 4):
@@ -328,34 +276,25 @@ def test_a_ranking_by_keys_with_a_tie_and_a_step_back(page: Page, tmp_path: Path
         root.get_by_role("button", name="Confirm").click()
         expect(page.get_by_text("2 judged")).to_be_visible()
     first, second = store.judgments()["ranks"]
-    assert [first["abcd".index(letter)] for letter in letters] == [3, 1, 1, 2]
+    assert [first["abcd".index(letter)] for letter in letters] == [3, 2, 1, 2]
     assert sorted(second) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    ("question", "keys", "ratings"), [("good/bad", "gb12", [1, 0, 1, 0]), ("1-7", "1746", [1, 7, 4, 6])]
-)
-def test_ratings_by_keys(page: Page, tmp_path: Path, question: str, keys: str, ratings: list[int]) -> None:
-    store = Store(tmp_path / "j.db")
-    with served(Session(store, [Item(f"{i} ?", ("a",)) for i in range(5)], "ana", question)) as address:  # type: ignore[arg-type]
-        page.goto(address)
-        for position, key in enumerate(keys, 1):
+@pytest.mark.parametrize(("question", "keys", "ratings"), [("good/bad", "gb2", [1, 0, 0]), ("1-7", "174", [1, 7, 4])])
+def test_ratings_by_keys(page: Page, store: Store, question: Any, keys: str, ratings: list[int]) -> None:
+    with opened(page, Session(store, [Item(f"{i} ?", ("a",)) for i in range(4)], "ana", question)):
+        for position, key in enumerate([*keys, "s"], 1):
             rating_page(page, position)
             page.keyboard.press(key)
-        rating_page(page, 5)
-        page.keyboard.press("s")
-        expect(page.get_by_text("4 judged, 1 skipped")).to_be_visible()
-    assert list(store.judgments()["rating"])[:4] == ratings
+        expect(page.get_by_text("3 judged, 1 skipped")).to_be_visible()
+    assert list(store.judgments()["rating"])[:3] == ratings
 
 
-def test_texts_are_shown_as_they_are_and_none_becomes_markup(page: Page, tmp_path: Path) -> None:
+def test_texts_are_shown_as_they_are_and_none_becomes_markup(page: Page, store: Store) -> None:
     script = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
-    with served(Session(Store(tmp_path / "j.db"), [Item(CHAT, (script, LONG))], "ana")) as address:
-        page.goto(address)
-        root = rating_page(page, 1)
-        assert root.get_by_role("group", name="Prompt, text").inner_text() == (
-            "system\nbe brief\nuser\na <b>bold</b>\n  question ?"
-        )
+    with opened(page, Session(store, [Item(CHAT, (script, LONG))], "ana")) as root:
+        assert seen(root)[0] == "system\nbe brief\nuser\na <b>bold</b>\n  question ?"
+        assert script in seen(root)[1]
         assert root.locator("img, script, b").count() == 0
         assert page.title() == "Rating"
         columns = root.locator(".rk-text").evaluate_all(
@@ -375,24 +314,14 @@ def named(page: Page) -> str:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_is_for_everybody(chromium: Browser, tmp_path: Path, scheme: str) -> None:
+def test_the_page_is_for_everybody(chromium: Browser, store: Store, scheme: Any) -> None:
     """Each control has a role and a name, Tab reaches it, focus is visible and goes along, and texts have 4.5:1."""
-    page = chromium.new_page(color_scheme=scheme, reduced_motion="reduce", viewport={"width": 1100, "height": 900})  # type: ignore[arg-type]
-    with served(Session(Store(tmp_path / "j.db"), [Item(CHAT, ("a", LONG)), *ITEMS], "ana")) as address:
-        page.goto(address)
-        root = rating_page(page, 1)
+    page = chromium.new_page(color_scheme=scheme, reduced_motion="reduce", viewport={"width": 1100, "height": 900})
+    with opened(page, Session(store, [Item(CHAT, ("a", LONG)), *ITEMS], "ana")) as root:
         assert named(page) == "Item 1 of 21"
-        for role, name, key in [
-            ("button", "Answer 1 is better", "1"),
-            ("button", "Answer 2 is better", "2"),
-            ("button", "Tie", "0"),
-            ("button", "Undo", "ArrowLeft"),
-            ("button", "Skip", "s"),
-            ("radio", "slightly", "7"),
-            ("radio", "clearly", "8"),
-            ("radio", "much", "9"),
-            ("textbox", "Note", "n"),
-        ]:
+        shortcuts = {"Answer 1 is better": "1", "Answer 2 is better": "2", "Tie": "0", "Undo": "ArrowLeft", "Skip": "s"}
+        shortcuts |= {"slightly": "7", "clearly": "8", "much": "9", "Note": "n"}
+        for (name, key), role in zip(shortcuts.items(), ["button"] * 5 + ["radio"] * 3 + ["textbox"], strict=True):
             expect(root.get_by_role(role, name=name)).to_have_attribute("aria-keyshortcuts", key)  # type: ignore[arg-type]
         expect(root.get_by_role("radiogroup")).to_be_visible()
         expect(root.get_by_role("progressbar", name="Judged")).to_be_visible()
@@ -413,9 +342,7 @@ def test_the_page_is_for_everybody(chromium: Browser, tmp_path: Path, scheme: st
         assert named(page) == "Item 2 of 21"  # a screen reader reads on from there
         page.keyboard.press("ArrowLeft")
         rating_page(page, 1)
-        page.evaluate("document.querySelector('.rk-error').hidden = false")
-        page.evaluate("document.querySelector('.rk-error').textContent = 'a fault'")
-        poor = [found for found in page.evaluate(CONTRASTS) if found[0] < 4.5]
-        assert poor == []
-        page.screenshot(path=tmp_path / f"{scheme}.png")
+        page.keyboard.press("ArrowLeft")
+        expect(page.get_by_role("alert")).to_contain_text("no judgment to take back")
+        assert page.evaluate(POOR_CONTRASTS) == []
     page.close()

@@ -84,7 +84,7 @@ def test_the_ten_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         reward_model=whole.reward_model | few,
         ppo=whole.ppo | few | {"per_device_train_batch_size": 8},
     )
-    monkeypatch.setitem(presets.PRESETS, "pocket", lambda seed: replace(tiny, seed=seed))
+    monkeypatch.setitem(presets.PRESETS, "pocket", lambda seed, task: replace(tiny, seed=seed))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)

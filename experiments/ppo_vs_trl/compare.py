@@ -92,7 +92,7 @@ def main() -> None:
         for (mode, name), run in made.items():
             known = {"model": name, "mode": mode, "seed": seed}
             costs.append(known | cost(run, base_bytes))
-            metrics.append(pd.read_csv(run.directory / "metrics.csv").assign(run=run.name, **known))
+            metrics.append(pd.read_csv(run.directory / "metrics.csv").assign(run=run.directory.name, **known))
         scores.append(pd.read_parquet(found.directory / "samples.parquet").assign(seed=seed))
         spent += sum(run.info["seconds"] for run in (*pipeline.runs.values(), *made.values(), found))
     scored = pd.concat(scores, ignore_index=True)

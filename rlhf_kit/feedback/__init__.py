@@ -1,19 +1,17 @@
 """Feedback of people and models: what is judged, who judges it, the store of judgments, and the datasets they make."""
 
-from .agreement import alpha, reliability, units
-from .bias import biases, swapped
+from .agreement import agreement, votes
+from .bias import biases, position_from_swaps
 from .collecting import ask, choose, collect, disagreement, items
-from .consensus import Consensus, dawid_skene
 from .constitution import Constitution, Principle, constitution
 from .converting import MARGINS, labels, preferences
 from .endpoint import Endpoint, EndpointRater
-from .exchange import export, load
 from .judging import COLUMNS, QUESTIONS, SCALES, STRENGTHS, Answer, FeedbackError, Item, Question, Rater
 from .language_model import LanguageModelRater, train_judge
 from .quality import raters
 from .reporting import report
 from .revising import Writer, as_demonstrations, critique_and_revise, writer
-from .store import Showing, Store
+from .store import Store
 from .templates import PLAIN, Template
 
 __all__ = [
@@ -24,7 +22,6 @@ __all__ = [
     "SCALES",
     "STRENGTHS",
     "Answer",
-    "Consensus",
     "Constitution",
     "Endpoint",
     "EndpointRater",
@@ -34,11 +31,10 @@ __all__ = [
     "Principle",
     "Question",
     "Rater",
-    "Showing",
     "Store",
     "Template",
     "Writer",
-    "alpha",
+    "agreement",
     "as_demonstrations",
     "ask",
     "biases",
@@ -46,18 +42,14 @@ __all__ = [
     "collect",
     "constitution",
     "critique_and_revise",
-    "dawid_skene",
     "disagreement",
-    "export",
     "items",
     "labels",
-    "load",
+    "position_from_swaps",
     "preferences",
     "raters",
-    "reliability",
     "report",
-    "swapped",
     "train_judge",
-    "units",
+    "votes",
     "writer",
 ]

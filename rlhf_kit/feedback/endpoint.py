@@ -209,7 +209,7 @@ class EndpointRater(ModelRater):
 
     def __call__(self, prompt: Prompt, completions: Sequence[Completion], question: Question) -> Answer:
         answer = super().__call__(prompt, completions, question)
-        if not answer.skipped:
+        if answer != Answer():
             return answer
         said = " ".join(self.unread[-1].split())[:80]
         note = f"asked {self.max_repeats + 1} times, {self.name} gave no answer word; its last reply: {said!r}"

@@ -1,4 +1,4 @@
-"""What is judged and what is said of it: items, questions, answers, and the raters who give them."""
+"""Items, questions, answers, and the raters who give them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ SCALES: dict[Question, range] = {"good/bad": range(2), "1-7": range(1, 8)}  # of
 STRENGTHS = ("slightly", "clearly", "much")  # how much better the preferred one of a pair is
 MOST = 9  # completions of one ranking: each has a key
 
-
-# What a frame of judgments has, a row each: `ask` and `Store.judgments` give it, everything else takes it.
+# The columns of a frame of judgments, a row each. `ask` and `Store.judgments` return such frames.
 COLUMNS = (
     "judgment",  # a number that grows with time
     "item",
@@ -31,7 +30,7 @@ COLUMNS = (
     "rating",  # NaN: a ranking, or skipped
     "strength",
     "note",
-    "shown",  # shown[place] is the index of the completion at that place of the page; empty: not known
+    "shown",  # shown[place] is the index of the completion at that place of the page
     "seconds",
     "interface",  # where it was given, with version
     "time",  # UTC, ISO 8601
@@ -58,31 +57,29 @@ class Item:
     columns: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        texts = [_canonical(each) for each in self.completions]
+        texts = [canonical(each) for each in self.completions]
         if not 1 <= len(texts) <= MOST:
             raise FeedbackError(f"{self._where}: has {len(texts)} completions; an item has 1 to {MOST}")
         for place, each in enumerate(self.completions):
+            same = texts.index(texts[place])
             if not isinstance(each, str | list):
                 raise FeedbackError(f"{self._where}: completion {place} is missing ({each!r}); give a text or a chat")
-        for place, text in enumerate(texts):
-            if text in texts[:place]:
-                same = texts.index(text)
-                raise FeedbackError(f"{self._where}: completions {same} and {place} are equal; there is nothing to ask")
+            if same < place:
+                raise FeedbackError(f"{self._where}: completions {same} and {place} are equal; leave one of them out")
 
     @property
     def id(self) -> str:
-        """A name of the content: the same prompt and completions in the same order are the same item everywhere."""
-        return hashlib.sha256(_canonical([self.prompt, *self.completions]).encode()).hexdigest()[:16]
+        """A hash of the content: the same prompt and completions in the same order have the same id everywhere."""
+        return hashlib.sha256(canonical([self.prompt, *self.completions]).encode()).hexdigest()[:16]
 
     @property
     def _where(self) -> str:
-        prompt = self.prompt if isinstance(self.prompt, str) else _canonical(self.prompt)
-        return f"item {prompt[:60]!r}"
+        return f"item {str(self.prompt)[:60]!r}"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rater says: ranks (1 the best, equal ones tie), or a rating; neither means skipped.
+    """A rater's answer: ranks (1 the best, equal ones tie), or a rating; neither means skipped.
 
     Ranks follow the order in which completions were shown. Raises FeedbackError for what no question asks.
     """
@@ -96,17 +93,12 @@ class Answer:
         if self.ranks is not None and self.rating is not None:
             raise FeedbackError("an answer has ranks or a rating, not both")
         if self.strength is not None and (self.strength not in STRENGTHS or len(set(self.ranks or ())) != 2):
-            raise FeedbackError(
-                f"strength {self.strength!r}: it is one of {', '.join(STRENGTHS)}, of a pair that is no tie"
-            )
-
-    @property
-    def skipped(self) -> bool:
-        return self.ranks is None and self.rating is None
+            known = ", ".join(STRENGTHS)
+            raise FeedbackError(f"strength {self.strength!r}: it is one of {known}, of a pair that is no tie")
 
     def check(self, question: Question, n: int) -> None:
-        """FeedbackError unless this answers `question` about `n` completions."""
-        if self.skipped:
+        """FeedbackError unless this answers `question` about `n` completions; a skip answers every question."""
+        if self.ranks is None and self.rating is None:
             return
         if question == "rank":
             if self.ranks is None or len(self.ranks) != n or not all(1 <= rank <= n for rank in self.ranks):
@@ -117,7 +109,7 @@ class Answer:
 
 
 class Rater(Protocol):
-    """Anything that judges completions of one prompt, shown in this order: simulated, a language model, a person."""
+    """Judges completions of one prompt, shown in this order: a simulated person, a language model, a person."""
 
     name: str
 
@@ -130,13 +122,6 @@ def dense_ranks(scores: Sequence[float]) -> tuple[int, ...]:
     return tuple(levels.index(score) + 1 for score in scores)
 
 
-def ranks_of_item(ranks: Sequence[int] | None, shown: Sequence[int]) -> list[int] | None:
-    """Ranks given to completions as shown, in the item's own order; an order that is not known is the item's own."""
-    if ranks is None or not shown:
-        return None if ranks is None else list(ranks)
-    return [ranks[shown.index(i)] for i in range(len(shown))]
-
-
 def as_row(
     judgment: int,
     item: Item,
@@ -147,9 +132,13 @@ def as_row(
     seconds: float | None,
     interface: str,
 ) -> dict[str, Any]:
-    """A judgment made now as a row of COLUMNS; raises FeedbackError if the answer does not answer the question."""
+    """A judgment made now as a row of COLUMNS; FeedbackError if rater, answer or order do not fit the question."""
+    if not rater.strip():
+        raise FeedbackError("a judgment needs a rater's name; give one, such as rater='ana'")
     answer.check(question, len(item.completions))
-    ranks = ranks_of_item(answer.ranks, shown)
+    if sorted(shown) != list(range(len(item.completions))):
+        raise FeedbackError(f"shown {tuple(shown)}: it must name each of {len(item.completions)} completions once")
+    ranks = None if answer.ranks is None else [answer.ranks[shown.index(i)] for i in range(len(shown))]
     said = (ranks, answer.rating, answer.strength, answer.note)
     known = (item.prompt, list(item.completions), dict(item.columns))
     row = (judgment, item.id, rater, question, *said, list(shown), seconds, interface, now(), False, *known)
@@ -157,12 +146,10 @@ def as_row(
 
 
 def judgments_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Rows of COLUMNS as a frame, with the same types whether they come from memory, a store or a file."""
+    """Rows of COLUMNS as a frame, with the same types whether they come from memory or from a store."""
     frame = pd.DataFrame([dict(row) for row in rows], columns=list(COLUMNS))
-    numbers, lists = ["rating", "seconds"], ["ranks", "shown", "completions", "columns", "strength"]
-    frame[numbers] = frame[numbers].astype(float)
-    frame["withdrawn"] = frame["withdrawn"].astype(bool)
-    for name in lists:  # None, not NaN
+    frame = frame.astype({"rating": float, "seconds": float, "withdrawn": bool})
+    for name in ("ranks", "shown", "completions", "columns", "strength"):  # None, not NaN
         frame[name] = pd.Series([row[name] for row in rows], index=frame.index, dtype=object)
     return frame
 
@@ -182,5 +169,6 @@ def check_question(question: str, items: Sequence[Item]) -> None:
             raise FeedbackError(f"{item._where}: has {len(item.completions)}; {question!r} asks about {needs}")
 
 
-def _canonical(value: Any) -> str:
+def canonical(value: Any) -> str:
+    """Equal values as one and the same JSON text."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True)

@@ -1,4 +1,4 @@
-"""The raters of a frame of judgments, a row each: how much they judged, how well, how fast, and what sways them."""
+"""The raters of a frame of judgments, a row each: how much they judge, how well, how fast, and what sways them."""
 
 from __future__ import annotations
 
@@ -8,100 +8,99 @@ import numpy as np
 import pandas as pd
 
 from rlhf_kit import stats
-from rlhf_kit.feedback.agreement import UNIT, units, words
-from rlhf_kit.feedback.bias import biases, gaps, gold_scores, swapped
+from rlhf_kit.feedback.agreement import PAIR, votes, words
+from rlhf_kit.feedback.bias import biases, gold_gaps, position_from_swaps
 from rlhf_kit.rewards import Reward
 from rlhf_kit.stats import NOT_MEASURED, Interval, columns
 
 TOO_FAST = 1 / 3  # of a rater's own median time per word
 
-# What each column of `raters` means, in the words of the report.
+# What the columns of `raters` mean, in the two tables of the report.
 MEANINGS = {
-    "judgments": "judgments given, without those taken back; skipped ones count",
-    "skips": "items skipped",
-    "ties": "pairs called equal",
-    "agree": "share of units in which the rater says what most of the others say; units in which their votes are tied "
-    "are left out and counted as even votes",
-    "agree_gold": "share of decided pairs in which the rater prefers the completion of higher gold utility",
-    "side_bias": "share of decided pairs in which the completion at the page's first place was preferred, less 1/2",
-    "lapse": "share of the rater's choices made as by a coin, from the same model as position and length; what only "
-    "this rater does not know of a pair counts too",
-    "position": "log-odds that standing first on the page adds, from a model of choices that holds quality and length "
-    "equal and knows of lapses, with weak priors",
-    "length": "log-odds that each more word adds, from the same model; without gold it is relative to the mean of "
-    "the panel, whose shared taste cannot be told from quality",
-    "position_swapped": "log-odds of the first place from pairs judged in both orders, log(n first-first / n "
-    "second-second) / 2: exact whatever the quality",
-    "seconds": "median time of a judgment, in seconds",
-    "too_fast": "share of timed judgments that took less than a third of the rater's own median time per word",
-    "repeats": "units that the rater judged again",
-    "repeats_changed": "share of these in which the later value is another one",
+    "How much, how well, how fast": {
+        "judgments": "judgments given, with skipped ones, without those taken back",
+        "skips": "items skipped",
+        "ties": "pairs called equal",
+        "agree": "share of pairs in which the rater says what most of the others say",
+        "even_votes": "pairs left out of it, because the others are evenly divided",
+        "agree_gold": "share of decided pairs in which the rater prefers the completion of higher gold utility",
+        "lapse": "share of choices made at random, from the same model as position and length; what only this rater "
+        "does not know of a pair counts too",
+        "seconds": "median time of a judgment, in seconds",
+        "too_fast": "share of timed judgments that took less than a third of the rater's own median time per word",
+        "repeats": "pairs that the rater judged again",
+        "repeats_changed": "share of these in which the later vote differs",
+    },
+    "What sways them": {
+        "side_bias": "share of decided pairs in which the rater prefers the first place on the page, less 1/2",
+        "position": "log-odds that the first place on the page adds, from a model of choices that holds quality and "
+        "length equal and allows for lapses, with weak priors",
+        "position_swapped": "log-odds of the first place from pairs judged in both orders, log(n first-first / n "
+        "second-second) / 2: exact whatever the quality",
+        "length": "log-odds that each further word adds, from the same model; without gold it is relative to the mean "
+        "of the panel, because a taste that all share cannot be told from quality",
+        "choices": "pairs that the model uses; ties are left out",
+        "swaps": "pairs judged in both orders",
+        "why": "why the model gives no number",
+    },
 }
 
 
 def raters(judgments: pd.DataFrame, gold: Reward | None = None, seed: int = 0) -> pd.DataFrame:
-    """A row per rater, columns as MEANINGS says; shares and biases have `_lo` and `_hi`, 95% intervals.
+    """A row per rater with the columns of MEANINGS; shares and biases have `_lo` and `_hi`, 95% intervals.
 
-    Intervals of shares are bootstrapped over items, those of log-odds are of `biases` and `swapped`. What cannot be
-    measured is NaN, and `why` says why of the biases. Of repeated judgments the last counts. `gold` is a reward.
+    Intervals of shares are bootstrapped over items; those of log-odds come from `biases` and `position_from_swaps`.
+    What cannot be measured is NaN, and `why` says why a bias is. The last of repeated votes counts. `gold` is a reward.
     """
-    found = units(judgments)
-    present = judgments[~judgments["withdrawn"]]
-    repeated = _repeats(units(judgments, repeats=True))
-    others = _majority_of_others(found)
-    scores = gold_scores(present, gold) if gold is not None and len(present) else {}
+    found, present = votes(judgments), judgments[~judgments["withdrawn"]]
+    if gold is not None:
+        found["gap"] = gold_gaps(found[found["question"] == "rank"], present, gold)
+    others, repeated = _majority_of_others(found), _repeats(votes(judgments, repeats=True))
     rows = []
     for rater, given in present.groupby("rater"):
-        own, votes = found[found["rater"] == rater], others[others["rater"] == rater]
-        pairs = own[(own["question"] == "rank")]
+        own, said, again = (frame[frame["rater"] == rater] for frame in (found, others, repeated))
+        pairs, clear = own[own["question"] == "rank"], said[said["majority"].notna()]
         decided = pairs[pairs["value"] != 0]
         sided = decided[decided["first"] != 0]
-        clear = votes[votes["majority"].notna()]
-        again = repeated[repeated["rater"] == rater]
-        skipped = given["ranks"].isna() & given["rating"].isna()
-        row: dict[str, Any] = {"rater": rater, "judgments": len(given), "skips": int(skipped.sum())}
-        row |= {"ties": int((pairs["value"] == 0).sum()), "units": len(own)}
+        skips = int((given["ranks"].isna() & given["rating"].isna()).sum())
+        row: dict[str, Any] = {"rater": rater, "judgments": len(given), "skips": skips}
+        row |= {"ties": len(pairs) - len(decided), "votes": len(own)}
         row |= _share("agree", clear["value"] == clear["majority"], clear["item"], seed)
-        row |= {"even_votes": int(votes["majority"].isna().sum())}
+        row |= {"even_votes": len(said) - len(clear)}
         if gold is not None:
-            gap = gaps(decided, scores)
-            row |= _share("agree_gold", (gap * decided["value"])[gap != 0] > 0, decided["item"][gap != 0], seed)
+            known = decided[decided["gap"] != 0]
+            row |= _share("agree_gold", known["gap"] * known["value"] > 0, known["item"], seed)
         row |= _share("side_bias", sided["value"] == sided["first"], sided["item"], seed, less=0.5)
         row |= _speed(given) | {"repeats": len(again)}
         row |= _share("repeats_changed", again["changed"], again["item"], seed)
         rows.append(row)
     table = pd.DataFrame(rows)
-    return table.merge(biases(judgments, gold), on="rater").merge(swapped(judgments), on="rater")
+    return table.merge(biases(judgments, gold), on="rater").merge(position_from_swaps(judgments), on="rater")
 
 
 def _majority_of_others(found: pd.DataFrame) -> pd.DataFrame:
-    """The units with `majority`, what most of the other raters say; NaN: they are even. Units of one rater are out."""
-    each = found.groupby([*UNIT, "value"]).size().rename("votes").reset_index()
-    votes = found.merge(each, on=UNIT, suffixes=("", "_said"))
-    votes["votes"] -= votes["value"] == votes["value_said"]  # the rater's own
-    votes = votes[votes["votes"] > 0]
-    top = votes[votes["votes"] == votes.groupby([*UNIT, "rater"])["votes"].transform("max")]
-    sole = top.groupby([*UNIT, "rater"])["value_said"].transform("size") == 1
-    return top.assign(majority=top["value_said"].where(sole)).drop_duplicates([*UNIT, "rater"])
+    """Votes with `majority`, what most of the other raters say (NaN: evenly divided), where there are others."""
+    said = pd.get_dummies(found["value"], dtype=int)  # (votes, values)
+    others = said.groupby([found[name] for name in PAIR]).transform("sum") - said
+    others = others[others.sum(axis=1) > 0]
+    if others.empty:
+        return found.iloc[:0].assign(majority=np.nan)
+    sole = others.eq(others.max(axis=1), axis=0).sum(axis=1) == 1
+    return found.loc[others.index].assign(majority=others.idxmax(axis=1).where(sole))
 
 
 def _repeats(found: pd.DataFrame) -> pd.DataFrame:
-    """Units judged again by the same rater, with `changed`: the value is not that of the time before."""
-    before = found.groupby([*UNIT, "rater"])["value"].shift()
+    """Votes of a rater on a pair judged before, with `changed`: the vote differs from the one before."""
+    before = found.groupby([*PAIR, "rater"])["value"].shift()
     return found[before.notna()].assign(changed=found["value"] != before)
 
 
 def _speed(given: pd.DataFrame) -> dict[str, float]:
-    """Median seconds, and the share of judgments far faster per word than this rater's own."""
-    timed = given[given["seconds"].notna()]
-    if timed.empty:
-        return {"seconds": np.nan, "too_fast": np.nan}
-    length = timed["completions"].map(lambda texts: max(1, sum(map(words, texts))))
-    per_word = timed["seconds"] / length
-    return {
-        "seconds": float(timed["seconds"].median()),
-        "too_fast": float((per_word < TOO_FAST * per_word.median()).mean()),
-    }
+    """Median seconds of a rater's judgments, and the share that took far less time per word than the median one."""
+    lengths = given["completions"].map(lambda texts: max(1, sum(map(words, texts))))
+    per_word = (given["seconds"] / lengths).dropna()
+    too_fast = float((per_word < TOO_FAST * per_word.median()).mean())  # NaN where nothing was timed
+    return {"seconds": float(given["seconds"].median()), "too_fast": too_fast}
 
 
 def _share(name: str, hits: pd.Series, items: pd.Series, seed: int, less: float = 0.0) -> dict[str, float]:

@@ -32,9 +32,8 @@ def rate(
     """The rating page as a widget: `rater` judges samples, or items, and each judgment is in the `store` at once.
 
     Samples are ranked `k` at a time per prompt, or rated one by one. The cell can be run again at any time: the new
-    page goes on where this rater stopped. `repeats` items come a second time at the end, in the reverse order, so that
-    the report can say how steady the rater is and how much the place sways them. Raises FeedbackError without anywidget
-    (the `notebooks` extra).
+    page goes on where this rater stopped. `repeats` items come a second time at the end in the reverse order; they show
+    how steady the rater is. Raises FeedbackError without anywidget (the `notebooks` extra).
     """
     try:
         from .widget import RatingWidget

@@ -7,10 +7,6 @@
 const READING = 250; // ms after an item appears in which nothing is taken: a double click must not judge the next one
 const PATIENCE = 2000; // ms without an answer before the page says that it waits
 const SETTLING = 1500; // ms in which a new page sees to it that it has the focus
-const STRENGTH_KEYS = ["7", "8", "9"];
-const QUESTIONS = { "good/bad": "Is this answer good or bad?", "1-7": "How good is this answer, from 1 to 7?" };
-
-const KEPT = (event) => event.stopPropagation(); // JupyterLab's command mode would take a digit for a heading
 
 function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
@@ -18,60 +14,44 @@ function make(tag, properties = {}, ...children) {
     if (name in element) element[name] = value;
     else element.setAttribute(name, value);
   }
-  element.append(...children.filter((child) => child !== null));
+  element.append(...children.filter(Boolean));
   return element;
 }
 
-function button(label, key, act, properties = {}) {
-  const short = { ArrowLeft: "\u2190" }[key] ?? key;
-  const hint = key ? make("kbd", { "aria-hidden": "true" }, short) : null;
-  const element = make("button", { type: "button", ...properties }, hint, label ? make("span", {}, label) : null);
-  if (key) element.setAttribute("aria-keyshortcuts", key);
-  // The second click of a double click is about what was here before.
-  element.addEventListener("click", (event) => event.detail < 2 && act());
-  return element;
-}
-
-function transcript(turns) {
-  return turns.map(({ role, content }) =>
-    make("div", { className: "rk-turn" }, role ? make("div", { className: "rk-role" }, role) : null,
-      make("div", { className: "rk-text" }, content)));
-}
+const keyCap = (key) => make("kbd", { "aria-hidden": "true" }, { ArrowLeft: "\u2190" }[key] ?? key);
 
 // A text that can scroll takes the focus, so that the arrow keys can scroll it.
-function readable(name, turns) {
-  return make("div", { className: "rk-scroll", tabIndex: 0, role: "group", "aria-label": name }, ...transcript(turns));
+function transcript(name, messages) {
+  return make("div", { className: "rk-scroll", tabIndex: 0, role: "group", "aria-label": `${name}, text` },
+    ...messages.map(({ role, content }) => make("div", { className: "rk-message" },
+      role && make("div", { className: "rk-role" }, role), make("div", { className: "rk-text" }, content))));
 }
 
 function clock(seconds) {
-  const whole = Math.max(0, Math.round(seconds));
-  const [hours, minutes] = [Math.floor(whole / 3600), Math.floor((whole % 3600) / 60)];
-  const rest = String(whole % 60).padStart(2, "0");
-  return hours ? `${hours}:${String(minutes).padStart(2, "0")}:${rest}` : `${minutes}:${rest}`;
+  const [hours, minutes, rest] = [seconds / 3600, (seconds / 60) % 60, seconds % 60].map(Math.floor);
+  const pad = (number) => String(number).padStart(2, "0");
+  return hours ? `${hours}:${pad(minutes)}:${pad(rest)}` : `${minutes}:${pad(rest)}`;
 }
 
 function render({ model, el }) {
-  const root = make("section", { className: "rk-rating", role: "region", "aria-label": "Rating", tabIndex: -1 });
-  root.dataset.lmSuppressShortcuts = "true";
-  const title = make("h2", {});
+  const title = make("h2");
   const progress = make("p", { className: "rk-progress", role: "status", "aria-live": "polite" });
   const bar = make("progress", { "aria-label": "Judged" });
   const alert = make("p", { className: "rk-error", role: "alert", hidden: true });
   const item = make("div", { className: "rk-item", tabIndex: -1, role: "group" });
-  root.append(make("header", {}, title, progress, bar), alert, item);
+  const root = make("section", { className: "rk-rating", role: "region", "aria-label": "Rating", tabIndex: -1,
+    "data-lm-suppress-shortcuts": "true" }, make("header", {}, title, progress, bar), alert, item);
   el.replaceChildren(root);
 
-  let state = {};
-  let keys = {}; // what a key does on this item
-  let waiting = false;
+  let state = null;
+  let waiting = false; // for the session's word
   let ready = 0; // when this item takes its first answer
   let timer;
-  let note;
-  let strength = null;
+  let keys, note, strength, picked; // of this item: what keys do, the field, how much better, levels of a ranking
   const radios = `rk-strength-${Math.random()}`; // one group of its own, where a notebook shows two pages
-  let places = []; // of a ranking: groups of completions, the best first
 
   const busy = (is) => root.setAttribute("aria-busy", String(is));
+  const early = () => performance.now() < ready;
 
   function say(error) {
     alert.textContent = error ?? "";
@@ -79,44 +59,45 @@ function render({ model, el }) {
   }
 
   function send(message) {
-    if (waiting || performance.now() < ready) return;
+    if (waiting || early()) return;
     waiting = true;
     busy(true);
-    clearTimeout(timer);
     timer = setTimeout(() => say("Not saved yet: waiting for Python, which may be busy with another cell."), PATIENCE);
     model.send({ showing: state.showing, note: note?.value ?? "", ...message });
   }
 
   const answer = (given) => send({ do: "answer", ...given });
-  const best = (place) => answer({ ranks: place === 0 ? [1, 2] : [2, 1], strength });
+  const undo = () => (state.can_undo ? send({ do: "undo", note: "" }) : say("There is no judgment to take back."));
 
-  // Rankings ------------------------------------------------------------------------------------------------------
+  function button(label, key, act, properties = {}) {
+    keys[key] = act;
+    const element = make("button", { type: "button", "aria-keyshortcuts": key, ...properties },
+      keyCap(key), label && make("span", {}, label));
+    // The second click of a double click is about what was here before.
+    element.addEventListener("click", (event) => event.detail < 2 && act());
+    return element;
+  }
 
-  const rankOf = (place) => places.findIndex((group) => group.includes(place)) + 1;
-  const complete = () => places.flat().length === state.completions.length;
+  // Rankings: `picked` has a level for each place, in the order of picking; ties have the same level.
+  const levels = () => [...new Set(picked.values())].sort((a, b) => a - b);
+  const rankOf = (place) => levels().indexOf(picked.get(place)) + 1;
+  const complete = () => picked.size === state.completions.length;
 
   function pick(place) {
-    if (performance.now() < ready) return;
-    if (rankOf(place)) unpick(place);
-    else places.push([place]);
+    if (early()) return;
+    if (!picked.delete(place)) picked.set(place, (levels().at(-1) ?? 0) + 1);
     paint();
     if (complete()) item.querySelector(".rk-confirm").focus();
   }
 
-  function unpick(place) {
-    places = places.map((group) => group.filter((other) => other !== place)).filter((group) => group.length);
-  }
-
   function tie() {
-    if (places.length < 2) return;
-    const last = places.pop();
-    places.at(-1).push(...last);
+    const [before, last] = levels().slice(-2);
+    for (const [place, level] of picked) if (level === last) picked.set(place, before);
     paint();
   }
 
   function back() {
-    const last = places.at(-1)?.at(-1);
-    if (last !== undefined) unpick(last);
+    picked.delete([...picked.keys()].at(-1));
     paint();
   }
 
@@ -127,145 +108,119 @@ function render({ model, el }) {
 
   function paint() {
     say(null);
-    item.querySelectorAll(".rk-pick").forEach((pick, place) => {
+    item.querySelectorAll(".rk-pick").forEach((element, place) => {
       const rank = rankOf(place);
-      pick.setAttribute("aria-pressed", String(rank > 0));
-      pick.querySelector("span").textContent = rank ? `Answer ${place + 1}: rank ${rank}` : `Answer ${place + 1}`;
+      element.setAttribute("aria-pressed", String(rank > 0));
+      element.querySelector("span").textContent = `Answer ${place + 1}${rank ? `: rank ${rank}` : ""}`;
     });
-    const said = places.map((group) => group.map((place) => place + 1).join(" = ")).join(" > ");
-    item.querySelector(".rk-order").textContent = said ? `Your order: ${said}` : "Press the answers, the best first.";
-    item.querySelector(".rk-confirm").setAttribute("aria-disabled", String(!complete()));
-    item.querySelector(".rk-tie").setAttribute("aria-disabled", String(places.length < 2));
-    item.querySelector(".rk-back").setAttribute("aria-disabled", String(!places.length));
+    const tied = (level) => [...picked].filter((pair) => pair[1] === level).map(([place]) => place + 1).join(" = ");
+    const order = levels().map(tied).join(" > ");
+    item.querySelector(".rk-order").textContent = order ? `Your order: ${order}` : "Press the answers, the best first.";
+    const disable = (name, is) => item.querySelector(name).setAttribute("aria-disabled", String(is));
+    disable(".rk-confirm", !complete());
+    disable(".rk-tie", levels().length < 2);
+    disable(".rk-back", !picked.size);
   }
 
-  // What an item looks like -----------------------------------------------------------------------------------------
+  // What an item looks like
+  const isPair = () => state.question === "rank" && state.completions.length === 2;
+
+  function heading() {
+    if (state.done) return "All judged";
+    if (state.question === "good/bad") return "Is this answer good or bad?";
+    if (state.question === "1-7") return "How good is this answer, from 1 to 7?";
+    return isPair() ? "Which answer is better?" : "Rank the answers, the best first";
+  }
+
+  function card(messages, place) {
+    const name = state.question === "rank" ? `Answer ${place + 1}` : "Answer";
+    const parts = [make("h3", {}, name), transcript(name, messages)];
+    if (isPair()) {
+      const best = () => answer({ ranks: place === 0 ? [1, 2] : [2, 1], strength });
+      parts.push(button(`${name} is better`, String(place + 1), best));
+    } else if (state.question === "rank") {
+      parts.push(button(name, String(place + 1), () => pick(place), { className: "rk-pick" }));
+    }
+    return make("article", { "aria-label": name }, ...parts);
+  }
 
   function choices() {
-    const n = state.completions.length;
-    const row = make("div", { className: "rk-choices", role: "group", "aria-label": "Your answer" });
-    const add = (label, key, act, properties) => {
-      keys[key] = act;
-      row.append(button(label, key, act, properties));
-    };
     if (state.question === "good/bad") {
-      add("Good", "g", () => answer({ rating: 1 }));
-      add("Bad", "b", () => answer({ rating: 0 }));
-      [keys["1"], keys["2"]] = [keys.g, keys.b];
-    } else if (state.question === "1-7") {
-      for (let rating = 1; rating <= 7; rating++)
-        add({ 1: "worst", 7: "best" }[rating] ?? "", String(rating), () => answer({ rating }),
-          { "aria-label": `${rating} of 7`, className: "rk-digit" });
-    } else if (n === 2) {
-      add("Tie", "0", () => answer({ ranks: [1, 1] }));
-    } else {
-      add("Ties with the one before", "0", tie, { className: "rk-tie" });
-      add("Take back the last", "Backspace", back, { className: "rk-back" });
-      add("Confirm", "Enter", confirm, { className: "rk-confirm" });
-      return [make("p", { className: "rk-order", role: "status", "aria-live": "polite" }), row];
+      [keys["1"], keys["2"]] = [() => answer({ rating: 1 }), () => answer({ rating: 0 })];
+      return [button("Good", "g", keys["1"]), button("Bad", "b", keys["2"])];
     }
-    return n === 2 ? [strengths(), row] : [row];
+    if (state.question === "1-7")
+      return [1, 2, 3, 4, 5, 6, 7].map((rating) => button({ 1: "worst", 7: "best" }[rating], String(rating),
+        () => answer({ rating }), { "aria-label": `${rating} of 7`, className: "rk-digit" }));
+    if (isPair()) return [button("Tie", "0", () => answer({ ranks: [1, 1] }))];
+    return [button("Ties with the one before", "0", tie, { className: "rk-tie" }),
+      button("Take back the last", "Backspace", back, { className: "rk-back" }),
+      button("Confirm", "Enter", confirm, { className: "rk-confirm" })];
   }
 
   function strengths() {
-    const group = make("fieldset", { role: "radiogroup", className: "rk-strengths" },
-      make("legend", {}, "How much better? Optional, said first"));
-    ["not said", ...state.strengths].forEach((name, i) => {
-      const radio = make("input", { type: "radio", name: radios, checked: i === 0 });
+    const choice = (name, i) => {
+      const key = ["", "7", "8", "9"][i];
+      const shortcut = key && { "aria-keyshortcuts": key };
+      const radio = make("input", { type: "radio", name: radios, checked: i === 0, ...shortcut });
       radio.addEventListener("change", () => { strength = i ? name : null; });
-      const key = STRENGTH_KEYS[i - 1];
-      if (key) {
-        radio.setAttribute("aria-keyshortcuts", key);
-        keys[key] = () => { radio.checked = true; strength = name; };
-      }
-      group.append(make("label", {}, radio, ` ${name} `, key ? make("kbd", { "aria-hidden": "true" }, key) : null));
-    });
-    return group;
+      if (key) keys[key] = () => radio.click();
+      return make("label", {}, radio, ` ${name} `, key && keyCap(key));
+    };
+    return make("fieldset", { role: "radiogroup", className: "rk-strengths" },
+      make("legend", {}, "How much better? Optional, said first"), ...["not said", ...state.strengths].map(choice));
   }
 
-  function answers() {
-    const columns = make("div", { className: "rk-answers" });
-    const ranked = state.question === "rank";
-    state.completions.forEach((turns, place) => {
-      const name = ranked ? `Answer ${place + 1}` : "Answer";
-      const card = make("article", { "aria-label": name }, make("h3", {}, name), readable(`${name}, text`, turns));
-      if (ranked) {
-        const [key, pair] = [String(place + 1), state.completions.length === 2];
-        keys[key] = pair ? () => best(place) : () => pick(place);
-        card.append(button(pair ? `${name} is better` : name, key, keys[key],
-          pair ? { className: "rk-best" } : { className: "rk-pick", "aria-pressed": "false" }));
-      }
-      columns.append(card);
-    });
-    return columns;
-  }
+  const undoButton = () => button("Undo", "ArrowLeft", undo, { "aria-disabled": String(!state.can_undo) });
 
-  function footer() {
+  function opened() {
     note = make("textarea", { rows: 1, maxLength: 10000, "aria-keyshortcuts": "n" });
     keys.n = () => note.focus();
-    keys.s = () => send({ do: "skip" });
-    keys.ArrowLeft = undo;
-    return make("footer", {},
-      make("label", { className: "rk-note" }, make("span", {}, "Note ", make("kbd", { "aria-hidden": "true" }, "n"),
-        make("small", {}, " kept with your answer; Esc leaves it")), note),
-      button("Undo", "ArrowLeft", undo, { "aria-disabled": String(!state.can_undo) }),
-      button("Skip", "s", keys.s));
+    const hint = make("small", {}, " kept with your answer; Esc leaves it");
+    return [
+      make("section", { className: "rk-prompt", "aria-label": "Prompt" }, make("h3", {}, "Prompt"),
+        transcript("Prompt", state.prompt)),
+      make("div", { className: "rk-answers" }, ...state.completions.map(card)),
+      isPair() && strengths(),
+      state.completions.length > 2 && make("p", { className: "rk-order", role: "status", "aria-live": "polite" }),
+      make("div", { className: "rk-choices", role: "group", "aria-label": "Your answer" }, ...choices()),
+      make("footer", {}, make("label", { className: "rk-note" }, make("span", {}, "Note ", keyCap("n"), hint), note),
+        undoButton(), button("Skip", "s", () => send({ do: "skip" }))),
+    ].filter(Boolean);
   }
-
-  const undo = () => (state.can_undo ? send({ do: "undo", note: "" }) : say("There is no judgment to take back."));
 
   function finished() {
-    keys.ArrowLeft = undo;
-    const judged = state.judged - state.skipped;
+    const counts = `${state.judged - state.skipped} judged, ${state.skipped} skipped`;
     return [make("p", { className: "rk-done" }, "Done. Thank you."),
-      make("p", {}, `${judged} judged, ${state.skipped} skipped, all kept under the name ${state.rater}.`),
-      make("footer", {}, button("Undo", "ArrowLeft", undo, { "aria-disabled": String(!state.can_undo) }))];
-  }
-
-  function heading() {
-    if (state.question !== "rank") return QUESTIONS[state.question] ?? "Rating";
-    return state.completions.length === 2 ? "Which answer is better?" : "Rank the answers, the best first";
-  }
-
-  function lost() {
-    return [make("footer", {}, button("Try again", "", () => send({ do: "look" })))];
+      make("p", {}, `${counts}, all kept under the name ${state.rater}.`), make("footer", {}, undoButton())];
   }
 
   function draw() {
-    keys = {};
-    note = null;
-    strength = null;
-    places = [];
-    const open = state.showing != null;
-    title.textContent = state.done ? "All judged" : open ? heading() : "Rating";
-    item.setAttribute("aria-label", open ? `Item ${state.position} of ${state.total}` : "End");
-    if (open) {
-      item.replaceChildren(
-        make("section", { className: "rk-prompt", "aria-label": "Prompt" }, make("h3", {}, "Prompt"),
-          readable("Prompt, text", state.prompt)),
-        answers(), ...choices(), footer());
-      if (item.querySelector(".rk-order")) paint();
-    } else item.replaceChildren(...(state.done ? finished() : lost()));
+    [keys, note, strength, picked] = [{}, null, null, new Map()];
+    if (!state.total) return; // the session has not been reached
+    title.textContent = heading();
+    item.setAttribute("aria-label", state.done ? "End" : `Item ${state.position} of ${state.total}`);
+    item.replaceChildren(...(state.done ? finished() : opened()));
+    if (state.completions.length > 2) paint();
   }
 
   function update() {
-    const before = state.showing;
-    const first = state.turn === undefined;
+    const before = state;
     state = model.get("state") ?? {};
     waiting = false;
     clearTimeout(timer);
-    const parts = state.total ? [state.done ? `${state.total} of ${state.total}` : `${state.position} of ${state.total}`] : [];
+    const parts = [`${state.done ? state.total : state.position} of ${state.total}`];
     if (state.per_minute) parts.push(`${state.per_minute.toFixed(1)} a minute`);
     if (state.seconds_left) parts.push(`about ${clock(state.seconds_left)} left`);
-    progress.textContent = parts.join(" \u00b7 ");
+    progress.textContent = state.total ? parts.join(" \u00b7 ") : "";
     bar.max = state.total ?? 1;
     bar.value = state.judged ?? 0;
-    if (first || state.showing !== before || state.showing == null) {
+    if (before === null || state.showing !== before.showing) {
       draw();
       ready = performance.now() + READING;
       setTimeout(() => busy(false), READING);
       item.focus({ preventScroll: true });
-      if (!first) root.scrollIntoView({ block: "nearest" });
+      if (before) root.scrollIntoView({ block: "nearest" });
     } else busy(false); // nothing moved on: what was ticked and noted stays
     say(state.error);
   }
@@ -287,8 +242,8 @@ function render({ model, el }) {
   }
 
   root.addEventListener("keydown", onKey);
-  root.addEventListener("keyup", KEPT);
-  root.addEventListener("keypress", KEPT);
+  // JupyterLab's command mode would take a digit for a heading.
+  for (const name of ["keyup", "keypress"]) root.addEventListener(name, (event) => event.stopPropagation());
   model.on("change:state", update);
   busy(true);
   update();

@@ -2,26 +2,24 @@
 import page from "./page.js";
 
 let state;
-const listeners = [];
+let listener = () => {};
 
 async function ask(path, options) {
-  let failure = null;
   try {
     const response = await fetch(path, { ...options, cache: "no-store" });
-    if (response.ok) state = await response.json();
-    else failure = `Not saved: ${(await response.text()).trim()}.`;
+    // What failed on the way has not reached the session, so the same item stays open.
+    state = response.ok ? await response.json() : { ...state, error: `Not saved: ${(await response.text()).trim()}.` };
   } catch {
-    failure = "Not saved: rlhf-kit rate does not answer. Start it again, and open the address that it prints.";
+    const error = "Not saved: rlhf-kit rate does not answer. Start it again, and open the address that it prints.";
+    state = { ...state, error };
   }
-  // What failed on the way has not reached the session, so the same item stays open.
-  if (failure) state = { ...state, error: failure, turn: `${state?.turn}+` };
-  for (const listener of listeners) listener();
+  listener();
 }
 
 const model = {
   get: () => state,
-  on: (_, listener) => listeners.push(listener),
-  off: (_, listener) => listeners.splice(listeners.indexOf(listener), 1),
+  on: (_, update) => { listener = update; },
+  off: () => {},
   send: (message) =>
     ask("act", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(message) }),
 };
