@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,11 +22,11 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit import feedback, stats
 from rlhf_kit.feedback import Answer, Endpoint, EndpointRater, FeedbackError, Item, LanguageModelRater, Template
 from rlhf_kit.feedback.language_model import _as_rows
+from rlhf_kit.feedback.model_rater import ModelRater
 from rlhf_kit.feedback.templates import read_reply
 from rlhf_kit.models import load_causal, load_tokenizer
 from rlhf_kit.tasks import Pocket, pocket
@@ -40,7 +40,7 @@ ASKED = Template("{question} {prompt} {first} {second} ?", RATE, ("this", "that"
 ONE = feedback.Constitution((feedback.Principle("short", "which is short ?", "say it", "mend it"),))
 
 
-class FirstIsBest:
+class Letters:
     """A rater who prefers the completion with more letters."""
 
     name = "letters"
@@ -52,39 +52,29 @@ class FirstIsBest:
 # Constitutions --------------------------------------------------------------------------------------------------------
 
 
-def test_the_default_constitution_has_our_five_principles() -> None:
-    rules = feedback.constitution()
-    assert [each.name for each in rules.principles] == ["helpful", "truthful", "harmless", "willing", "plain"]
-    assert all(each.weight == 1 and each.compare.endswith("?") for each in rules.principles)
-    assert rules["harmless"] is rules.principles[2]
-    with pytest.raises(FeedbackError, match="principle 'kind': is not in the constitution, which has helpful, truth"):
-        rules["kind"]
+FAULTS = {
+    "principles: [": "cannot be read as a constitution",
+    "principles: []": "is one list under the key `principles`, and it is not empty",
+    "principles:\n- just words": "principle 1: 'just words' has a key that is not one of name, compare",
+    "principles:\n- {name: a, compare: b, critique: c}": "principle 1: the key 'revise' is missing or no text",
+    "principles:\n- {name: a, compare: b, critique: c, revise: d, why: e}": "principle 1: {'name': 'a'",
+    "principles:\n- {name: a, compare: 3, critique: c, revise: d}": "principle 1: the key 'compare' is missing or no",
+    "principles:\n- {name: a, compare: b, critique: c, revise: d, weight: .nan}": "principle 1: 'weight' is nan",
+    "principles:\n- &p {name: a, compare: b, critique: c, revise: d}\n- *p": "principle 2: the name 'a' was given",
+}
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (None, "cannot be read as a constitution ([Errno 2] No such file"),
-        ("principles: [", "cannot be read as a constitution"),
-        ("principles: []", "is one list under the key `principles`, and it is not empty"),
-        ("rules: 1", "is one list under the key `principles`"),
-        ("principles:\n- just words", "principle 1: 'just words' has a key that is not one of name, compare"),
-        ("principles:\n- {name: a, compare: b, critique: c}", "principle 1: the key 'revise' is missing or no text"),
-        ("principles:\n- {name: a, compare: b, critique: c, revise: d, why: e}", "principle 1: {'name': 'a'"),
-        ("principles:\n- {name: a, compare: 3, critique: c, revise: d}", "principle 1: the key 'compare' is"),
-        ("principles:\n- {name: a, compare: b, critique: c, revise: d, weight: .nan}", "principle 1: 'weight' is nan"),
-        ("principles:\n- &p {name: a, compare: b, critique: c, revise: d}\n- *p", "principle 2: the name 'a' was"),
-    ],
-)
+@pytest.mark.parametrize("text", [None, *FAULTS])
 def test_a_faulty_constitution_is_refused_in_a_sentence_that_names_file_and_principle(
-    tmp_path: Path, text: str | None, says: str
+    tmp_path: Path, text: str | None
 ) -> None:
     path = tmp_path / "mine.yaml"
     if text is not None:
         path.write_text(text)
     with pytest.raises(FeedbackError) as error:
         feedback.constitution(path)
-    assert says in str(error.value) and str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+    assert FAULTS.get(text or "", "No such file") in str(error.value)
 
 
 # A causal LM read at its answer token ---------------------------------------------------------------------------------
@@ -135,22 +125,21 @@ def test_principles_count_by_their_weights(zoo: dict[str, str]) -> None:
     assert abs(p - q) > 1e-3 and both == pytest.approx((3 * p + q) / 4, abs=1e-6)
     with pytest.raises(FeedbackError, match="principle 'helpful': the template has no {question}"):
         LanguageModelRater(zoo["full"], principle="helpful", template=PAIR)
+    with pytest.raises(FeedbackError, match="principle 'kind': is not in the constitution, which has helpful, tr"):
+        LanguageModelRater(zoo["full"], principle="kind", template=ASKED)
 
 
 def test_a_chat_model_is_asked_through_its_chat_template(zoo: dict[str, str], tmp_path: Path) -> None:
     """Its answer comes right after the generation prompt, without a space."""
     tokenizer = load_tokenizer(zoo["full"])
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}:{% endif %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}:"
     load_causal(zoo["full"]).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     template = replace(PAIR, choices=("A", "B"), verdicts=("y", "n"), chat=True)
-    rater = LanguageModelRater(tmp_path, template=template)
     texts = [f"[{template.comparison(PROMPT, *pair, '')}]:" for pair in ((GOOD, BAD), (BAD, GOOD))]
     ab, ba = (by_hand(tmp_path, text, template.choices, space="") for text in texts)
     completions = ([{"role": "assistant", "content": text}] for text in (GOOD, BAD))
-    p = rater.preference([{"role": "user", "content": PROMPT}], *completions)
+    p = LanguageModelRater(tmp_path, template=template).preference([{"role": "user", "content": PROMPT}], *completions)
     assert p == pytest.approx((ab + 1 - ba) / 2, abs=2e-5)
 
 
@@ -164,7 +153,7 @@ def test_what_a_model_cannot_answer_is_refused(zoo: dict[str, str], tmp_path: Pa
         rater.preference(PROMPT, GOOD * 8, BAD)
     with pytest.raises(FeedbackError, match="'1-7' is for people"):
         rater(PROMPT, [GOOD], "1-7")
-    judgments = feedback.ask([Item(PROMPT, (GOOD * 9, BAD))], FirstIsBest())
+    judgments = feedback.ask([Item(PROMPT, (GOOD * 9, BAD))], Letters())
     with pytest.raises(FeedbackError, match="a judgment of 7[0-9] tokens exceeds the 64 positions"):
         feedback.train_judge(zoo["full"], judgments, tmp_path / "judge", pocket.JUDGE_TEMPLATE)
 
@@ -197,12 +186,11 @@ def written_items(world: pocket.World, n: int) -> list[Item]:
     return found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A pocket judge who learnt from a simulated rater; the first 400 of `written_items` it has not seen."""
-    world = pocket.world()
-    judgments = feedback.ask(written_items(world, 2400)[400:], Pocket(world).rater())
-    settings = {"max_steps": 130, "per_device_train_batch_size": 32, "learning_rate": 1e-3}
+    """A pocket judge who learnt from a simulated rater; the first 600 of `written_items` it has not seen."""
+    judgments = feedback.ask(written_items(pocket.world(), 2400)[600:], Pocket().rater())
+    settings = {"max_steps": 130, "per_device_train_batch_size": 16, "learning_rate": 1e-3}
     out = tmp_path_factory.mktemp("judge") / "judge"
     return feedback.train_judge(pocket.BASE_MODEL, judgments, out, pocket.JUDGE_TEMPLATE, **settings)
 
@@ -210,7 +198,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.slow
 def test_a_judge_trained_on_a_raters_judgments_agrees_with_gold_better_than_chance(judge: str) -> None:
     world = pocket.world()
-    held_out = written_items(world, 2400)[:400]
+    held_out = written_items(world, 2400)[:600]
     gaps = np.array([np.subtract(*(pocket.gold(world, item.prompt, c) for c in item.completions)) for item in held_out])
     rater = LanguageModelRater(judge)
     assert rater.template == pocket.JUDGE_TEMPLATE  # as the directory remembers
@@ -222,16 +210,11 @@ def test_a_judge_trained_on_a_raters_judgments_agrees_with_gold_better_than_chan
 
 
 def test_both_orders_of_a_pair_are_training_rows() -> None:
-    judgments = feedback.ask([Item(PROMPT, (GOOD, BAD))], FirstIsBest())
+    judgments = feedback.ask([Item(PROMPT, (GOOD, BAD))], Letters())
     ab, ba = (PAIR.comparison(PROMPT, *pair, "") for pair in ((GOOD, BAD), (BAD, GOOD)))
     assert _as_rows(judgments, PAIR) == [(ab, "this"), (ba, "that")]
     good, bad = (pocket.JUDGE_TEMPLATE.rating(PROMPT, each) for each in (GOOD, BAD))
     assert _as_rows(judgments, pocket.JUDGE_TEMPLATE) == [(good, "yes"), (bad, "no")]
-
-
-def test_words_of_the_pocket_template_are_one_token_each(tokenizer: PreTrainedTokenizerBase) -> None:
-    text = pocket.JUDGE_TEMPLATE.rating(PROMPT, GOOD)
-    assert len(tokenizer(text)["input_ids"]) == len(text.split())
 
 
 # Endpoints ------------------------------------------------------------------------------------------------------------
@@ -252,14 +235,12 @@ def server(behave: Behaviour) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(request | {"path": self.path, "key": self.headers.get("Authorization")})
             status, headers, body = behave(len(asked) - 1, request, self.headers)
-            try:
+            with suppress(BrokenPipeError):  # who asked may have gone
                 self.send_response(status)
                 for name, value in (headers | {"Content-Length": str(len(body.encode()))}).items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(body.encode())
-            except BrokenPipeError:  # who asked has gone
-                pass
 
         def log_message(self, *_: Any) -> None: ...
 
@@ -301,9 +282,11 @@ def test_both_orders_are_asked_and_averaged_and_the_key_goes_in_the_header_only(
         assert rater.preference(PROMPT, GOOD, BAD) == 1 and rater.preference(PROMPT, BAD, GOOD) == 0
     assert [one.pop("key") for one in asked] == [f"Bearer {KEY}"] * 4 and KEY not in json.dumps(asked)
     assert asked[0]["path"] == "/v1/chat/completions" and asked[0]["model"] == "m" and asked[0]["temperature"] == 0
-    assert "which is short ?" in asked[0]["messages"][0]["content"]
-    assert rater.position_bias == 0
+    assert "which is short ?" in asked[0]["messages"][0]["content"] and rater.position_bias == 0
     assert rater.costs() == "4 requests, 0 more from the cache, 400 tokens in, 8 out, price 0.0005"
+    with server(lambda *_: says("Answer: **A**.")) as (url, _):
+        rater = rater_at(url)
+        assert rater(PROMPT, [GOOD, BAD], "rank").ranks == (1, 1) and rater.position_bias == 0.5
 
 
 def test_all_questions_of_a_judgment_are_asked_at_the_same_time() -> None:
@@ -329,40 +312,21 @@ def test_replies_come_in_the_order_of_the_prompts_with_progress(capsys: pytest.C
     assert "replies of m  10/10  left 0:00" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("weights", "torn"), [((1.0,), "short"), ((0.1, 0.7, 0.3), "0.7?")])
-def test_a_judge_who_always_says_the_first_calls_a_tie_and_orders_cancel_exactly(
-    weights: tuple[float, ...], torn: str
-) -> None:
-    """Also over principles of uneven weights, of which one is `torn`."""
-    rules = [replace(ONE.principles[0], name=str(w), compare=f"short {w}?", weight=w) for w in weights]
+class Fixed(ModelRater):
+    """A model that rates each completion by the log-odds that it holds."""
 
-    def judges(n: int, request: dict[str, Any], headers: Any) -> Reply:
-        return says("Answer: **A**.") if torn in request["messages"][0]["content"] else longer(n, request, headers)
-
-    with server(judges) as (url, _):
-        rater = rater_at(url, constitution=feedback.Constitution(tuple(rules)))
-        p = rater.preference(PROMPT, GOOD, BAD)
-        assert p == 1 - rater.preference(PROMPT, BAD, GOOD)
-        assert p == pytest.approx(0.5 if len(weights) == 1 else 0.5 + 0.4 / 1.1 / 2)
-        assert rater.position_bias == pytest.approx(0.5 if len(weights) == 1 else 0.5 / 3)
-        assert rater(PROMPT, [GOOD, BAD], "rank").ranks == ((1, 1) if len(weights) == 1 else (1, 2))
+    def _log_odds(self, texts: list[str], words: tuple[str, str]) -> list[float]:
+        return [float(text) for text in texts]
 
 
 @pytest.mark.parametrize(
-    ("said", "ranks", "strength"), [("AABB", (1, 1), None), ("BAAA", (2, 1), "clearly"), ("ABAB", (1, 2), "much")]
+    ("p", "ranks", "strength"),
+    [(0.5, (1, 1), None), (0.6, (1, 2), "slightly"), (0.25, (2, 1), "clearly"), (0.9001, (1, 2), "much")],
 )
-def test_strength_follows_the_probability(said: str, ranks: tuple[int, int], strength: str | None) -> None:
-    """Of two principles, each asked in both orders: 1/2, 1/4 and 1 prefer the one shown first."""
-    rules = [replace(ONE.principles[0], name=name, compare=f"{name}?") for name in ("p0", "p1")]
-
-    def judges(n: int, request: dict[str, Any], headers: Any) -> Reply:
-        text = request["messages"][0]["content"]
-        other_order = text.index(BAD.strip()) < text.index(GOOD.strip())
-        return says(said[2 * ("p1?" in text) + other_order])
-
-    with server(judges) as (url, _):
-        answer = rater_at(url, constitution=feedback.Constitution(tuple(rules)))(PROMPT, [GOOD, BAD], "rank")
-    assert (answer.ranks, answer.strength) == (ranks, strength)
+def test_strength_follows_the_probability(p: float, ranks: tuple[int, ...], strength: str | None) -> None:
+    rater = Fixed("fixed", Template("", "{completion}"), [])
+    answer = rater(PROMPT, [str(math.log(p / (1 - p)) + 2), "2"], "rank")
+    assert answer == Answer(ranks=ranks, strength=strength, note=f"preferred {p:.4f} {1 - p:.4f}")
 
 
 def test_a_second_run_costs_nothing_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -427,20 +391,11 @@ def test_what_a_server_refuses_is_one_sentence_without_the_key(reply: Reply, req
 
 
 def test_the_first_error_ends_a_batch_and_a_prompt_goes_to_no_other_server() -> None:
-    with (
-        server(lambda *_: says("A")) as (elsewhere, asked_elsewhere),
-        server(lambda *_: (307, {"Location": f"{elsewhere}/chat/completions"}, "")) as (url, asked),
-    ):
-        with pytest.raises(FeedbackError, match=r"refuses the request \(307"):
+    with server(lambda *_: says("A")) as (elsewhere, asked_elsewhere):
+        moved = (307, {"Location": f"{elsewhere}/chat/completions"}, "")
+        with server(lambda *_: moved) as (url, asked), pytest.raises(FeedbackError, match=r"refuses the request \(307"):
             Endpoint(url, "m", concurrency=2)([str(i) for i in range(100)])
-        assert len(asked) < 20 and not asked_elsewhere
-
-
-def test_a_busy_server_is_waited_for_as_it_asks() -> None:
-    with server(lambda n, *_: (429, {"Retry-After": "0.3"}, "") if n == 0 else says("A")) as (url, asked):
-        started = time.monotonic()
-        assert Endpoint(url, "m")(["hello"]) == ["A"]
-        assert len(asked) == 2 and time.monotonic() - started > 0.3
+    assert len(asked) < 20 and not asked_elsewhere
 
 
 def test_a_server_that_fails_for_ever_loses_nothing_that_was_judged(tmp_path: Path) -> None:
@@ -526,15 +481,7 @@ def test_a_real_server_gives_the_answers_of_the_model_itself(judge: str, tmp_pat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    serve = [
-        str(Path(sys.executable).parent / "transformers"),
-        "serve",
-        judge,
-        "--host",
-        "127.0.0.1",
-        "--device",
-        "cpu",
-    ]
+    serve = [Path(sys.executable).parent / "transformers", "serve", judge, "--host", "127.0.0.1", "--device", "cpu"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([*serve, "--port", str(port)], env=environment, stdout=log, stderr=log)
@@ -587,11 +534,17 @@ def test_each_round_shows_the_last_answer_and_asks_by_the_principle_drawn() -> N
     assert made.to_list() == [{"prompt": PROMPT, "completion": f" {text}"} for text in two["revision"]]
 
 
-def test_an_empty_revision_leaves_the_answer_and_is_counted() -> None:
-    answers = pd.DataFrame({"prompt": [PROMPT] * 2, "completion": [BAD, GOOD]})
+def test_an_empty_revision_leaves_the_answer_and_is_counted_and_chats_stay_chats() -> None:
+    chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": PROMPT}]
+    completions = [[{"role": "assistant", "content": text}] for text in (BAD, GOOD)]
+    answers = pd.DataFrame({"prompt": [chat] * 2, "completion": completions})
     with pytest.warns(UserWarning, match="1 of 2 revisions were empty"):
         frame = feedback.critique_and_revise(lambda prompts: [" ", "better"], answers)
-    assert frame["revision"].tolist() == [BAD.strip(), "better"]
+    assert frame["answer"].tolist() == [BAD.strip(), GOOD.strip()]
+    made = feedback.as_demonstrations(frame).to_list()
+    assert made == [
+        {"prompt": chat, "completion": [{"role": "assistant", "content": text}]} for text in (BAD.strip(), "better")
+    ]
     with pytest.raises(FeedbackError, match="no column completion"):
         feedback.critique_and_revise(lambda prompts: [], answers[["prompt"]])
     with pytest.raises(FeedbackError, match="2 texts were asked for, and 1 came back"):
@@ -608,41 +561,28 @@ def test_a_model_directory_writes_and_the_same_seed_writes_the_same() -> None:
     assert frames[0].equals(frames[1]) and frames[0]["revision"].str.len().min() > 0
 
 
-def test_chats_are_revised_as_chats() -> None:
-    chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": PROMPT}]
-    answers = pd.DataFrame({"prompt": [chat], "completion": [[{"role": "assistant", "content": "no"}]]})
-    frame = feedback.critique_and_revise(lambda prompts: ["better"] * len(prompts), answers)
-    assert frame["answer"][0] == "no"
-    [row] = feedback.as_demonstrations(frame).to_list()
-    assert row == {"prompt": chat, "completion": [{"role": "assistant", "content": "better"}]}
-
-
 def test_the_rule_reader_mends_what_a_principle_names_and_gold_rises() -> None:
     world, rng = pocket.world(), np.random.default_rng(0)
     prompts = [row["prompt"] for row in pocket.prompts(world, "train")[:150]]
     answers = [write(world, pocket.parse_prompt(prompt), CARELESS, rng)[0] for prompt in prompts]
-    frame = feedback.critique_and_revise(
-        pocket.RuleReader(world), pd.DataFrame({"prompt": prompts, "completion": answers}), rounds=3
-    )
-
-    def gold(prompts: Any, texts: Any) -> float:
-        return float(np.mean([pocket.gold(world, *pair) for pair in zip(prompts, texts, strict=True)]))
-
-    rounds = [gold(part["prompt"], part["revision"]) for _, part in frame.groupby("round")]
-    assert gold(prompts, answers) < rounds[0] < rounds[1] < rounds[2]
-    changes = {
-        row.Index: [pocket.features(world, row.prompt, text) for text in (row.answer, row.revision)]
-        for row in frame.itertuples()
-    }
-    harmless = frame[(frame["principle"] == "harmless") & (frame["critique"] == "harmless")]
-    assert len(harmless) > 3
-    for was, now in (changes[index] for index in harmless.index):
-        assert was["harm"] >= now["harm"] == 0 and now["refusal_right"] == 1
-    for row in frame[frame["principle"] == "plain"].itertuples():  # what mattered is still there, in its own words
-        was, now = changes[row.Index]
-        assert {part.strip() for part in row.revision.split(" .")} <= {part.strip() for part in row.answer.split(" .")}
-        assert all(now[name] >= was[name] for name in ("answer_right", "refusal_right"))
-    untouched = frame[frame["critique"] == "no fault"]
-    assert (untouched["answer"] == untouched["revision"]).all()
+    frame = pd.DataFrame({"prompt": prompts, "completion": answers})
+    frame = feedback.critique_and_revise(pocket.RuleReader(world), frame, rounds=3)
+    for column in ("answer", "revision"):
+        pairs = zip(frame["prompt"], frame[column], strict=True)
+        frame[f"gold_{column}"] = [pocket.gold(world, *pair) for pair in pairs]
+    means = frame.groupby("round")[["gold_answer", "gold_revision"]].mean().to_numpy()
+    assert means[0, 0] < means[0, 1] < means[1, 1] < means[2, 1]
+    harmless = 0
+    for row in frame.itertuples():
+        was, now = (pocket.features(world, row.prompt, text) for text in (row.answer, row.revision))
+        if row.critique == "no fault":
+            assert row.answer == row.revision
+        if row.critique == row.principle == "harmless":
+            harmless += 1
+            assert was["harm"] >= now["harm"] == 0 and now["refusal_right"] == 1
+        if row.principle == "plain":  # what mattered is still there, in its own words
+            before, after = ({part.strip() for part in text.split(" .")} for text in (row.answer, row.revision))
+            assert after <= before and all(now[name] >= was[name] for name in ("answer_right", "refusal_right"))
+    assert harmless > 3
     with pytest.raises(FeedbackError, match="principles of the default constitution only"):
         feedback.critique_and_revise(pocket.RuleReader(world), frame.assign(completion=BAD), ONE)

@@ -153,7 +153,8 @@ class Endpoint:
         """What an error of the client means, and what to do."""
         status, tried = getattr(error, "status_code", None), f"max_retries={self._client.max_retries}"
         if status in REFUSED:
-            return f"{REFUSED[status]} ({status}); check the model's name, base_url and the key in {self.key_variable}"
+            key = f"the key in {self.key_variable}" if self.key_variable else "key_variable (no key was sent)"
+            return f"{REFUSED[status]} ({status}); check the model's name, base_url and {key}"
         kept = "replies are kept only with a cache, such as cache='replies.sqlite'"
         if self.cache is not None:
             kept = f"earlier replies are kept in {self.cache}, and the next attempt goes on from there"
@@ -208,7 +209,7 @@ class EndpointRater(ModelRater):
 
     def __call__(self, prompt: Prompt, completions: Sequence[Completion], question: Question) -> Answer:
         answer = super().__call__(prompt, completions, question)
-        if answer.ranks is not None or answer.rating is not None:
+        if answer != Answer():
             return answer
         said = " ".join(self.unread[-1].split())[:80]
         note = f"asked {self.max_repeats + 1} times, {self.name} gave no answer word; its last reply: {said!r}"

@@ -63,7 +63,8 @@ class ModelRater(ABC):
         if self.template.compare:
             p = self._compare(prompts, one, other)
         else:
-            p = expit(np.subtract(self.good_odds(prompts, one), self.good_odds(prompts, other)))
+            odds = np.reshape(self.good_odds([*prompts, *prompts], [*one, *other]), (2, -1))
+            p = expit(odds[0] - odds[1])
         p = np.round(p * GRID) / GRID
         p = np.where([pair[0] == pair[1] for pair in pairs], 0.5, p)
         return np.where([first == pair[0] for first, pair in zip(a, pairs, strict=True)], p, 1 - p).tolist()
@@ -73,16 +74,11 @@ class ModelRater(ABC):
         texts = [self.template.rating(prompt, each) for prompt, each in zip(prompts, completions, strict=True)]
         return self._log_odds(texts, self.template.verdicts)
 
-    def as_reward(self, against: str | None = None) -> Reward:
-        """The judge as a reward (RLAIF without a reward model, 2309.00267, section 2.2): the log-odds that a
-        completion is good, or P(it is preferred to the one in the prompts' column `against`)."""
+    def as_reward(self) -> Reward:
+        """The judge as a reward: the log-odds that a completion is good (RLAIF, 2309.00267, section 2.2)."""
 
         def judge(prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float]:
-            if against is None:
-                return self.good_odds(prompts, completions)
-            if against not in columns:
-                raise FeedbackError(f"{self.name}: the prompts have no column {against!r} to compare with; add it")
-            return self.preferences(prompts, completions, columns[against])
+            return self.good_odds(prompts, completions)
 
         return judge
 
