@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -14,8 +15,8 @@ from rlhf_kit.tasks import Pairs, Pocket, Task
 Settings = dict[str, Any]
 # Where the settings of a stage are checked against, by name and by type.
 CONFIGS = {"sft": train.SFTConfig, "reward_model": train.RewardConfig, "dpo": train.DPOConfig, "ppo": PPOConfig}
-# Settings that the kit adds to TRL's own.
-ADAPTER = {"load_in_4bit": bool | None}
+# Settings of every stage that are none of TRL's.
+ADAPTER: dict[str, Any] = {"lora": dict | None, "load_in_4bit": bool | None}
 SIZES = ("batch_size", "steps", "length", "prompts", "demonstrations", "best_of", "epochs")
 
 
@@ -71,7 +72,7 @@ class Preset:
         else:
             hints = get_type_hints(Preset)
         value = _typed(text, hints.get(setting if dot else stage, str), assignment)
-        if name.endswith(SIZES) and (not isinstance(value, int | float) or value <= 0):
+        if name.endswith(SIZES) and value is not None and (not isinstance(value, int | float) or value <= 0):
             raise ValueError(f"{assignment!r}: {name} is a size, a number above 0")
         changed: dict[str, Any] = {stage: {**settings, setting: value} if dot else value}
         return replace(self, **changed)
@@ -84,13 +85,18 @@ def _typed(text: str, hint: Any, assignment: str) -> Any:
         return None
     if bool in kinds and text.lower() in ("true", "false"):
         return text.lower() == "true"
+    if dict in kinds and text.startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{assignment!r}: not valid JSON ({error})") from None
     for kind in (int, float):
         if kind in kinds:
             try:
                 return kind(text)
             except ValueError:
                 continue
-    if set(kinds) <= {bool, int, float, type(None)}:
+    if set(kinds) <= {bool, int, float, dict, type(None)}:
         names = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ValueError(f"{assignment!r}: {text!r} is not of its type, {names}")
     return text

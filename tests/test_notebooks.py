@@ -59,7 +59,7 @@ def test_every_built_notebook_has_its_text() -> None:
     assert not orphans, f"built from no text in notebooks/py: {orphans}"
 
 
-@pytest.mark.xfail(reason="the texts have the new names; the notebooks are run anew with the new world", strict=False)
+@pytest.mark.xfail(reason="the texts have the new names; the notebooks are run anew with the new world")
 @every_notebook
 def test_the_built_notebook_is_its_text(source: Path) -> None:
     pairs = [[(cell.cell_type, cell.source) for cell in notebook.cells] for notebook in (text(source), built(source))]
