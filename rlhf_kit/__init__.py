@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import pkgutil
 import warnings
 from typing import Any
 
@@ -18,27 +19,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 warnings.filterwarnings("ignore", message="IProgress not found")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-_ROOMS = (
-    "data",
-    "evaluate",
-    "feedback",
-    "memory",
-    "models",
-    "notebook",
-    "pipeline",
-    "plots",
-    "ppo",
-    "presets",
-    "progress",
-    "outputs",
-    "rating",
-    "rewards",
-    "runs",
-    "sampling",
-    "stats",
-    "tasks",
-    "train",
-)
+_ROOMS = [module.name for module in pkgutil.iter_modules(__path__)]
 _NAMES = {
     "PPOConfig": "ppo",
     "PPOTrainer": "ppo",

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 # Before any Hugging Face library is imported: nothing is reported, and no tokenizer forks under a data loader.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -38,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was noticed")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser(
-        "demo", help="SFT, reward model, PPO and DPO from start to finish, with figures and a table"
+        "demo", help="SFT, reward model, PPO and DPO from start to end, with figures and a table"
     )
     demo.add_argument("--preset", help="pocket (default), quick or, with --data, data")
     demo.add_argument("--data", metavar="FILE", help="your own preferences: .jsonl[.gz], .csv, .parquet or a hub id")
@@ -47,31 +48,29 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--set", action="append", default=[], metavar="STAGE.SETTING=VALUE", help="e.g. ppo.kl_coef=0.2")
     demo.add_argument("--fresh", action="store_true", help="make every stage again instead of keeping finished ones")
-    demo.add_argument(
-        "--threads", type=int, help="CPU threads (default: OMP_NUM_THREADS, else two; give 1 on a busy machine)"
-    )
+    demo.add_argument("--threads", type=int, help="CPU threads (default: OMP_NUM_THREADS or 2; 1 on a busy machine)")
     demo.set_defaults(run=_demo)
-    memory = commands.add_parser(
-        "memory", help="the GPU memory that a stage will need, part by part, before anything is loaded"
-    )
+    memory = commands.add_parser("memory", help="the GPU memory that a stage will need, part by part, before it starts")
     memory.add_argument("model", metavar="MODEL", help="a model directory (its config.json is enough) or a hub id")
     memory.add_argument("--stage", default="ppo", choices=("sft", "reward_model", "dpo", "ppo"))
     memory.add_argument("--gpu", type=float, metavar="GIB", help="memory of the GPU (default: this machine's)")
     trained = memory.add_mutually_exclusive_group()
     trained.add_argument("--full", action="store_true", help="train all weights, not an adapter")
     trained.add_argument("--lora", type=int, metavar="R", default=16, help="rank of the adapters (default: 16)")
-    memory.add_argument(
-        "--4bit", action=argparse.BooleanOptionalAction, dest="load_in_4bit", help="the base in NF4 (default with LoRA)"
-    )
-    lengths = (("prompt", 512, "tokens"), ("completion", 512, "tokens"), ("rollout", 8, "completions at once, in PPO"))
-    for name, default, unit in (*lengths, ("micro-batch", 1, "rows, or pairs of them, in a forward pass")):
-        memory.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{unit} (default: {default})")
-    memory.add_argument(
-        "--reward-model", metavar="MODEL", help="the base of the reward models, where it is another one"
-    )
-    memory.add_argument("--ensemble", type=int, default=1, metavar="K", help="reward models (default: 1)")
+    either: Any = {"action": argparse.BooleanOptionalAction}
+    memory.add_argument("--4bit", **either, dest="load_in_4bit", help="the base in NF4 (default with LoRA)")
+    for option, name, default, unit in (
+        ("--prompt", "prompt_length", 512, "tokens"),
+        ("--completion", "max_completion_length", 512, "tokens"),
+        ("--rollout", "rollout", 8, "completions at once, in PPO"),
+        ("--micro-batch", "micro_batch_size", 1, "rows, or pairs of them, in a forward pass"),
+        ("--ensemble", "ensemble", 1, "reward models"),
+    ):
+        meaning = f"{unit} (default: {default})"
+        memory.add_argument(option, dest=name, type=int, default=default, metavar="N", help=meaning)
+    memory.add_argument("--reward-model", metavar="MODEL", help="the reward models' base, where it is another one")
     memory.add_argument("--8bit-adam", action="store_true", dest="adam_8bit", help='optim="paged_adamw_8bit"')
-    memory.add_argument("--no-checkpointing", action="store_true", help="keep every layer's activations")
+    memory.add_argument("--checkpointing", **either, default=True, help="of activations (default); --no keeps them all")
     memory.set_defaults(run=_memory)
     report = commands.add_parser("report", help="a store of judgments as one HTML page: raters, agreement, biases")
     report.add_argument("store", metavar="STORE", type=Path, help="the file that judgments are kept in")
@@ -79,20 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--force", action="store_true", help="overwrite the page if it is there")
     report.set_defaults(run=_report)
     rate = commands.add_parser("rate", help="a page on this machine where a person judges completions, by key or mouse")
-    rate.add_argument(
-        "file", metavar="FILE", help="prompt, completions (a list), or samples: .jsonl[.gz], .csv, .parquet"
-    )
+    rate.add_argument("file", metavar="FILE", help="prompt, completions (or samples): .jsonl[.gz], .csv, .parquet")
     rate.add_argument("--rater", required=True, metavar="NAME", help="who judges; each judgment is kept by that name")
-    rate.add_argument(
-        "--store", type=Path, default=Path("judgments.db"), help="made if not there (default: judgments.db)"
-    )
+    rate.add_argument("--store", type=Path, default=Path("judgments.db"), help="made if not there (judgments.db)")
     rate.add_argument("--question", default="rank", choices=("rank", "good/bad", "1-7"))
     rate.add_argument("--k", type=int, default=2, help="samples of a prompt to rank at a time (default: 2)")
     rate.add_argument("--port", type=int, default=0, metavar="N", help="of 127.0.0.1 (default: a free one)")
     rate.add_argument("--seed", type=int, default=0, help="draws the order in which completions are shown")
-    rate.add_argument(
-        "--repeats", type=int, default=0, metavar="N", help="items that come again at the end, in the reverse order"
-    )
+    rate.add_argument("--repeats", type=int, default=0, metavar="N", help="items that come again, in reverse order")
     rate.set_defaults(run=_rate)
     return parser
 
@@ -122,9 +115,7 @@ def _demo(options: argparse.Namespace) -> int:
         print(effects + "\n")
     print(outputs.timing(pipeline).to_string(index=False, formatters={"share": "{:.0%}".format}))
     print(f"\nin all {clock(time.monotonic() - started)}; everything lies under {out}/:")
-    for path in sorted(
-        path for path in out.rglob("*") if path.suffix in (".csv", ".png", ".md") and "runs" not in path.parts
-    ):
+    for path in sorted([*out.glob("*.csv"), *out.glob("*.md"), *out.glob("figures/*.png")]):
         print(f"  {path}")
     return 0
 
@@ -143,24 +134,16 @@ def _memory(options: argparse.Namespace) -> int:
         raise ValueError(f"--full does not go with {options.model}: it is an adapter, and is trained on as it is")
     if options.load_in_4bit is None and not adapter:  # an adapter's directory remembers
         options.load_in_4bit = not options.full
-    settings = {
-        "lora": None if options.full or adapter else models.lora_config({"r": options.lora}),
-        "load_in_4bit": options.load_in_4bit,
-        "prompt_length": options.prompt,
-        "max_completion_length": options.completion,
-        "rollout": options.rollout,
-        "micro_batch_size": options.micro_batch,
-        "gradient_checkpointing": not options.no_checkpointing,
-        "optim": "paged_adamw_8bit" if options.adam_8bit else "adamw_torch_fused",
-        "reward_model": options.reward_model,
-        "ensemble": options.ensemble,
-        "on_gpu": options.gpu is not None or models.device().type == "cuda",
-    }
+    same = ("load_in_4bit", "prompt_length", "max_completion_length", "rollout", "micro_batch_size")
+    same += ("reward_model", "ensemble")
+    settings: dict[str, Any] = {name: getattr(options, name) for name in same}
+    settings["lora"] = None if options.full or adapter else {"r": options.lora}
+    settings["gradient_checkpointing"] = options.checkpointing
+    settings["optim"] = "paged_adamw_8bit" if options.adam_8bit else "adamw_torch_fused"
+    settings["on_gpu"] = options.gpu is not None or models.device().type == "cuda"
     gib = memory.device_memory() if options.gpu is None else options.gpu
     advice = memory.advise(options.model, options.stage, gib, **settings)
-    print(advice.estimate.table())
-    print()
-    print(advice.sentence())
+    print(f"{advice.estimate.table()}\n\n{advice.sentence()}")
     return 0
 
 

@@ -25,8 +25,7 @@ def write(pipeline: Pipeline) -> pd.DataFrame:
     plots.style()
     for name, figure in figures(pipeline, scores, judged).items():
         runs.save_figure(out, name, figure)
-    effects = task.effects(final)
-    if effects is not None:
+    if (effects := task.effects(final)) is not None:
         effects.to_csv(out / "side_effects.csv", index=False)
     if task.source is None:  # a person's own data is not copied into a results folder that may be published
         (out / "samples.md").write_text(samples_table(final), encoding="utf-8")

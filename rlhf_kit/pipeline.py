@@ -41,34 +41,17 @@ class Pipeline:
         """The base model's directory or hub id; where there is none, one pretrained on the task's own preferences."""
         if self.preset.base_model is not None:
             return self.preset.base_model
-        settings = dict(self.preset.pretrain or {})
+        shape, settings = self.preset.base_shape, self.preset.pretrain
 
         def make(out: Path) -> None:
-            print(
-                "  no base model given: a small one is pretrained on this text, for the mechanics; its English is poor"
-            )
+            print("  no base model given: a small one is pretrained on this text; its English is poor")
             rows = self.preset.task.preferences("train")
             texts = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
-            tokenizer = train.train_tokenizer(texts, settings["vocab_size"])
-            width = settings["hidden_size"]
-            shape = LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=width,
-                intermediate_size=2 * width,
-                num_hidden_layers=settings["layers"],
-                num_attention_heads=width // 32,
-                num_key_value_heads=width // 32,
-                max_position_embeddings=settings["max_length"],
-                tie_word_embeddings=True,
-                bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            batch = settings["batch_size"]
-            few = {"max_steps": settings["steps"], "per_device_train_batch_size": batch, "seed": self.preset.seed}
-            train.pretrain(texts, tokenizer, shape, out / "model", **few)
+            tokenizer = train.train_tokenizer(texts, shape["vocab_size"])
+            config = LlamaConfig(**shape | {"vocab_size": len(tokenizer)})
+            train.pretrain(texts, tokenizer, config, out / "model", self.preset.seed, **settings)
 
-        return str(self._stage("base", settings, self._source(), make) / "model")
+        return str(self._stage("base", {"shape": shape, **settings}, self._source(), make) / "model")
 
     def sft(self) -> str:
         """The model fine-tuned on the task's demonstrations."""

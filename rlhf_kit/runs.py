@@ -11,11 +11,9 @@ is the operating system's: it goes when its holder dies. Nothing here imports to
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import importlib.metadata
-import io
 import json
 import math
 import numbers
@@ -145,15 +143,11 @@ def _as_json(value: Any, where: str = "config", secret: bool = False) -> Any:
     So two configs that differ only in a secret are the same config; numbers such as `max_tokens` are no secrets. Raises
     RunError naming what JSON cannot hold.
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         hidden = {key for key in value if secret or (SECRET.search(str(key)) and key not in NOT_SECRET)}
         return {str(key): _as_json(item, f"{where}.{key}", key in hidden) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_as_json(item, f"{where}[{i}]", secret) for i, item in enumerate(value)]
-    if isinstance(value, (set, frozenset)):
-        return sorted(_as_json(list(value), where, secret), key=json.dumps)
     if isinstance(value, (str, os.PathLike)):
         return "***" if secret and str(value) else str(value)
     if value is None or isinstance(value, bool):
@@ -223,20 +217,17 @@ def device() -> str:
 def append_metrics(directory: str | Path, row: Mapping[str, Any]) -> None:
     """Append a row (numbers, text or None) to metrics.csv; a new column is empty in the rows before.
 
-    A last row that a kill tore is dropped first. Raises RunError on a value that is no single number or text.
+    The file is written whole each time, so that a kill never tears a row. Raises RunError on a value that is no single
+    number or text.
     """
     path = Path(directory) / "metrics.csv"
     for key, value in row.items():
         if not (value is None or isinstance(value, (numbers.Real, str))):
             raise RunError(f"metric {key!r} is a {type(value).__name__}; log numbers or text, one value per column")
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    if text.endswith("\n") and set(row) <= set(whole.fieldnames or ()):
-        with path.open("a", newline="", encoding="utf-8") as stream:
-            csv.DictWriter(stream, whole.fieldnames or (), lineterminator="\n").writerow(dict(row))
-    else:
-        rows = pd.DataFrame([*whole, dict(row)], dtype=object)  # cells stay text, so that no number is read and rounded
-        _write(path, lambda temporary: rows.to_csv(temporary, index=False))
+    # Cells stay text, so that no number is read and rounded.
+    before = pd.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pd.DataFrame()
+    rows = pd.DataFrame([*before.to_dict("records"), dict(row)], dtype=object)
+    _write(path, lambda temporary: rows.to_csv(temporary, index=False))
 
 
 def write_samples(directory: str | Path, samples: pd.DataFrame) -> Path:

@@ -154,7 +154,13 @@ def test_own_data_without_a_base_model(tmp_path: Path) -> None:
         for b in letters
     ]
     file = preference_file(tmp_path / "own.jsonl", rows)
-    small = ["pretrain.steps=5", "pretrain.vocab_size=300", "pretrain.hidden_size=64", "sft.max_steps=2", "best_of=2"]
+    small = [
+        "pretrain.max_steps=5",
+        "base_shape.vocab_size=300",
+        "base_shape.num_hidden_layers=1",
+        "sft.max_steps=2",
+        "best_of=2",
+    ]
     small += ["reward_model.max_steps=2", "dpo.max_steps=2", "dpo.save_steps=2", "ppo.max_steps=1", "ppo.save_steps=1"]
     small += ["ppo.per_device_train_batch_size=4", "n_test_prompts=8", "sampling.max_completion_length=8"]
     arguments = [word for name in small for word in ("--set", name)]

@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -55,16 +54,6 @@ def test_the_lock_is_complete_on_every_python(python: str) -> None:
                 pin = LOCK.get(canonicalize_name(requirement.name))
                 fits = pin is not None and requirement.specifier.contains(pin, prereleases=True)
                 assert fits, f"{name} needs {requirement}; pinned is {pin}"
-
-
-def test_conda_and_make_name_the_same_pythons_and_lock() -> None:
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    python, *rest = environment["dependencies"]
-    assert rest == ["pip", {"pip": ["-r requirements.lock", "-e ."]}] and environment["name"] == PROJECT["name"]
-    assert f"{python.removeprefix('python=')}.0" in PYTHONS
-    low, high = ((3, int(PYTHONS[end].split(".")[1])) for end in (0, -1))
-    assert f"{low} <= sys.version_info[:2] <= {high}" in (ROOT / "Makefile").read_text()
-    assert PROJECT["requires-python"] == f">=3.{low[1]},<3.{high[1] + 1}"
 
 
 def test_what_the_kit_imports_is_declared() -> None:

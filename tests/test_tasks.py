@@ -132,7 +132,7 @@ def test_a_setting_has_the_type_that_its_config_declares(assignment: str, expect
         ("sft.packing=maybe", "bool"),
         ("ppo.ppo_epochs=1.5", "int"),
         ("sft.lora=16", "dict"),
-        ('sft.lora={"r"', "not valid JSON"),
+        ('sft.lora={"r"', "dict or none"),
         ("ppo.kl_coef", "STAGE.SETTING=VALUE"),
         ("galaxy.size=3", "STAGE.SETTING=VALUE"),
         ("task=pocket", "STAGE.SETTING=VALUE"),
