@@ -134,9 +134,8 @@ def _memory(options: argparse.Namespace) -> int:
         raise ValueError(f"--full does not go with {options.model}: it is an adapter, and is trained on as it is")
     if options.load_in_4bit is None and not adapter:  # an adapter's directory remembers
         options.load_in_4bit = not options.full
-    same = ("load_in_4bit", "prompt_length", "max_completion_length", "rollout", "micro_batch_size")
-    same += ("reward_model", "ensemble")
-    settings: dict[str, Any] = {name: getattr(options, name) for name in same}
+    same = ["load_in_4bit", "prompt_length", "max_completion_length", "rollout", "micro_batch_size"]
+    settings: dict[str, Any] = {name: getattr(options, name) for name in [*same, "reward_model", "ensemble"]}
     settings["lora"] = None if options.full or adapter else {"r": options.lora}
     settings["gradient_checkpointing"] = options.checkpointing
     settings["optim"] = "paged_adamw_8bit" if options.adam_8bit else "adamw_torch_fused"
