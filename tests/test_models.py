@@ -321,12 +321,12 @@ def test_rows_keeps_a_real_pad_id_at_the_front_of_a_prompt() -> None:
     assert tokens.rows(torch.tensor([1])).input_ids.tolist() == [[5, 6]]
 
 
-def test_encode_prompts_text_and_chat_agree(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_encode_text_and_chat_agree(tokenizer: PreTrainedTokenizerBase) -> None:
     texts = ["where does the otter live ?", "what food does the owl like ?"]
     chats = [[{"role": "user", "content": text}] for text in texts]
     expected = [tokenizer(text)["input_ids"] for text in texts]
-    assert models.encode_prompts(tokenizer, texts) == expected  # type: ignore[arg-type]
-    assert models.encode_prompts(tokenizer, chats) == expected  # type: ignore[arg-type]
+    assert models.encode(tokenizer, texts) == expected  # type: ignore[arg-type]
+    assert models.encode(tokenizer, chats) == expected  # type: ignore[arg-type]
 
 
 def test_encode_pairs_is_prompt_completion_and_eos_in_text_and_chat(tokenizer: PreTrainedTokenizerBase) -> None:

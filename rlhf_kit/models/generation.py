@@ -1,4 +1,4 @@
-"""Encode prompts, and sample completions from the softmax at a temperature: no top-k, no penalties of a config."""
+"""Sample completions from the softmax at a temperature: no top-k, no penalties of a model's generation config."""
 
 from __future__ import annotations
 
@@ -6,48 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlhf_kit.models.loading import Model
+from rlhf_kit.models.loading import Model, without_adapters
 from rlhf_kit.models.logprobs import Tokens, completion_mask, padded
 
-Prompt = str | list[dict[str, str]]
 DROP_EVERY = 8  # tokens after which finished rows leave the batch; more often would cost more calls than it saves
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
-    """Token ids of text prompts, or of chat prompts by the chat template with the generation prompt added."""
-    if prompts and isinstance(prompts[0], str):
-        return list(tokenizer(prompts)["input_ids"])
-    return [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-        for prompt in prompts
-    ]
-
-
-def encode_pairs(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], completions: list[Any]) -> Tokens:
-    """Prompts with given completions, tokenised as TRL does (text: prompt + completion + EOS; chat: the template).
-
-    Raises ValueError where the prompt's tokens are not the first tokens of the whole, so that no completion can be cut
-    out.
-    """
-    heads = encode_prompts(tokenizer, prompts)
-    tails = []
-    for row, (prompt, completion, head) in enumerate(zip(prompts, completions, heads, strict=True)):
-        if isinstance(prompt, str):
-            whole = list(tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"])
-        else:
-            reply = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-            whole = tokenizer.apply_chat_template(prompt + reply, tokenize=True, return_dict=True)["input_ids"]
-        if whole[: len(head)] != head:
-            raise ValueError(
-                f"row {row}: one token spans the end of the prompt and the start of the completion; "
-                "end the prompt without a space"
-            )
-        tails.append(whole[len(head) :])
-    (head_ids, head_mask), (tail_ids, tail_mask) = padded(heads, "left"), padded(tails, "right")
-    return Tokens(torch.cat([head_ids, tail_ids], dim=1), torch.cat([head_mask, tail_mask], dim=1), tail_mask)
 
 
 def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -93,8 +57,7 @@ def generate(
         return_dict_in_generate=True,
         **(drawn if temperature > 0 else {"do_sample": False, "repetition_penalty": 1.0}),
     )
-    # A PEFT model generates through the model that its adapters are in.
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = without_adapters(model)
     was_training, own_config = model.training, inner.generation_config
     model.eval()
     # Otherwise transformers would take what `settings` leaves open, such as min_p or forbidden words, from the model.
@@ -137,14 +100,6 @@ def _generate_dropping(
         rows, input_ids, cache = rows[going], found.sequences[going], found.past_key_values
         attention_mask = torch.cat([attention_mask[going], torch.ones_like(written[going])], dim=1)
         cache.batch_select_indices(going)
-
-
-def decode_completions(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[str]:
-    """The text of each completion up to its first stop token, without special tokens."""
-    return [
-        tokenizer.decode(ids[mask.bool()], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for ids, mask in zip(tokens.completion_ids, tokens.completion_mask, strict=True)
-    ]
 
 
 def finished(tokens: Tokens, stops: list[int]) -> torch.Tensor:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -28,7 +28,6 @@ MAX_COMPLETION_LENGTH = 64  # tokens: the default of everything that samples
 Model: TypeAlias = PreTrainedModel | PeftModel
 ModelPath: TypeAlias = str | Path
 Lora: TypeAlias = LoraConfig | Mapping[str, Any]
-Loaded = TypeVar("Loaded", bound=Model)
 
 
 class ModelError(ValueError):
@@ -116,17 +115,19 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
     )
 
 
+@torch.random.fork_rng()  # loading an adapter draws random numbers, and those of a run must not depend on when it loads
 def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False) -> Model:
-    """A causal LM from full weights or an adapter; `load_in_4bit=None` loads it as its notes say.
+    """A causal LM from full weights or an adapter: to train, or frozen, in eval mode and on the device.
 
-    Raises ModelError where `model` is no model, or where 4-bit weights would be trained without an adapter.
+    `load_in_4bit=None` loads it as its notes say. Raises ModelError where `model` is no model, or where 4-bit weights
+    would be trained without an adapter.
     """
-    base = load_base(model, AutoModelForCausalLM.from_pretrained, load_in_4bit)
-    if is_adapter(model):
-        return PeftModel.from_pretrained(base, str(model), is_trainable=trainable)
-    if trainable and getattr(base, "is_loaded_in_4bit", False):
+    if trainable and not is_adapter(model) and is_4bit(model, load_in_4bit):
         raise ModelError(f"{model}: 4-bit weights cannot be trained; pass lora={{'r': 16}} to train an adapter")
-    return base.requires_grad_(trainable)
+    loaded = load_base(model, AutoModelForCausalLM.from_pretrained, load_in_4bit)
+    if is_adapter(model):
+        loaded = PeftModel.from_pretrained(loaded, str(model), is_trainable=trainable)
+    return loaded if trainable else _frozen(loaded)
 
 
 def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bit: bool | None, **kwargs: Any) -> Any:
@@ -158,32 +159,26 @@ def load_backbone(model: ModelPath, load_in_4bit: bool | None = None, trainable:
     if is_adapter(model):
         # A reward adapter has the keys of a causal-LM adapter and its head besides, so it fits on the causal base.
         return decoder(load_causal(model, load_in_4bit, trainable))
-    return load_base(model, AutoModel.from_pretrained, load_in_4bit).requires_grad_(trainable)
+    loaded = load_base(model, AutoModel.from_pretrained, load_in_4bit)
+    return loaded if trainable else _frozen(loaded)
 
 
-def load_ready(
-    load: Callable[[ModelPath, bool | None], Loaded], model: ModelPath, load_in_4bit: bool | None = None
-) -> Loaded:
-    """What `load` returns, in eval mode on the device: to use, not to train.
-
-    Loading an adapter draws random numbers; the random numbers of a run must not depend on when that happens.
-    """
-    with torch.random.fork_rng():
-        loaded = load(model, load_in_4bit).eval()
+def _frozen(loaded: Any) -> Any:
+    loaded.requires_grad_(False).eval()
     return loaded if getattr(loaded, "is_loaded_in_4bit", False) else loaded.to(device())
+
+
+def without_adapters(model: Model) -> PreTrainedModel:
+    """The causal LM itself, with the active adapter inside it but without peft's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def decoder(model: Model) -> PreTrainedModel:
     """The transformer inside a causal LM, with the adapter that is active."""
-    return (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
+    return without_adapters(model).get_decoder()
 
 
-def output_head(model: Model) -> Any:
-    """The layer of a causal LM that maps hidden states to logits."""
-    return (model.get_base_model() if isinstance(model, PeftModel) else model).get_output_embeddings()
-
-
-def hidden_size(model: PreTrainedModel | PeftModel) -> int:
+def hidden_size(model: Model) -> int:
     """Width of the hidden states."""
     return int(model.config.get_text_config().hidden_size)
 
@@ -192,14 +187,11 @@ def read_score_head(reward_model: ModelPath) -> torch.Tensor:
     """The score head (1, D) of a reward model, full or adapter, in fp32; ModelError where it has none."""
     for file in sorted(Path(reward_model).glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is not iterable)
-                if key.endswith("score.weight"):
-                    head = tensors.get_tensor(key).float()
-                    if head.shape[0] != 1:
-                        raise ModelError(
-                            f"{reward_model}: its score head has {head.shape[0]} outputs; a reward model needs one"
-                        )
-                    return head
+            heads = [tensors.get_tensor(key) for key in tensors.keys() if key.endswith("score.weight")]  # noqa: SIM118
+        if heads and len(heads[0]) != 1:
+            raise ModelError(f"{reward_model}: its score head has {len(heads[0])} outputs; a reward model needs one")
+        if heads:
+            return heads[0].float()
     raise ModelError(f"{reward_model}: no `score.weight` in its safetensors; it is not a reward model of a causal LM")
 
 

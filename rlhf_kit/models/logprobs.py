@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rlhf_kit.models.loading import Model, decoder, output_head
+from rlhf_kit.models.loading import Model, decoder, without_adapters
 
 LOGITS_CHUNK_GIB = 0.25
 
@@ -138,7 +138,7 @@ def check_logprobs(model: Model) -> None:
 
 def _log_softmax(model: Model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probs of the whole vocabulary: (N, D) -> (N, V) in fp32."""
-    head = output_head(model)
+    head: Any = without_adapters(model).get_output_embeddings()
     logits = head(hidden.to(head.weight.dtype)).float()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     if softcap:

@@ -12,25 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlhf_kit.models.loading import (
-    Lora,
-    Model,
-    ModelError,
-    ModelPath,
-    base_of,
-    decoder,
-    hidden_size,
-    is_4bit,
-    is_adapter,
-    load_backbone,
-    load_base,
-    load_causal,
-    lora_config,
-    read_notes,
-    read_score_head,
-    same_base,
-    write_notes,
-)
+from rlhf_kit.models import loading
+from rlhf_kit.models.loading import Lora, Model, ModelError, ModelPath, is_adapter
 from rlhf_kit.models.logprobs import Tokens, check_logprobs, completion_hidden
 
 VALUE_HEAD = "value_head.safetensors"
@@ -57,8 +40,8 @@ class Roles(nn.Module):
         """The module of `role` with its adapter switched on; run forward AND backward before using another role."""
         module, adapter = self.parts[role]
         if adapter is not None and module.active_adapter != adapter:
-            # Switching freezes all other adapters. Policy and value must stay trainable: otherwise an optimizer built
-            # now would miss one of them, and its gradient would be lost without an error.
+            # Switching freezes all adapters. Policy and value must stay trainable: otherwise an optimizer built now
+            # would miss one of them, and its gradient would be lost without an error.
             module.set_adapter(adapter, inference_mode=True)
             for parameter in self.learning:
                 parameter.requires_grad_(True)
@@ -83,7 +66,7 @@ class Roles(nn.Module):
     def backbone(self, role: str) -> PreTrainedModel:
         """The transformer of a role without its head, with its adapter switched on: token ids to hidden states."""
         module = self.use(role)
-        return decoder(module) if self.parts[role][1] is not None else module
+        return loading.decoder(module) if self.parts[role][1] is not None else module
 
     def activation_checkpointing_enable(self, **kwargs: object) -> None:
         """Recompute activations in the backward pass; transformers.Trainer calls this."""
@@ -108,7 +91,7 @@ class Roles(nn.Module):
             for file in (folder / adapter).iterdir():  # peft saves a named adapter in a folder of that name
                 file.replace(folder / file.name)
             (folder / adapter).rmdir()
-            write_notes(folder, load_in_4bit=bool(getattr(module.get_base_model(), "is_loaded_in_4bit", False)))
+            loading.write_notes(folder, load_in_4bit=bool(getattr(module.get_base_model(), "is_loaded_in_4bit", False)))
         save_file(self.value_head.state_dict(), Path(out) / "value" / VALUE_HEAD)
 
     def load(self, saved: ModelPath) -> None:
@@ -137,48 +120,37 @@ def load_roles(
     one base, and so are `rewards`: reward adapters by role name for which `shares_base` holds (their heads stay with
     `rlhf_kit.rewards`). Raises ModelError where a model is not over the policy's base.
     """
-    if lora is not None or is_adapter(policy):
-        roles = _adapter_roles(policy, reference, value, lora, load_in_4bit, dict(rewards or {}))
-    elif rewards:
-        raise ModelError(f"{policy}: full weights share nothing, so reward models cannot share its base")
+    parts: dict[str, tuple[Any, str | None]]
+    if lora is None and not is_adapter(policy):
+        parts = {
+            "policy": (loading.load_causal(policy, load_in_4bit, trainable=True), None),
+            "reference": (loading.load_causal(reference or policy, load_in_4bit, trainable=True), None),
+            "value": (loading.load_backbone(value or policy, trainable=True), None),
+        }
     else:
-        model = load_causal(policy, load_in_4bit, trainable=True)
-        frozen = load_causal(reference or policy, load_in_4bit)
-        backbone = load_backbone(value or policy, trainable=True)
-        parts = {"policy": (model, None), "reference": (frozen, None), "value": (backbone, None)}
-        roles = Roles(parts, _value_head(backbone, value))
+        others = {"reference": reference, "value": value, **(rewards or {})}
+        model = _adapters(policy, others, lora, load_in_4bit)
+        parts = {role: (model, role) for role in ("policy", *others)}
+    roles = Roles(parts, _value_head(parts["value"][0], value))
     switch_off_dropout(roles)
     check_logprobs(roles.use("policy"))
     return roles
 
 
-def shares_base(reward: ModelPath, reward_in_4bit: bool | None, policy: ModelPath, load_in_4bit: bool | None) -> bool:
-    """Whether a reward model is an adapter over the policy's base: the same weights in the same precision."""
-    if not is_adapter(reward) or not same_base(reward, policy):
-        return False
-    return is_4bit(reward, reward_in_4bit) == is_4bit(policy, load_in_4bit)
-
-
-def _adapter_roles(
-    policy: ModelPath,
-    reference: ModelPath | None,
-    value: ModelPath | None,
-    lora: Lora | None,
-    load_in_4bit: bool | None,
-    rewards: dict[str, ModelPath],
-) -> Roles:
+def _adapters(
+    policy: ModelPath, others: Mapping[str, ModelPath | None], lora: Lora | None, load_in_4bit: bool | None
+) -> PeftModel:
     """An adapter for each role over one base; a new adapter (`lora`) over full weights starts as the identity."""
-    for other in (reference, value, *rewards.values()):
-        if other is not None and not same_base(other, policy):
-            raise ModelError(f"{other}: its base is {base_of(other)}, not the policy's; adapters need one base")
+    for other in others.values():
+        if other is not None and not loading.same_base(other, policy):
+            raise ModelError(f"{other}: its base is {loading.base_of(other)}, not the policy's; adapters need one base")
     if is_adapter(policy) and lora is not None:
         raise ModelError(f"{policy}: is an adapter already and is trained as it is; leave `lora` out")
-    base = load_base(policy, AutoModelForCausalLM.from_pretrained, load_in_4bit)
+    base = loading.load_base(policy, AutoModelForCausalLM.from_pretrained, load_in_4bit)
     if lora is None:
         model = PeftModel.from_pretrained(base, str(policy), adapter_name="policy", is_trainable=True)
     else:
-        model = get_peft_model(base, lora_config(lora), adapter_name="policy")
-    others = {"reference": reference, "value": value, **rewards}
+        model = get_peft_model(base, loading.lora_config(lora), adapter_name="policy")
     for role, source in others.items():
         if source is not None and is_adapter(source):
             model.load_adapter(str(source), role)
@@ -187,20 +159,26 @@ def _adapter_roles(
         model.add_adapter(role, model.peft_config["policy"])
         if source is None:
             set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="policy"), role)
-    return Roles({role: (model, role) for role in ("policy", *others)}, _value_head(model, value))
+    return model
+
+
+def shares_base(reward: ModelPath, reward_in_4bit: bool | None, policy: ModelPath, load_in_4bit: bool | None) -> bool:
+    """Whether a reward model is an adapter over the policy's base: the same weights in the same precision."""
+    same_precision = loading.is_4bit(reward, reward_in_4bit) == loading.is_4bit(policy, load_in_4bit)
+    return same_precision and is_adapter(reward) and loading.same_base(reward, policy)
 
 
 def _value_head(backbone: Model, value: ModelPath | None) -> nn.Linear:
     """The value head in fp32: from a value model, from a reward model (with its shift and scale), or zero."""
-    head = nn.Linear(hidden_size(backbone), 1, device=backbone.device)
+    head = nn.Linear(loading.hidden_size(backbone), 1, device=backbone.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     if value is not None and (Path(value) / VALUE_HEAD).is_file():
         head.load_state_dict(load_file(Path(value) / VALUE_HEAD))
     elif value is not None:
-        notes = read_notes(value)
+        notes = loading.read_notes(value)
         shift, scale = notes.get("shift", 0.0), notes.get("scale", 1.0)
-        head.weight.data.copy_(read_score_head(value) / scale)
+        head.weight.data.copy_(loading.read_score_head(value) / scale)
         head.bias.data.fill_(-shift / scale)
     return head
 

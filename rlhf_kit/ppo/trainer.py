@@ -148,7 +148,7 @@ class PPOTrainer(Trainer):
     def rollout(self, rows: list[dict[str, Any]]) -> Tokens:
         """A completion from the policy for the prompt of each row: Tokens (B, P + C) on the CPU."""
         args, tokenizer, policy = self.args, self.processing_class, self.roles.use("policy")
-        prompts = models.encode_prompts(tokenizer, [row["prompt"] for row in rows])
+        prompts = models.encode(tokenizer, [row["prompt"] for row in rows])
         with self.accelerator.autocast():
             tokens = models.generate(policy, tokenizer, prompts, args.max_completion_length, args.temperature)
         return tokens.to(torch.device("cpu"))
