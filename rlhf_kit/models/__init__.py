@@ -11,7 +11,6 @@ from rlhf_kit.models.loading import (
     base_of,
     decoder,
     device,
-    hidden_size,
     is_4bit,
     is_adapter,
     load_backbone,
@@ -26,13 +25,6 @@ from rlhf_kit.models.loading import (
     same_base,
     write_notes,
 )
-from rlhf_kit.models.logprobs import (
-    Tokens,
-    completion_kl,
-    completion_logprobs,
-    completion_mask,
-    next_logprobs,
-    padded,
-)
+from rlhf_kit.models.logprobs import Tokens, completion_kl, completion_logprobs, completion_mask, next_logprobs, padded
 from rlhf_kit.models.rendering import Prompt, decode_completions, encode, encode_pairs
 from rlhf_kit.models.roles import Roles, load_roles, shares_base, switch_off_dropout

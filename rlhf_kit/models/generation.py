@@ -1,7 +1,5 @@
 """Sample completions from the softmax at a temperature: no top-k, no penalties of a model's generation config."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -16,9 +14,8 @@ DROP_EVERY = 8  # tokens after which finished rows leave the batch; more often w
 
 def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a completion: the tokenizer's EOS and those of the model's generation config."""
-    found = model.generation_config.eos_token_id if model.generation_config is not None else None
-    extra = found if isinstance(found, list) else [found] if found is not None else []
-    return sorted({int(tokenizer.eos_token_id), *map(int, extra)})
+    own = getattr(model.generation_config, "eos_token_id", None)
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
 
 
 def check_positions(model: Model, longest: int, max_completion_length: int) -> None:
@@ -77,8 +74,7 @@ def _generate_dropping(
     """What `model.generate` returns, prompts with completions (B, P + C), without computing rows that have ended.
 
     `generate` computes every row until the longest completion ends. Here it stops after each DROP_EVERY tokens and
-    continues from its own cache with the rows that have not ended. The cache of a recurrent model cannot drop rows, so
-    such a model generates in one call.
+    continues from its cache without the rows that have ended. A recurrent model's cache cannot drop rows: one call.
     """
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     attends = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}

@@ -1,7 +1,5 @@
 """Load and save models: full weights, LoRA adapters, 4-bit bases, their tokenizers and their heads."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -9,18 +7,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import transformers
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import safe_open
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What this kit stores beside Hugging Face's own files: {"load_in_4bit": bool, "shift": float, "scale": float}.
 NOTES = "rlhf_kit.json"
@@ -90,7 +80,7 @@ def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
     trained at the last word, but a finished completion is scored at EOS.
     """
     source = model if (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
-    tokenizer = _load(AutoTokenizer.from_pretrained, source, padding_side="left")
+    tokenizer = _load(transformers.AutoTokenizer.from_pretrained, source, padding_side="left")
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{source}: its tokenizer has no EOS token, so completions could never end; set `eos_token`")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -124,7 +114,7 @@ def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: b
     """
     if trainable and not is_adapter(model) and is_4bit(model, load_in_4bit):
         raise ModelError(f"{model}: 4-bit weights cannot be trained; pass lora={{'r': 16}} to train an adapter")
-    loaded = load_base(model, AutoModelForCausalLM.from_pretrained, load_in_4bit)
+    loaded = load_base(model, transformers.AutoModelForCausalLM.from_pretrained, load_in_4bit)
     if is_adapter(model):
         loaded = PeftModel.from_pretrained(loaded, str(model), is_trainable=trainable)
     return loaded if trainable else _frozen(loaded)
@@ -136,16 +126,15 @@ def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bi
     if not is_4bit(model, load_in_4bit):
         return _load(from_pretrained, base, dtype=torch.float32, **kwargs)
     compute = torch.bfloat16 if device().type == "cuda" else torch.float32
-    quantization = BitsAndBytesConfig(
+    quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=["lm_head", "score", "embed_out"],
     )
-    loaded = _load(
-        from_pretrained, base, dtype=compute, quantization_config=quantization, device_map={"": device()}, **kwargs
-    )
+    kwargs |= {"dtype": compute, "quantization_config": quantization, "device_map": {"": device()}}
+    loaded = _load(from_pretrained, base, **kwargs)
     for module in loaded.modules():
         # On CPUs with AVX512-BF16 one forward pass without gradients would repack the weights, and then the LoRA
         # gradients vanish. bitsandbytes has no public switch for this.
@@ -154,12 +143,13 @@ def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bi
     return loaded
 
 
+@torch.random.fork_rng()
 def load_backbone(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False) -> PreTrainedModel:
     """The transformer of a causal LM or a reward model without its head: token ids to hidden states (B, T, D)."""
     if is_adapter(model):
         # A reward adapter has the keys of a causal-LM adapter and its head besides, so it fits on the causal base.
         return decoder(load_causal(model, load_in_4bit, trainable))
-    loaded = load_base(model, AutoModel.from_pretrained, load_in_4bit)
+    loaded = load_base(model, transformers.AutoModel.from_pretrained, load_in_4bit)
     return loaded if trainable else _frozen(loaded)
 
 
@@ -178,11 +168,6 @@ def decoder(model: Model) -> PreTrainedModel:
     return without_adapters(model).get_decoder()
 
 
-def hidden_size(model: Model) -> int:
-    """Width of the hidden states."""
-    return int(model.config.get_text_config().hidden_size)
-
-
 def read_score_head(reward_model: ModelPath) -> torch.Tensor:
     """The score head (1, D) of a reward model, full or adapter, in fp32; ModelError where it has none."""
     for file in sorted(Path(reward_model).glob("*.safetensors")):
@@ -195,9 +180,9 @@ def read_score_head(reward_model: ModelPath) -> torch.Tensor:
     raise ModelError(f"{reward_model}: no `score.weight` in its safetensors; it is not a reward model of a causal LM")
 
 
-def load_config(model: ModelPath) -> PreTrainedConfig:
+def load_config(model: ModelPath) -> transformers.PreTrainedConfig:
     """The config of a model or of an adapter's base; needs no weights."""
-    return _load(AutoConfig.from_pretrained, base_of(model))
+    return _load(transformers.AutoConfig.from_pretrained, base_of(model))
 
 
 def max_length(model: ModelPath) -> int | None:
@@ -210,10 +195,9 @@ def _load(from_pretrained: Callable[..., Any], model: ModelPath, **kwargs: Any) 
     path = Path(model)
     if path.is_dir() and not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
         raise ModelError(f"{model}: this directory holds no model (no config.json, no adapter_config.json)")
-    if path.is_file():
-        raise ModelError(f"{model}: is a file; a model is a directory written by save_pretrained, or a hub id")
-    if not path.is_dir() and (path.is_absolute() or str(model).startswith(".") or len(path.parts) > 2):
-        raise ModelError(f"{model}: no such model directory")
+    is_path = path.exists() or path.is_absolute() or str(model).startswith(".") or len(path.parts) > 2
+    if is_path and not path.is_dir():
+        raise ModelError(f"{model}: no such model directory; name one that save_pretrained wrote, or a hub id")
     try:
         return from_pretrained(str(model), **kwargs)
     except (OSError, ValueError) as error:

@@ -1,7 +1,5 @@
 """Texts and chats as tokens, rendered as TRL's trainers render them, and tokens as texts; the kit's own tokenizers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

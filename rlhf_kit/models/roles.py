@@ -1,7 +1,5 @@
 """The models of PPO by role behind one interface: separate models, or adapters over one base that is loaded once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,11 +27,13 @@ class Roles(nn.Module):
     def __init__(self, parts: Mapping[str, tuple[Any, str | None]], value_head: nn.Linear) -> None:
         super().__init__()
         self.parts = parts  # not registered as submodules: several roles may share one module
-        self.models = nn.ModuleList(dict.fromkeys(module for module, _ in parts.values()))
+        self.models: Any = nn.ModuleList(dict.fromkeys(module for module, _ in parts.values()))
         self.value_head = value_head.float()
         self.accepts_loss_kwargs = False  # read by transformers.Trainer
         self.learning = [parameter for _, parameter in self.trainable_parameters()]
-        self.set_trainable()
+        self.requires_grad_(False)
+        for parameter in self.learning:
+            parameter.requires_grad_(True)
         self.use("policy")
 
     def use(self, role: str) -> Model:
@@ -46,12 +46,6 @@ class Roles(nn.Module):
             for parameter in self.learning:
                 parameter.requires_grad_(True)
         return module
-
-    def set_trainable(self) -> None:
-        """Make policy and value trainable, and freeze everything else."""
-        self.requires_grad_(False)
-        for parameter in self.learning:
-            parameter.requires_grad_(True)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of the policy, the value model and its head."""
@@ -70,7 +64,6 @@ class Roles(nn.Module):
 
     def activation_checkpointing_enable(self, **kwargs: object) -> None:
         """Recompute activations in the backward pass; transformers.Trainer calls this."""
-        model: Any
         for model in self.models:
             model.activation_checkpointing_enable(**kwargs)
 
@@ -113,12 +106,11 @@ def load_roles(
     load_in_4bit: bool | None = None,
     rewards: Mapping[str, ModelPath] | None = None,
 ) -> Roles:
-    """Policy, reference (a frozen copy of the policy by default) and value model.
+    """Policy, reference (default: a frozen copy of the policy) and value model (default: a copy with a zero head).
 
-    `value` is a saved value model or a reward model, whose head becomes the value head; by default the value model is a
-    copy of the policy with a zero head. Where the policy is an adapter or `lora` is given, all roles are adapters over
-    one base, and so are `rewards`: reward adapters by role name for which `shares_base` holds (their heads stay with
-    `rlhf_kit.rewards`). Raises ModelError where a model is not over the policy's base.
+    `value` is a saved value model or a reward model, whose head becomes the value head. Where the policy is an adapter
+    or `lora` is given, all roles are adapters over one base, and so are `rewards`: reward adapters by role name for
+    which `shares_base` holds. Raises ModelError where a model is not over the policy's base.
     """
     parts: dict[str, tuple[Any, str | None]]
     if lora is None and not is_adapter(policy):
@@ -131,7 +123,7 @@ def load_roles(
         others = {"reference": reference, "value": value, **(rewards or {})}
         model = _adapters(policy, others, lora, load_in_4bit)
         parts = {role: (model, role) for role in ("policy", *others)}
-    roles = Roles(parts, _value_head(parts["value"][0], value))
+    roles = Roles(parts, _value_head(parts["policy"][0], value))
     switch_off_dropout(roles)
     check_logprobs(roles.use("policy"))
     return roles
@@ -168,18 +160,19 @@ def shares_base(reward: ModelPath, reward_in_4bit: bool | None, policy: ModelPat
     return same_precision and is_adapter(reward) and loading.same_base(reward, policy)
 
 
-def _value_head(backbone: Model, value: ModelPath | None) -> nn.Linear:
+def _value_head(policy: Model, value: ModelPath | None) -> nn.Linear:
     """The value head in fp32: from a value model, from a reward model (with its shift and scale), or zero."""
-    head = nn.Linear(loading.hidden_size(backbone), 1, device=backbone.device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    if value is not None and (Path(value) / VALUE_HEAD).is_file():
-        head.load_state_dict(load_file(Path(value) / VALUE_HEAD))
-    elif value is not None:
+    if value is None:
+        weight: Any = loading.without_adapters(policy).get_output_embeddings().weight
+        state = {"weight": torch.zeros(1, weight.shape[1]), "bias": torch.zeros(1)}
+    elif (Path(value) / VALUE_HEAD).is_file():
+        state = load_file(Path(value) / VALUE_HEAD)
+    else:
         notes = loading.read_notes(value)
         shift, scale = notes.get("shift", 0.0), notes.get("scale", 1.0)
-        head.weight.data.copy_(loading.read_score_head(value) / scale)
-        head.bias.data.fill_(-shift / scale)
+        state = {"weight": loading.read_score_head(value) / scale, "bias": torch.tensor([-shift / scale])}
+    head = nn.Linear(state["weight"].shape[1], 1, device=policy.device)
+    head.load_state_dict(state)
     return head
 
 

@@ -327,11 +327,6 @@ class PPOTrainer(Trainer):
         set_seed(self.args.seed + self.args.process_index)  # processes must not sample the same tokens
         return super().train(*args, **kwargs)
 
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer.create_optimizer for policy and value, whichever adapter was switched on last."""
-        self.roles.set_trainable()
-        return super().create_optimizer(model)
-
     @torch.no_grad()
     def evaluate(
         self,
