@@ -113,7 +113,6 @@ def test_a_file_is_read_from_the_disk_each_time(tmp_path: Path) -> None:
         ("empty.jsonl", b"\n\n", ["empty"]),
         ("notes.txt", b"prompt\n", ["no known kind", ".jsonl", ".csv"]),
         ("no.parquet", b"prompt,chosen\n", ["cannot be read", "arquet"]),
-        ("no-gzip.jsonl.gz", b'{"prompt": "a"}\n', ["cannot be read", "gzip"]),
         ("cut.jsonl.gz", gzip.compress(lines([PAIR]).encode())[:-9], ["cannot be read", "ended"]),
         ("latin.jsonl", '{"prompt": "a"}\n{"prompt": "caf\u00e9"}'.encode("latin-1"), ["row 2", "UTF-8"]),
         ("broken.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"\n', ["row 3", "JSON"]),
@@ -127,7 +126,6 @@ def test_a_file_is_read_from_the_disk_each_time(tmp_path: Path) -> None:
         ("few.csv", b'prompt,completion\n"a\nb",c\nd\n', ["row 4", "1 cells"]),
         ("quote.csv", b'prompt,completion\n\na,b\n"c,d\ne,f\n', ["row 4", "CSV"]),
         ("twice.csv", b"prompt,prompt\na,b\n", ["row 1", "same name"]),
-        ("headless.csv", b"is this a question ?,yes\nand this ?,no\n", ["no column 'prompt'", "'yes'"]),
         ("wrong.csv", b"question,answer\na,b\n", ["no column 'prompt'", "'answer'", "did you mean 'question'"]),
         ("pairs.jsonl", lines([{"chosen": "y", "rejected": "n"}] * 3).encode(), ["3 of 3 pairs", "first: row 1"]),
     ],
@@ -195,13 +193,6 @@ def test_pairs_are_split_where_they_part_and_the_rest_is_counted(tmp_path: Path,
     assert whole == [pair for pair in pairs if pair[2] is None]
     assert all(row["prompt"] == prompt and row["rater"] == 7 for row in dataset)
     data.check(dataset)
-
-
-def test_a_fault_behind_pairs_set_aside_is_named_by_its_own_row(tmp_path: Path) -> None:
-    pair = {"chosen": HEAD + " Please.", "rejected": HEAD + " No.", "rater": 7}
-    path = write(tmp_path / "a.jsonl", lines([pair, {"chosen": "Please.", "rejected": "No."}, pair | {"rater": "kim"}]))
-    with pytest.warns(UserWarning), pytest.raises(DataError, match="row 3, column 'rater'"):
-        data.load(path)
 
 
 @pytest.mark.parametrize(
