@@ -46,14 +46,10 @@ def generate(
     stops, pad = stop_ids(model, tokenizer), tokenizer.pad_token_id
     input_ids, attention_mask = (tensor.to(model.device) for tensor in padded(prompts, "left", pad))
     # Every default that would change the distribution is off.
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    settings = GenerationConfig(
-        max_new_tokens=max_completion_length,
-        eos_token_id=stops,
-        pad_token_id=pad,
-        return_dict_in_generate=True,
-        **(drawn if temperature > 0 else {"do_sample": False, "repetition_penalty": 1.0}),
-    )
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    chosen = drawn if temperature > 0 else {"do_sample": False}
+    ends = {"max_new_tokens": max_completion_length, "eos_token_id": stops, "pad_token_id": pad}
+    settings = GenerationConfig(**chosen, **ends, repetition_penalty=1.0, return_dict_in_generate=True)
     inner: Any = without_adapters(model)
     was_training, own_config = model.training, inner.generation_config
     model.eval()

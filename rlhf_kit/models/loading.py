@@ -31,8 +31,7 @@ def lora_config(lora: Lora | None) -> LoraConfig | None:
     """
     if lora is None or isinstance(lora, LoraConfig):
         return deepcopy(lora)  # peft writes the modules that it finds into its config
-    rank = lora.get("r", 16)
-    defaults = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    defaults = {"r": 16, "lora_alpha": 2 * lora.get("r", 16), "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return LoraConfig(**{**defaults, **lora})
 
 
@@ -93,8 +92,8 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
 
     A token of ordinary text would not do, because decoding leaves the pad token out.
     """
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     in_use = f"{tokenizer.chat_template} {tokenizer.eos_token} {tokenizer.bos_token}"
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     spare = [token for token in special if token not in in_use]
     spare.sort(key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token, "reserved" not in token))
     for token in (*spare, "\u0100", "<0x00>"):  # the NUL byte as byte-level BPE and as sentencepiece write it

@@ -49,13 +49,11 @@ class Roles(nn.Module):
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of the policy, the value model and its head."""
-        for role in ("policy", "value"):
-            module, adapter = self.parts[role]
+        learning = {"policy": self.parts["policy"], "value": self.parts["value"], "value_head": (self.value_head, None)}
+        for role, (module, adapter) in learning.items():
             for name, parameter in module.named_parameters():
                 if adapter is None or f".{adapter}." in name:
                     yield f"{role}.{name}", parameter
-        for name, parameter in self.value_head.named_parameters():
-            yield f"value_head.{name}", parameter
 
     def backbone(self, role: str) -> PreTrainedModel:
         """The transformer of a role without its head, with its adapter switched on: token ids to hidden states."""
