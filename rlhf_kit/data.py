@@ -15,17 +15,13 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset, config, load_dataset
+from pyarrow import ArrowException, parquet
 
 Row = dict[str, Any]
 
@@ -45,7 +41,6 @@ KINDS = {
     "prompt repeated": "prompt and completion are joined for training: take the prompt out of the completion",
     "prompt ends in a space": "it would be split into tokens too early: move the space to the start of the completion",
     "label not boolean": "true stands for a good completion, false for a bad one",
-    "too long": "shorten or drop such rows, or raise max_length: training would cut or drop them",
     "not a transcript": r"pairs without a prompt column must read '\n\nHuman: ...\n\nAssistant: ...' or be chats",
     "prompts differ": "chosen and rejected must share everything up to the last answer",
 }
@@ -55,8 +50,7 @@ class DataError(ValueError):
     """Something is wrong with the data, or with where it is; the message says what, where, and what to do."""
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(NamedTuple):
     """A fault of one cell: `row` counts from 0, `kind` is one of `KINDS`."""
 
     row: int
@@ -64,11 +58,12 @@ class Fault:
     kind: str
 
 
-def load(source: str | Path, split: str = "train", *, strict: bool = False, **hub_options: Any) -> Dataset:
+def load(source: str | Path, split: str = "train", **hub_options: Any) -> Dataset:
     """Return a file (one of `FORMATS`) or a hub dataset in TRL's columns; raise DataError naming the file and the row.
 
-    Pairs without a prompt get one by `extract_prompts`; a warning counts those that it sets aside, and `strict` raises
-    instead. Rows of a text file are named by their line. CSV cells are text, but a `label` of true or false a boolean.
+    Pairs without a prompt get one: transcripts as in HH-RLHF (Bai et al. 2022) are split after the last
+    "\\n\\nAssistant:", chats after the messages that both share; a warning counts the pairs that cannot be split. Rows
+    of a text file are named by their line. CSV cells are text, but a `label` of true or false is a boolean.
     """
     source = str(source)
     # A hub id has at most one slash and none of our suffixes, so everything else was meant as a path, there or not.
@@ -81,94 +76,46 @@ def load(source: str | Path, split: str = "train", *, strict: bool = False, **hu
         raise DataError(f"{source}: a local file is loaded whole, without split= or hub options; see split_by_prompt")
     if not labelled:
         raise DataError(f"{source}: empty, no rows")
-    labels, rows = list(labelled), list(labelled.values())
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    if "prompt" not in columns:
-        if not {"chosen", "rejected"} <= set(columns):
-            note = " (the first line of a CSV file names the columns)" if ".csv" in Path(source).suffixes else ""
-            raise DataError(_missing(source, "prompt", columns) + note)
-        rows, faults = extract_prompts(rows)
-        message = f"{source}: {len(faults)} of {len(labels)} pairs cannot be used: {_counts(faults, labels)}"
-        if not rows or (faults and strict):
-            raise DataError(f"{message}; {KINDS[faults[0].kind]}")
-        if faults:
-            warnings.warn(f"{message}; they are set aside", stacklevel=2)
-        unused = {fault.row for fault in faults}
-        labels = [label for index, label in enumerate(labels) if index not in unused]
-    return _to_dataset(source, labels, rows)
+    columns = list(dict.fromkeys(column for row in labelled.values() for column in row))
+    if "prompt" not in columns and {"chosen", "rejected"} <= set(columns):
+        labelled = _with_prompts(source, labelled)
+    elif "prompt" not in columns:
+        raise DataError(_missing(source, "prompt", columns))
+    return _to_dataset(source, labelled)
 
 
-def extract_prompts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Row], list[Fault]]:
-    """Return (`prompt, chosen, rejected` rows, faults of the rows left out) for pairs of whole conversations.
-
-    Transcripts as in HH-RLHF ("\\n\\nHuman: ...\\n\\nAssistant: ...", Bai et al. 2022) are split after the last
-    "\\n\\nAssistant:" and must agree up to there; chats are split after the messages that both share.
-    """
-    good: list[Row] = []
-    faults: list[Fault] = []
-    for index, row in enumerate(rows):
-        chosen, rejected = row.get("chosen"), row.get("rejected")
-        split = _split_transcripts if isinstance(chosen, str) else _split_chats
-        parts = split(chosen, rejected) if type(chosen) is type(rejected) else "wrong type"
-        if isinstance(parts, str):
-            faults.append(Fault(index, "chosen", parts))
-        else:
-            extra = {column: value for column, value in row.items() if column not in PREFERENCE}
-            good.append(dict(zip(PREFERENCE, parts, strict=True)) | extra)
-    return good, faults
-
-
-def find_faults(
-    dataset: Dataset,
-    columns: Sequence[str] = PREFERENCE,
-    source: str = "dataset",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    max_length: int | None = None,
-) -> list[Fault]:
-    """Return all faults of the cells in `columns`, by row; raise DataError for a missing column or an empty dataset.
-
-    With `tokenizer` and `max_length`, a prompt and its completion (with EOS) may together have `max_length` tokens.
-    """
+def require(dataset: Dataset, columns: Sequence[str], source: str = "dataset") -> None:
+    """Raise DataError if a column is missing, guessing which was meant, or if there are no rows."""
     for column in columns:
         if column not in dataset.column_names:
             raise DataError(_missing(source, column, dataset.column_names))
     if not len(dataset):
         raise DataError(f"{source}: empty, no rows")
-    if max_length is not None and tokenizer is None:
-        raise DataError("max_length counts tokens, so tokenizer= is needed too")
-    answers = [column for column in columns if column in TEXT_COLUMNS[1:]]
-    faults = []
-    for index, row in enumerate(dataset.select_columns(list(columns))):
-        found = [Fault(index, column, kind) for column in columns if (kind := _cell_fault(column, row))]
-        if not found and tokenizer is not None and max_length is not None:
-            for column in answers or ["prompt"]:
-                if _count_tokens(row.get("prompt"), row[column] if answers else None, tokenizer) > max_length:
-                    found.append(Fault(index, column, "too long"))
-        faults += found
-    return faults
+
+
+def find_faults(dataset: Dataset, columns: Sequence[str] = PREFERENCE, source: str = "dataset") -> list[Fault]:
+    """Return all faults of the cells in `columns`, by row; raise DataError for a missing column or an empty dataset."""
+    require(dataset, columns, source)
+    rows = enumerate(dataset.select_columns(list(columns)))
+    return [Fault(i, column, kind) for i, row in rows for column in columns if (kind := _cell_fault(column, row))]
 
 
 def check(dataset: Dataset, columns: Sequence[str] = PREFERENCE, source: str = "dataset") -> None:
     """Raise DataError if `find_faults` finds any, naming source, row and column of the first and counting all kinds."""
-    faults = find_faults(dataset, columns, source)
-    if faults:
-        first = faults[0]
+    if faults := find_faults(dataset, columns, source):
+        row, column, kind = faults[0]
         raise DataError(
-            f"{source}, row {first.row} (counting from 0), column {first.column!r}: {first.kind}; {KINDS[first.kind]}. "
-            f"All faults (listed by find_faults): {_counts(faults, range(len(dataset)))}"
+            f"{source}, row {row} (counting from 0), column {column!r}: {kind}; {KINDS[kind]}. "
+            f"All faults (listed by find_faults): {_counts([(fault.row, fault.kind) for fault in faults])}"
         )
 
 
 def split_by_prompt(dataset: Dataset, test_fraction: float = 0.1, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Return (train, test) with no prompt on both sides; raise DataError if one side would be empty.
 
-    The side of a prompt follows from its text and `seed` alone, not from the order of the rows or from the other rows;
-    `test_fraction` is therefore the expected share of the prompts, not an exact one.
+    The side of a prompt follows from its text and `seed` alone; `test_fraction` is only the expected share of prompts.
     """
-    if not 0 < test_fraction < 1:
-        raise DataError(f"test_fraction must lie between 0 and 1, not {test_fraction}")
-    if "prompt" not in dataset.column_names:
-        raise DataError(_missing("dataset", "prompt", dataset.column_names))
+    require(dataset, ["prompt"])
     keys = (json.dumps([seed, _plain(prompt)], sort_keys=True).encode() for prompt in dataset["prompt"])
     shares = [int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64 for key in keys]
     train = [index for index, share in enumerate(shares) if share >= test_fraction]
@@ -180,9 +127,9 @@ def split_by_prompt(dataset: Dataset, test_fraction: float = 0.1, seed: int = 0)
 
 def _from_hub(source: str, split: str, options: Mapping[str, Any]) -> Dataset:
     try:
-        return datasets.load_dataset(source, split=split, **options)
+        return load_dataset(source, split=split, **options)
     except Exception as error:  # the hub's clients raise a dozen families of errors; each should read as one sentence
-        reason = "HF_HUB_OFFLINE is set" if datasets.config.HF_HUB_OFFLINE else " ".join(str(error).split())
+        reason = "HF_HUB_OFFLINE is set" if config.HF_HUB_OFFLINE else " ".join(str(error).split())
         raise DataError(
             f"{source!r} is no file here, and its split {split!r} cannot be had from the hub: {reason}; "
             "name a local file, or a dataset of the hub while there is a network"
@@ -191,23 +138,18 @@ def _from_hub(source: str, split: str, options: Mapping[str, Any]) -> Dataset:
 
 def _from_file(path: Path) -> dict[str, Row]:
     # Read from the disk, because `datasets` serves a file that was rewritten with the same time from its cache.
-    if not path.exists():
-        raise DataError(f"no such file: {path}")
-    if path.is_dir() or not path.name.endswith(FORMATS):
-        kind = "a folder" if path.is_dir() else "of no known kind"
-        raise DataError(f"{path}: {kind}; name a {' '.join(FORMATS)} file")
+    if not path.is_file() or not path.name.endswith(FORMATS):
+        problem = "of no known kind" if path.is_file() else "no such file"
+        raise DataError(f"{path}: {problem}; name a {' '.join(FORMATS)} file")
     try:
         if path.suffix == ".parquet":
-            return _numbered(Dataset(pyarrow.parquet.read_table(path)))
+            return _numbered(Dataset(parquet.read_table(path)))
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        byte = error.start - error.object.rfind(b"\n", 0, error.start)
-        raise DataError(f"{path}, row {line}, byte {byte} of the line: not UTF-8; save the file as UTF-8") from None
-    except (EOFError, zlib.error):
-        raise DataError(f"{path}: the gzip file is cut off or damaged; get it again") from None
-    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}, row {line}: not UTF-8; save the file as UTF-8") from None
+    except (OSError, EOFError, zlib.error, ArrowException) as error:
         raise DataError(f"{path}: cannot be read as what its name says: {' '.join(str(error).split())[:200]}") from None
     labelled = _from_csv(path, text) if ".csv" in path.suffixes else _from_json(path, text)
     for label, row in labelled.items():
@@ -259,25 +201,24 @@ def _from_csv(path: Path, text: str) -> dict[str, Row]:
     return labelled
 
 
-def _to_dataset(source: str, labels: Sequence[str], rows: Sequence[Row]) -> Dataset:
+def _to_dataset(source: str, labelled: Mapping[str, Row]) -> Dataset:
     # Not Dataset.from_list, which takes the columns of the first row only.
-    columns = dict.fromkeys(column for row in rows for column in row)
-    values = {column: [_plain(row.get(column)) for row in rows] for column in columns}
+    columns = dict.fromkeys(column for row in labelled.values() for column in row)
+    values = {column: [_plain(row.get(column)) for row in labelled.values()] for column in columns}
     for column, cells in values.items():
         types = ["number" if type(cell) in {int, float} else type(cell).__name__ for cell in cells]
         known = next((name for name in types if name != "NoneType"), "")
-        for label, name in zip(labels, types, strict=True):
+        for label, name in zip(labelled, types, strict=True):
             where = f"{source}, {label}, column {column!r}"
-            if column in TEXT_COLUMNS and name == "NoneType":
-                raise DataError(f"{where}: missing; {KINDS['missing']}")
             if column in TEXT_COLUMNS and name not in {"str", "list"}:
-                raise DataError(f"{where}: wrong type ({name}); {KINDS['wrong type']}")
+                kind = "missing" if name == "NoneType" else "wrong type"
+                raise DataError(f"{where}: {kind} ({name}); {KINDS[kind]}")
             if name not in {known, "NoneType"}:
                 raise DataError(f"{where}: wrong type ({name}); the rows before have {known}")
     try:
         # use_json, because an Arrow struct gives each message the keys of all others, with None in them.
         return Dataset.from_dict(values, on_mixed_types="use_json")
-    except (pa.ArrowException, ValueError, OverflowError) as error:
+    except (ArrowException, ValueError, OverflowError) as error:
         raise DataError(f"{source}: cannot be stored as a table: {error}") from None
 
 
@@ -286,6 +227,26 @@ def _plain(cell: Any) -> Any:
     if not isinstance(cell, list) or not all(isinstance(message, dict) for message in cell):
         return cell
     return [{key: value for key, value in m.items() if value is not None or key in {"role", "content"}} for m in cell]
+
+
+def _with_prompts(source: str, labelled: Mapping[str, Row]) -> dict[str, Row]:
+    found: dict[str, Row] = {}
+    faults: list[tuple[str, str]] = []
+    for label, row in labelled.items():
+        chosen, rejected = row.get("chosen"), row.get("rejected")
+        split = _split_transcripts if isinstance(chosen, str) else _split_chats
+        parts = split(chosen, rejected) if type(chosen) is type(rejected) else "wrong type"
+        if isinstance(parts, str):
+            faults.append((label, parts))
+        else:
+            extra = {column: value for column, value in row.items() if column not in PREFERENCE}
+            found[label] = dict(zip(PREFERENCE, parts, strict=True)) | extra
+    message = f"{source}: {len(faults)} of {len(labelled)} pairs cannot be used: {_counts(faults)}"
+    if not found:
+        raise DataError(f"{message}; {KINDS[faults[0][1]]}")
+    if faults:
+        warnings.warn(f"{message}; they are set aside", stacklevel=3)
+    return found
 
 
 def _split_transcripts(chosen: Any, rejected: Any) -> tuple[Any, Any, Any] | str:
@@ -340,24 +301,13 @@ def _text_fault(value: Any) -> str | None:
     return None if contents and all(c.strip() if isinstance(c, str) else c for c in contents) else "empty text"
 
 
-def _count_tokens(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    if isinstance(prompt or completion, str):
-        ids = tokenizer((prompt or "") + (completion or ""), verbose=False)["input_ids"]
-        return len(ids) + (completion is not None and ids[-1:] != [tokenizer.eos_token_id])  # trainers append EOS
-    if not tokenizer.chat_template:
-        raise DataError("the rows are chats but the tokenizer has no chat template: set tokenizer.chat_template")
-    chat = [*(prompt or []), *(completion or [])]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=not completion)
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
 def _numbered(rows: Iterable[Row]) -> dict[str, Row]:
     return {f"row {index} (counting from 0)": row for index, row in enumerate(rows)}
 
 
-def _counts(faults: Sequence[Fault], labels: Sequence[object]) -> str:
-    first = {fault.kind: labels[fault.row] for fault in reversed(faults)}
-    kinds = Counter(fault.kind for fault in faults).most_common()
+def _counts(faults: Sequence[tuple[object, str]]) -> str:
+    first = {kind: label for label, kind in reversed(faults)}
+    kinds = Counter(kind for _, kind in faults).most_common()
     return ", ".join(f"{n} x {kind} (first: {first[kind]})" for kind, n in kinds)
 
 

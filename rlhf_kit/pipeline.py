@@ -218,15 +218,18 @@ class Pipeline:
 
         Raises DataError where none is left.
         """
+        data.require(rows, columns, what)
         longest = min(max_length, models.max_length(self.base()) or sys.maxsize)
-        faults = data.find_faults(rows, columns, what, models.load_tokenizer(self.base()), longest)
-        long = {fault.row for fault in faults if fault.kind == "too long"}
-        if not long:
+        tokenizer, prompts = models.load_tokenizer(self.base()), rows["prompt"][:]
+        texts = [rows[column][:] for column in columns if column != "prompt"] or [None]
+        lengths = [map(len, models.encode(tokenizer, prompts, completions)) for completions in texts]
+        kept = [row for row, of_row in enumerate(zip(*lengths, strict=True)) if max(of_row) <= longest]
+        if len(kept) == len(rows):
             return rows
-        print(f"  {what}: {len(rows) - len(long)} kept, {len(long)} left out: longer than {longest} tokens")
-        if len(long) == len(rows):
+        print(f"  {what}: {len(kept)} kept, {len(rows) - len(kept)} left out: longer than {longest} tokens")
+        if not kept:
             raise data.DataError(f"{what}: each is longer than {longest} tokens; raise the stage's max_length")
-        return rows.select([row for row in range(len(rows)) if row not in long])
+        return rows.select(kept)
 
     def _training(self, out: Path, label: str, settings: Settings) -> Settings:
         return {"seed": self.preset.seed, "callbacks": [ProgressCallback(label), LogMetrics(out)], **settings}

@@ -13,8 +13,8 @@ from rlhf_kit.models import (
     ModelPath,
     Prompt,
     Roles,
+    encode,
     load_backbone,
-    load_ready,
     load_tokenizer,
     padded,
     read_notes,
@@ -65,7 +65,7 @@ class RewardModel:
     def backbone(self) -> PreTrainedModel:
         """The transformer, with this model's adapter switched on."""
         if self._backbone is None:
-            loaded = load_ready(load_backbone, self.path, self.load_in_4bit)
+            loaded = load_backbone(self.path, self.load_in_4bit)
             self._backbone = lambda: loaded
         return self._backbone()
 
@@ -76,10 +76,9 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float]:
-        texts = [self._text(*pair) for pair in zip(prompts, completions, strict=True)]
-        if not texts:
+        if not prompts:
             return []
-        ids = self.tokenizer(texts, add_special_tokens=isinstance(prompts[0], str))["input_ids"]
+        ids = encode(self.tokenizer, prompts, completions)
         scores = torch.empty(len(ids))
         waiting = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # longest first
         while waiting:
@@ -87,12 +86,6 @@ class RewardModel:
             rows, waiting = waiting[:fit], waiting[fit:]
             scores[rows] = self._score([ids[row] for row in rows]).cpu()
         return [(score - self.shift) / self.scale for score in scores.tolist()]
-
-    def _text(self, prompt: Prompt, completion: Completion) -> str:
-        if isinstance(prompt, str):
-            return f"{prompt}{completion}{self.tokenizer.eos_token}"
-        reply = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        return self.tokenizer.apply_chat_template(prompt + reply, tokenize=False)
 
     def _score(self, rows: list[list[int]]) -> torch.Tensor:
         """Raw scores (B,) in fp32 of rows of token ids, padded on the right so that positions count from 0."""

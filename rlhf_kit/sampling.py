@@ -11,11 +11,10 @@ from rlhf_kit.models import (
     ModelPath,
     completion_kl,
     decode_completions,
-    encode_prompts,
+    encode,
     finished,
     generate,
     load_causal,
-    load_ready,
     load_tokenizer,
     stop_ids,
 )
@@ -45,9 +44,9 @@ def sample(
     if n < 1 or len(prompts) == 0:
         raise ValueError(f"sample: needs prompts and n of at least 1; got {len(prompts)} prompts and n={n}")
     torch.manual_seed(seed)
-    policy, tokenizer = load_ready(load_causal, model, load_in_4bit), load_tokenizer(model)
-    other = load_ready(load_causal, reference, load_in_4bit) if reference is not None else None
-    encoded = encode_prompts(tokenizer, prompts["prompt"][:])
+    policy, tokenizer = load_causal(model, load_in_4bit), load_tokenizer(model)
+    other = load_causal(reference, load_in_4bit) if reference is not None else None
+    encoded = encode(tokenizer, prompts["prompt"][:])
     stops = stop_ids(policy, tokenizer)
     batch_size = max(1, batch_tokens // (max(map(len, encoded)) + max_completion_length))
     rows = [(prompt_id, k) for prompt_id in range(len(prompts)) for k in range(n)]

@@ -4,17 +4,12 @@ import gzip
 import json
 import os
 import random
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from rlhf_kit import data
 from rlhf_kit.data import DataError
@@ -111,44 +106,27 @@ def test_a_file_is_read_from_the_disk_each_time(tmp_path: Path) -> None:
         assert data.load(path)["prompt"][:] == ["new"]
 
 
-LONG = gzip.compress(lines([{"prompt": str(number)} for number in random.Random(0).sample(range(10**9), 999)]).encode())
-
-
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
         ("gone.csv.gz", None, ["no such file"]),
         ("empty.jsonl", b"\n\n", ["empty"]),
-        ("empty.json", b"[]", ["empty"]),
-        ("header-only.csv", b"prompt,chosen,rejected\n", ["empty"]),
         ("notes.txt", b"prompt\n", ["no known kind", ".jsonl", ".csv"]),
         ("no.parquet", b"prompt,chosen\n", ["cannot be read", "arquet"]),
-        ("no-gzip.jsonl.gz", b'{"prompt": "a"}\n', ["cannot be read", "gzip"]),
-        ("half.jsonl.gz", LONG[: len(LONG) // 2], ["gzip", "cut off"]),
-        ("damaged.jsonl.gz", LONG[:12] + b"\xff" * 4 + LONG[16:], ["gzip", "damaged"]),
-        ("latin.jsonl", '{"prompt": "a"}\n{"prompt": "caf\u00e9"}'.encode("latin-1"), ["row 2", "byte 16", "UTF-8"]),
-        ("latin.csv", "prompt\na\nb\ncaf\u00e9\n".encode("latin-1"), ["row 4", "byte 4", "UTF-8"]),
+        ("cut.jsonl.gz", gzip.compress(lines([PAIR]).encode())[:-9], ["cannot be read", "ended"]),
+        ("latin.jsonl", '{"prompt": "a"}\n{"prompt": "caf\u00e9"}'.encode("latin-1"), ["row 2", "UTF-8"]),
         ("broken.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"\n', ["row 3", "JSON"]),
         ("broken.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', ["JSON", "line 2"]),
-        ("deep.jsonl", b'{"prompt": ' + b"[" * 100_000, ["row 1", "JSON"]),
         ("list.jsonl", b'{"prompt": "a"}\n["b"]\n', ["row 2", "object"]),
-        ("list.json", b'[{"prompt": "a"}, "b"]', ["row 1 (counting from 0)", "object"]),
-        ("number.jsonl", b'{"prompt": "a"}\n{"prompt": 3}\n', ["row 2", "'prompt'", "wrong type", "number"]),
         ("null.jsonl", b'{"prompt": "a"}\n{"prompt": null}\n', ["row 2", "'prompt'", "missing"]),
-        ("lacks.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', ["row 2", "'completion'", "missing"]),
         ("mixed.jsonl", b'{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "x"}\n', ["row 2", "'id'", "str", "number"]),
         ("both.jsonl", lines([{"prompt": "a"}, {"prompt": [user("b")]}]).encode(), ["row 2", "wrong type", "list"]),
-        ("surrogate.jsonl", b'{"prompt": "\\ud800"}\n', ["surrogate"]),
         ("big.jsonl", b'{"prompt": "a", "id": 123456789012345678901234567890}\n', ["cannot be stored"]),
         ("many.csv", b"prompt,completion\na,b\nc,d,e\n", ["row 3", "3 cells", "2 columns"]),
-        ("all-too-many.csv", b"prompt,completion\na,b,c\nd,e,f\n", ["row 2", "3 cells", "2 columns"]),
         ("few.csv", b'prompt,completion\n"a\nb",c\nd\n', ["row 4", "1 cells"]),
         ("quote.csv", b'prompt,completion\n\na,b\n"c,d\ne,f\n', ["row 4", "CSV"]),
-        ("quotes.csv", b'prompt,completion\n"c,d\n"e",f\n', ["row 2", "CSV"]),
         ("twice.csv", b"prompt,prompt\na,b\n", ["row 1", "same name"]),
-        ("headless.csv", b"is this a question ?,yes\nand this ?,no\n", ["no column 'prompt'", "first line"]),
         ("wrong.csv", b"question,answer\na,b\n", ["no column 'prompt'", "'answer'", "did you mean 'question'"]),
-        ("typo.jsonl", b'{"promt": "a", "id": 1}\n', ["no column 'prompt'", "did you mean 'promt'"]),
         ("pairs.jsonl", lines([{"chosen": "y", "rejected": "n"}] * 3).encode(), ["3 of 3 pairs", "first: row 1"]),
     ],
 )
@@ -161,22 +139,16 @@ def test_what_is_wrong_is_named_by_row(tmp_path: Path, name: str, content: bytes
     says(error, str(path), *parts)
 
 
-def test_a_folder_and_a_split_of_a_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="a folder"):
-        data.load(tmp_path)
-    with pytest.raises(DataError, match="split_by_prompt"):
-        data.load(write(tmp_path / "a.jsonl", lines([PAIR])), split="test")
-
-
-@pytest.mark.slow
-def test_hub_id_offline_ends_in_one_sentence() -> None:
-    code = "from rlhf_kit import data\ntry: data.load('nobody/nothing')\nexcept data.DataError as e: print(e)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.stdout.count("\n") == 1
-    assert "'nobody/nothing'" in done.stdout and "HF_HUB_OFFLINE" in done.stdout and "local file" in done.stdout
+def test_a_folder_a_split_of_a_file_and_a_hub_id_offline_end_in_one_sentence(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", lines([PAIR]))
+    for source, split, parts in (
+        (tmp_path, "train", ["no such file"]),
+        (file, "test", ["split_by_prompt"]),
+        ("nobody/nothing", "train", ["'nobody/nothing'", "HF_HUB_OFFLINE", "local file"]),
+    ):
+        with pytest.raises(DataError) as error:
+            data.load(source, split)
+        says(error, *parts)
 
 
 HEAD = "\n\nHuman: is the tea warm?\n\nAssistant: It is hot.\n\nHuman: may I?\n\nAssistant:"
@@ -206,49 +178,32 @@ CHATS: list[tuple[Any, Any, str | None]] = [
 
 
 @pytest.mark.parametrize(("pairs", "prompt"), [(PAIRS, HEAD), (CHATS, START)], ids=["transcripts", "chats"])
-def test_pairs_are_split_where_they_part_and_faults_are_named(pairs: list[Any], prompt: Any) -> None:
-    rows, faults = data.extract_prompts([{"chosen": chosen, "rejected": bad, "rater": 7} for chosen, bad, _ in pairs])
-    assert [(fault.row, fault.kind) for fault in faults] == [(i, kind) for i, (*_, kind) in enumerate(pairs) if kind]
-    # Nothing is lost in the cut: prompt and answer are the conversation again.
-    whole = [(row["prompt"] + row["chosen"], row["prompt"] + row["rejected"], None) for row in rows]
-    assert whole == [pair for pair in pairs if pair[2] is None]
-    assert all(row["prompt"] == prompt and row["rater"] == 7 for row in rows)
-
-
-def test_pairs_set_aside_are_counted_with_their_first_row(tmp_path: Path) -> None:
-    rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected, _ in PAIRS]
-    path = write(tmp_path / "hh.jsonl.gz", lines([*rows, {**rows[0], "rater": 7}]))
-    with pytest.warns(UserWarning, match="7 of 10 pairs") as caught:
+def test_pairs_are_split_where_they_part_and_the_rest_is_counted(tmp_path: Path, pairs: list[Any], prompt: Any) -> None:
+    rows = [{"chosen": chosen, "rejected": rejected, "rater": 7} for chosen, rejected, _ in pairs]
+    path = write(tmp_path / "hh.jsonl.gz", lines(rows))
+    kinds = [kind for *_, kind in pairs if kind]
+    with pytest.warns(UserWarning, match=f"{len(kinds)} of {len(pairs)} pairs") as caught:
         dataset = data.load(path)
-    message = str(caught[0].message)
-    assert "2 x empty text (first: row 3)" in message and "1 x prompts differ (first: row 2)" in message
+    for kind in set(kinds):
+        first = [row for row, (*_, found) in enumerate(pairs, 1) if found == kind][0]
+        assert f"{kinds.count(kind)} x {kind} (first: row {first})" in str(caught[0].message)
     assert caught[0].filename == __file__
-    assert dataset["rater"][:] == [None, None, 7]
+    # Nothing is lost in the cut: prompt and answer are the conversation again.
+    whole = [(row["prompt"] + row["chosen"], row["prompt"] + row["rejected"], None) for row in dataset]
+    assert whole == [pair for pair in pairs if pair[2] is None]
+    assert all(row["prompt"] == prompt and row["rater"] == 7 for row in dataset)
     data.check(dataset)
-    with pytest.raises(DataError, match="7 of 10 pairs"):
-        data.load(path, strict=True)
-    write(path, lines([*rows, {**rows[0], "rater": 7}, {**rows[0], "rater": "kim"}]))
-    with pytest.warns(UserWarning), pytest.raises(DataError, match="row 11, column 'rater'"):  # not one of those kept
-        data.load(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert len(data.load(write(path, lines(rows[:1])), strict=True)) == 1
 
 
 @pytest.mark.parametrize(
     ("sound", "change", "column", "kind"),
     [
         (PAIR, {"chosen": ""}, "chosen", "empty text"),
-        (PAIR, {"prompt": None}, "prompt", "empty text"),
-        (PAIR, {"rejected": " \n"}, "rejected", "empty text"),
         (PAIR, {"chosen": PAIR["rejected"]}, "chosen", "chosen equals rejected"),
         (PAIR, {"chosen": PROMPT + " here ."}, "chosen", "prompt repeated"),
-        (PAIR, {"rejected": PROMPT}, "rejected", "prompt repeated"),
         (PAIR, {"prompt": PROMPT + " "}, "prompt", "prompt ends in a space"),
         (CHAT, {"prompt": []}, "prompt", "empty text"),
-        (CHAT, {"prompt": [user(" ")]}, "prompt", "empty text"),
         (CHAT, {"prompt": [{"role": None, "content": "a"}]}, "prompt", "wrong type"),
-        (CHAT, {"chosen": [assistant("no")]}, "chosen", "chosen equals rejected"),
         (CHAT, {"chosen": [user("a ?"), assistant("yes")]}, "chosen", "prompt repeated"),
         ({**PAIR, "prompt": "hi", "label": True}, {"label": None}, "label", "label not boolean"),
         ({**PAIR, "chosen": "history", "prompt": "hi", "margin": 1.0}, {"margin": None}, "margin", "missing"),
@@ -258,9 +213,7 @@ def test_check_names_row_and_column(sound: dict[str, Any], change: dict[str, Any
     dataset = Dataset.from_list([sound, sound, {**sound, **change}, {**sound, **change}])
     with pytest.raises(DataError) as error:
         data.check(dataset, list(sound), source="pairs.jsonl")
-    says(
-        error, "pairs.jsonl, row 2 (counting from 0)", f"column {column!r}", data.KINDS[kind], f"2 x {kind} (first: 2)"
-    )
+    says(error, "pairs.jsonl, row 2 (counting", f"column {column!r}", data.KINDS[kind], f"2 x {kind} (first: 2)")
     assert data.find_faults(dataset, list(sound)) == [data.Fault(row, column, kind) for row in (2, 3)]
     data.check(dataset.select([0, 1]), list(sound))
 
@@ -271,32 +224,12 @@ def test_text_is_no_chat_and_a_number_is_neither(row: dict[str, Any]) -> None:
     assert data.find_faults(Dataset.from_list([row])) == faults
 
 
-def test_missing_column_and_empty_dataset() -> None:
+def test_a_missing_column_and_an_empty_dataset_are_refused() -> None:
     with pytest.raises(DataError) as error:
         data.check(Dataset.from_list([{"prompt": "a ?", "choosen": " b", "rejected": " c"}]), source="mine")
     says(error, "mine: no column 'chosen'", "'prompt', 'choosen', 'rejected'", "did you mean 'choosen'")
     with pytest.raises(DataError, match="mine: empty"):
-        data.check(Dataset.from_dict({"prompt": []}), columns=["prompt"], source="mine")
-
-
-def test_too_long_counts_prompt_completion_and_eos_as_they_are_rendered() -> None:
-    words = Tokenizer(models.WordLevel({"w": 0, "<eos>": 1}, unk_token="w"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w", eos_token="<eos>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% if m.role == 'assistant' %}<eos> {% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    text = {"prompt": "w w w", "completion": " w w"}  # three words, two words, EOS
-    chat = {"prompt": [user("w w w")], "completion": [assistant("w w")]}  # and two roles
-    for row, alone, whole in ((text, 3, 6), (chat, 5, 8)):
-        for columns, length in ((["prompt"], alone), (["prompt", "completion"], whole)):
-            dataset = Dataset.from_list([row])
-            assert not data.find_faults(dataset, columns, tokenizer=tokenizer, max_length=length)
-            (fault,) = data.find_faults(dataset, columns, tokenizer=tokenizer, max_length=length - 1)
-            assert fault == data.Fault(0, columns[-1], "too long")
-    with pytest.raises(DataError, match="tokenizer="):
-        data.find_faults(Dataset.from_list([PAIR]), max_length=10)
+        data.require(Dataset.from_dict({"prompt": []}), ["prompt"], "mine")
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -316,18 +249,11 @@ def test_split_is_disjoint_whole_and_independent_of_order(chat: bool) -> None:
         assert set(halved["row"]) == {row for row in test["row"] if row < 150}
 
 
-def test_split_shares_follow_the_fraction_and_seeds_differ() -> None:
-    dataset = Dataset.from_dict({"prompt": [f"{i} ?" for i in range(4000)]})
-    for fraction in (0.05, 0.3):
-        tests = [data.split_by_prompt(dataset, fraction, seed)[1] for seed in (0, 1)]
-        assert abs(len(tests[0]) / len(dataset) - fraction) < 4 * (fraction * (1 - fraction) / len(dataset)) ** 0.5
-        assert set(tests[0]["prompt"]) != set(tests[1]["prompt"])
-
-
-def test_a_side_may_not_be_empty_and_arguments_are_checked() -> None:
-    with pytest.raises(DataError, match="test_fraction=0.5 and seed=0 leave one side without"):
-        data.split_by_prompt(Dataset.from_dict({"prompt": ["same ?"] * 20}), 0.5)
-    with pytest.raises(DataError, match="between 0 and 1"):
-        data.split_by_prompt(Dataset.from_list([PAIR]), 1.0)
-    with pytest.raises(DataError, match="did you mean 'question'"):
-        data.split_by_prompt(Dataset.from_dict({"question": ["a"]}))
+def test_split_shares_follow_the_fraction_and_no_side_may_be_empty() -> None:
+    dataset = Dataset.from_dict({"prompt": [f"{i} ?" for i in range(1000)]})
+    tests = [data.split_by_prompt(dataset, 0.3, seed)[1] for seed in (0, 1)]
+    assert abs(len(tests[0]) / len(dataset) - 0.3) < 4 * (0.3 * 0.7 / len(dataset)) ** 0.5
+    assert set(tests[0]["prompt"]) != set(tests[1]["prompt"])
+    for rows, fraction in ((["same ?"] * 20, 0.5), ([f"{i} ?" for i in range(20)], 1.0)):
+        with pytest.raises(DataError, match="leave one side without"):
+            data.split_by_prompt(Dataset.from_dict({"prompt": rows}), fraction)

@@ -18,8 +18,8 @@ from tokenizers.models import BPE
 from transformers import TrainerCallback
 
 from rlhf_kit import models, sampling, train
-from rlhf_kit.models.tokenizer import EOS as END
-from rlhf_kit.models.tokenizer import PAD, wrap
+from rlhf_kit.models.rendering import EOS as END
+from rlhf_kit.models.rendering import PAD, wrap
 from rlhf_kit.ppo import PPOConfig
 from rlhf_kit.rewards import RewardModel
 from rlhf_kit.train.online import LIKE_PPO

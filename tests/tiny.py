@@ -1,7 +1,5 @@
 """Tiny random models on disk, and the naive computations that the tests hold the kit against."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -10,21 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import get_peft_model
 from tokenizers import Tokenizer, models
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf_kit.models import Tokens, load_base, lora_config, write_notes
-from rlhf_kit.tasks import pocket
-from rlhf_kit.tasks.pocket.tokenizer import wrap
+from rlhf_kit.models.rendering import EOS, PAD, wrap
 
 MODES = ["full", "lora", "4bit"]
 # Words of a vocabulary small enough to enumerate: with EOS and PAD twelve tokens.
@@ -33,9 +23,20 @@ WORDS = ["a", "b", " c", " d", " e", " f", " g", " h", " i", " j"]
 
 def word_tokenizer() -> PreTrainedTokenizerBase:
     """EOS 0, PAD 1 and one token for each of WORDS."""
-    pieces = [pocket.EOS, pocket.PAD, *(word.replace(" ", "Ġ") for word in WORDS)]
+    pieces = [EOS, PAD, *(word.replace(" ", "Ġ") for word in WORDS)]
     vocabulary = {piece: row for row, piece in enumerate(pieces)}
     return wrap(Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True)))
+
+
+def _save(out: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return str(out)
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return {"vocab_size": len(tokenizer), "bos_token_id": None, **ids}
 
 
 def save_llama(
@@ -43,38 +44,22 @@ def save_llama(
 ) -> str:
     """A Llama of two layers whose next-token distributions are far from uniform, with EOS likely to be sampled."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.25,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.25}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **more, **_special(tokenizer)))
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 1.5  # a direction that is in every hidden state, for EOS to read
         model.lm_head.weight[tokenizer.eos_token_id, 0] = eos_logit
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return str(out)
+    return _save(out, model, tokenizer)
 
 
 def save_gpt2(out: Path, tokenizer: PreTrainedTokenizerBase, dropout: float = 0.0) -> str:
     """Absolute positions: the architecture that shows every mistake with left padding."""
     torch.manual_seed(0)
-    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, **special)
-    config.initializer_range = 0.3
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
-    GPT2LMHeadModel(config).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return str(out)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
+    drop = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+    config = transformers.GPT2Config(**sizes, **drop, **_special(tokenizer))
+    return _save(out, transformers.GPT2LMHeadModel(config), tokenizer)
 
 
 def save_adapter(
@@ -89,8 +74,7 @@ def save_adapter(
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
             torch.nn.init.normal_(parameter, std=0.15)
-    adapted.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    _save(out, adapted, tokenizer)
     write_notes(out, load_in_4bit=load_in_4bit)
     return str(out)
 
@@ -100,9 +84,7 @@ def save_reward(out: Path, base: str, tokenizer: PreTrainedTokenizerBase, seed: 
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
     torch.nn.init.normal_(model.score.weight, std=0.3)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return str(out)
+    return _save(out, model, tokenizer)
 
 
 def layout(
@@ -121,16 +103,14 @@ def layout(
     return Tokens(torch.tensor(ids), torch.tensor(attention), torch.tensor(mask))
 
 
-def naive_logits(model: torch.nn.Module, prompt: list[int], completion: list[int]) -> torch.Tensor:
+def naive_logits(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
     """(len(completion), V): the model's own logits for each completion token, one row, no padding, no cache."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0].float()
-    return torch.stack([logits[len(prompt) + t - 1] for t in range(len(completion))])
+    return logits[len(prompt) - 1 : -1]
 
 
-def naive_logprobs(
-    model: torch.nn.Module, prompt: list[int], completion: list[int], temperature: float = 1.0
-) -> torch.Tensor:
+def naive_logprobs(model: Any, prompt: list[int], completion: list[int], temperature: float = 1.0) -> torch.Tensor:
     """(len(completion),) log-probs, token by token."""
     logits = naive_logits(model, prompt, completion)
     return torch.stack([torch.log_softmax(logits[t] / temperature, -1)[token] for t, token in enumerate(completion)])

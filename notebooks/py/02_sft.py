@@ -107,7 +107,7 @@ sft = rk.train.sft(
 @torch.no_grad()
 def surprise(model_dir, rows):
     """-log p of each completion token (rows, tokens) in nats and the mask of real ones, under a model directory."""
-    model = rk.models.load_causal(model_dir).eval().to(rk.models.device())
+    model = rk.models.load_causal(model_dir)
     tokens = rk.models.encode_pairs(tokenizer, rows["prompt"], rows["completion"]).to(model.device)
     logprobs, _ = rk.models.completion_logprobs(model, tokens)
     return -logprobs.cpu(), tokens.completion_mask.cpu().bool()

@@ -82,10 +82,11 @@ tokenizer = rk.models.load_tokenizer(flow.sft())
 @torch.no_grad()
 def logprob(model, dataset, side):
     """log pi(completion | prompt) in nats of one side of each pair, under a model directory."""
-    loaded = rk.models.load_causal(model).eval()
-    tokens = rk.models.encode_pairs(tokenizer, dataset["prompt"][:], dataset[side][:])
+    loaded = rk.models.load_causal(model)
+    tokens = rk.models.encode_pairs(tokenizer, dataset["prompt"][:], dataset[side][:]).to(loaded.device)
     chunks = torch.arange(len(dataset)).split(128)
-    return torch.cat([rk.models.completion_logprobs(loaded, tokens.rows(rows))[0].sum(1) for rows in chunks]).numpy()
+    sums = [rk.models.completion_logprobs(loaded, tokens.rows(rows))[0].sum(1) for rows in chunks]
+    return torch.cat(sums).cpu().numpy()
 
 
 def by_hand(policy, dataset, beta):

@@ -20,7 +20,6 @@ from rlhf_kit.models import (
     Model,
     ModelPath,
     load_causal,
-    load_ready,
     load_tokenizer,
     max_length,
     next_logprobs,
@@ -68,7 +67,7 @@ class LanguageModelRater(ModelRater):
     @cached_property
     def model(self) -> Model:
         """The weights, loaded when they are first needed."""
-        return load_ready(load_causal, self.path, self._load_in_4bit)
+        return load_causal(self.path, self._load_in_4bit)
 
     @torch.no_grad()
     def _log_odds(self, texts: list[str], words: tuple[str, str]) -> list[float]:

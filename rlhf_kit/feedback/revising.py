@@ -91,13 +91,13 @@ def writer(
     tokenizer = models.load_tokenizer(model)
     if tokenizer.chat_template is None:
         raise FeedbackError(f"{model}: has no chat template, and a critique is asked for in a chat; take a chat model")
-    loaded = models.load_ready(models.load_causal, model, load_in_4bit)
+    loaded = models.load_causal(model, load_in_4bit)
     torch_seed = iter(range(seed, 2**31))
 
     def write(prompts: Sequence[Prompt]) -> list[str]:
         countdown, texts = Countdown(f"texts of {model}", len(prompts)), []
         for start in range(0, len(prompts), batch_size):
-            ids = models.encode_prompts(tokenizer, list(prompts[start : start + batch_size]))
+            ids = models.encode(tokenizer, list(prompts[start : start + batch_size]))
             with torch.random.fork_rng():
                 torch.manual_seed(next(torch_seed))
                 tokens = models.generate(loaded, tokenizer, ids, max_completion_length, temperature)

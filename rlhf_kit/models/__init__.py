@@ -1,15 +1,7 @@
-"""Models as directories: load and save, generate, take log-probs, and the roles of PPO over one base."""
+"""Models as directories: load and save, render and generate, take log-probs, and the roles of PPO over one base."""
+# ruff: noqa: F401 (these imports are what this room offers)
 
-from rlhf_kit.models.generation import (
-    Prompt,
-    check_positions,
-    decode_completions,
-    encode_pairs,
-    encode_prompts,
-    finished,
-    generate,
-    stop_ids,
-)
+from rlhf_kit.models.generation import check_positions, finished, generate, stop_ids
 from rlhf_kit.models.loading import (
     MAX_COMPLETION_LENGTH,
     Lora,
@@ -19,14 +11,12 @@ from rlhf_kit.models.loading import (
     base_of,
     decoder,
     device,
-    hidden_size,
     is_4bit,
     is_adapter,
     load_backbone,
     load_base,
     load_causal,
     load_config,
-    load_ready,
     load_tokenizer,
     lora_config,
     max_length,
@@ -35,58 +25,6 @@ from rlhf_kit.models.loading import (
     same_base,
     write_notes,
 )
-from rlhf_kit.models.logprobs import (
-    Tokens,
-    completion_hidden,
-    completion_kl,
-    completion_logprobs,
-    completion_mask,
-    next_logprobs,
-    padded,
-)
+from rlhf_kit.models.logprobs import Tokens, completion_kl, completion_logprobs, completion_mask, next_logprobs, padded
+from rlhf_kit.models.rendering import Prompt, decode_completions, encode, encode_pairs
 from rlhf_kit.models.roles import Roles, load_roles, shares_base, switch_off_dropout
-
-__all__ = [
-    "MAX_COMPLETION_LENGTH",
-    "Lora",
-    "Model",
-    "ModelError",
-    "ModelPath",
-    "Prompt",
-    "Roles",
-    "Tokens",
-    "base_of",
-    "check_positions",
-    "completion_hidden",
-    "completion_kl",
-    "completion_logprobs",
-    "completion_mask",
-    "decode_completions",
-    "decoder",
-    "device",
-    "encode_pairs",
-    "encode_prompts",
-    "finished",
-    "generate",
-    "hidden_size",
-    "is_4bit",
-    "is_adapter",
-    "load_backbone",
-    "load_base",
-    "load_causal",
-    "load_config",
-    "load_ready",
-    "load_roles",
-    "load_tokenizer",
-    "lora_config",
-    "max_length",
-    "next_logprobs",
-    "padded",
-    "read_notes",
-    "read_score_head",
-    "same_base",
-    "shares_base",
-    "stop_ids",
-    "switch_off_dropout",
-    "write_notes",
-]

@@ -1,60 +1,21 @@
-"""Encode prompts, and sample completions from the softmax at a temperature: no top-k, no penalties of a config."""
-
-from __future__ import annotations
+"""Sample completions from the softmax at a temperature: no top-k, no penalties of a model's generation config."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlhf_kit.models.loading import Model
+from rlhf_kit.models.loading import Model, without_adapters
 from rlhf_kit.models.logprobs import Tokens, completion_mask, padded
 
-Prompt = str | list[dict[str, str]]
 DROP_EVERY = 8  # tokens after which finished rows leave the batch; more often would cost more calls than it saves
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
-    """Token ids of text prompts, or of chat prompts by the chat template with the generation prompt added."""
-    if prompts and isinstance(prompts[0], str):
-        return list(tokenizer(prompts)["input_ids"])
-    return [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-        for prompt in prompts
-    ]
-
-
-def encode_pairs(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], completions: list[Any]) -> Tokens:
-    """Prompts with given completions, tokenised as TRL does (text: prompt + completion + EOS; chat: the template).
-
-    Raises ValueError where the prompt's tokens are not the first tokens of the whole, so that no completion can be cut
-    out.
-    """
-    heads = encode_prompts(tokenizer, prompts)
-    tails = []
-    for row, (prompt, completion, head) in enumerate(zip(prompts, completions, heads, strict=True)):
-        if isinstance(prompt, str):
-            whole = list(tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"])
-        else:
-            reply = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-            whole = tokenizer.apply_chat_template(prompt + reply, tokenize=True, return_dict=True)["input_ids"]
-        if whole[: len(head)] != head:
-            raise ValueError(
-                f"row {row}: one token spans the end of the prompt and the start of the completion; "
-                "end the prompt without a space"
-            )
-        tails.append(whole[len(head) :])
-    (head_ids, head_mask), (tail_ids, tail_mask) = padded(heads, "left"), padded(tails, "right")
-    return Tokens(torch.cat([head_ids, tail_ids], dim=1), torch.cat([head_mask, tail_mask], dim=1), tail_mask)
 
 
 def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a completion: the tokenizer's EOS and those of the model's generation config."""
-    found = model.generation_config.eos_token_id if model.generation_config is not None else None
-    extra = found if isinstance(found, list) else [found] if found is not None else []
-    return sorted({int(tokenizer.eos_token_id), *map(int, extra)})
+    own = getattr(model.generation_config, "eos_token_id", None)
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
 
 
 def check_positions(model: Model, longest: int, max_completion_length: int) -> None:
@@ -85,16 +46,11 @@ def generate(
     stops, pad = stop_ids(model, tokenizer), tokenizer.pad_token_id
     input_ids, attention_mask = (tensor.to(model.device) for tensor in padded(prompts, "left", pad))
     # Every default that would change the distribution is off.
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    settings = GenerationConfig(
-        max_new_tokens=max_completion_length,
-        eos_token_id=stops,
-        pad_token_id=pad,
-        return_dict_in_generate=True,
-        **(drawn if temperature > 0 else {"do_sample": False, "repetition_penalty": 1.0}),
-    )
-    # A PEFT model generates through the model that its adapters are in.
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    chosen = drawn if temperature > 0 else {"do_sample": False}
+    ends = {"max_new_tokens": max_completion_length, "eos_token_id": stops, "pad_token_id": pad}
+    settings = GenerationConfig(**chosen, **ends, repetition_penalty=1.0, return_dict_in_generate=True)
+    inner: Any = without_adapters(model)
     was_training, own_config = model.training, inner.generation_config
     model.eval()
     # Otherwise transformers would take what `settings` leaves open, such as min_p or forbidden words, from the model.
@@ -114,8 +70,7 @@ def _generate_dropping(
     """What `model.generate` returns, prompts with completions (B, P + C), without computing rows that have ended.
 
     `generate` computes every row until the longest completion ends. Here it stops after each DROP_EVERY tokens and
-    continues from its own cache with the rows that have not ended. The cache of a recurrent model cannot drop rows, so
-    such a model generates in one call.
+    continues from its cache without the rows that have ended. A recurrent model's cache cannot drop rows: one call.
     """
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     attends = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
@@ -137,14 +92,6 @@ def _generate_dropping(
         rows, input_ids, cache = rows[going], found.sequences[going], found.past_key_values
         attention_mask = torch.cat([attention_mask[going], torch.ones_like(written[going])], dim=1)
         cache.batch_select_indices(going)
-
-
-def decode_completions(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[str]:
-    """The text of each completion up to its first stop token, without special tokens."""
-    return [
-        tokenizer.decode(ids[mask.bool()], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for ids, mask in zip(tokens.completion_ids, tokens.completion_mask, strict=True)
-    ]
 
 
 def finished(tokens: Tokens, stops: list[int]) -> torch.Tensor:

@@ -1,26 +1,16 @@
 """Load and save models: full weights, LoRA adapters, 4-bit bases, their tokenizers and their heads."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
+import transformers
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import safe_open
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What this kit stores beside Hugging Face's own files: {"load_in_4bit": bool, "shift": float, "scale": float}.
 NOTES = "rlhf_kit.json"
@@ -28,7 +18,6 @@ MAX_COMPLETION_LENGTH = 64  # tokens: the default of everything that samples
 Model: TypeAlias = PreTrainedModel | PeftModel
 ModelPath: TypeAlias = str | Path
 Lora: TypeAlias = LoraConfig | Mapping[str, Any]
-Loaded = TypeVar("Loaded", bound=Model)
 
 
 class ModelError(ValueError):
@@ -42,8 +31,7 @@ def lora_config(lora: Lora | None) -> LoraConfig | None:
     """
     if lora is None or isinstance(lora, LoraConfig):
         return deepcopy(lora)  # peft writes the modules that it finds into its config
-    rank = lora.get("r", 16)
-    defaults = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    defaults = {"r": 16, "lora_alpha": 2 * lora.get("r", 16), "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return LoraConfig(**{**defaults, **lora})
 
 
@@ -91,7 +79,7 @@ def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
     trained at the last word, but a finished completion is scored at EOS.
     """
     source = model if (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
-    tokenizer = _load(AutoTokenizer.from_pretrained, source, padding_side="left")
+    tokenizer = _load(transformers.AutoTokenizer.from_pretrained, source, padding_side="left")
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{source}: its tokenizer has no EOS token, so completions could never end; set `eos_token`")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -104,8 +92,8 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
 
     A token of ordinary text would not do, because decoding leaves the pad token out.
     """
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     in_use = f"{tokenizer.chat_template} {tokenizer.eos_token} {tokenizer.bos_token}"
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     spare = [token for token in special if token not in in_use]
     spare.sort(key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token, "reserved" not in token))
     for token in (*spare, "\u0100", "<0x00>"):  # the NUL byte as byte-level BPE and as sentencepiece write it
@@ -116,17 +104,19 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
     )
 
 
+@torch.random.fork_rng()  # loading an adapter draws random numbers, and those of a run must not depend on when it loads
 def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False) -> Model:
-    """A causal LM from full weights or an adapter; `load_in_4bit=None` loads it as its notes say.
+    """A causal LM from full weights or an adapter: to train, or frozen, in eval mode and on the device.
 
-    Raises ModelError where `model` is no model, or where 4-bit weights would be trained without an adapter.
+    `load_in_4bit=None` loads it as its notes say. Raises ModelError where `model` is no model, or where 4-bit weights
+    would be trained without an adapter.
     """
-    base = load_base(model, AutoModelForCausalLM.from_pretrained, load_in_4bit)
-    if is_adapter(model):
-        return PeftModel.from_pretrained(base, str(model), is_trainable=trainable)
-    if trainable and getattr(base, "is_loaded_in_4bit", False):
+    if trainable and not is_adapter(model) and is_4bit(model, load_in_4bit):
         raise ModelError(f"{model}: 4-bit weights cannot be trained; pass lora={{'r': 16}} to train an adapter")
-    return base.requires_grad_(trainable)
+    loaded = load_base(model, transformers.AutoModelForCausalLM.from_pretrained, load_in_4bit)
+    if is_adapter(model):
+        loaded = PeftModel.from_pretrained(loaded, str(model), is_trainable=trainable)
+    return loaded if trainable else _frozen(loaded)
 
 
 def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bit: bool | None, **kwargs: Any) -> Any:
@@ -135,16 +125,15 @@ def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bi
     if not is_4bit(model, load_in_4bit):
         return _load(from_pretrained, base, dtype=torch.float32, **kwargs)
     compute = torch.bfloat16 if device().type == "cuda" else torch.float32
-    quantization = BitsAndBytesConfig(
+    quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=["lm_head", "score", "embed_out"],
     )
-    loaded = _load(
-        from_pretrained, base, dtype=compute, quantization_config=quantization, device_map={"": device()}, **kwargs
-    )
+    kwargs |= {"dtype": compute, "quantization_config": quantization, "device_map": {"": device()}}
+    loaded = _load(from_pretrained, base, **kwargs)
     for module in loaded.modules():
         # On CPUs with AVX512-BF16 one forward pass without gradients would repack the weights, and then the LoRA
         # gradients vanish. bitsandbytes has no public switch for this.
@@ -153,59 +142,46 @@ def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bi
     return loaded
 
 
+@torch.random.fork_rng()
 def load_backbone(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False) -> PreTrainedModel:
     """The transformer of a causal LM or a reward model without its head: token ids to hidden states (B, T, D)."""
     if is_adapter(model):
         # A reward adapter has the keys of a causal-LM adapter and its head besides, so it fits on the causal base.
         return decoder(load_causal(model, load_in_4bit, trainable))
-    return load_base(model, AutoModel.from_pretrained, load_in_4bit).requires_grad_(trainable)
+    loaded = load_base(model, transformers.AutoModel.from_pretrained, load_in_4bit)
+    return loaded if trainable else _frozen(loaded)
 
 
-def load_ready(
-    load: Callable[[ModelPath, bool | None], Loaded], model: ModelPath, load_in_4bit: bool | None = None
-) -> Loaded:
-    """What `load` returns, in eval mode on the device: to use, not to train.
-
-    Loading an adapter draws random numbers; the random numbers of a run must not depend on when that happens.
-    """
-    with torch.random.fork_rng():
-        loaded = load(model, load_in_4bit).eval()
+def _frozen(loaded: Any) -> Any:
+    loaded.requires_grad_(False).eval()
     return loaded if getattr(loaded, "is_loaded_in_4bit", False) else loaded.to(device())
+
+
+def without_adapters(model: Model) -> PreTrainedModel:
+    """The causal LM itself, with the active adapter inside it but without peft's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def decoder(model: Model) -> PreTrainedModel:
     """The transformer inside a causal LM, with the adapter that is active."""
-    return (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
-
-
-def output_head(model: Model) -> Any:
-    """The layer of a causal LM that maps hidden states to logits."""
-    return (model.get_base_model() if isinstance(model, PeftModel) else model).get_output_embeddings()
-
-
-def hidden_size(model: PreTrainedModel | PeftModel) -> int:
-    """Width of the hidden states."""
-    return int(model.config.get_text_config().hidden_size)
+    return without_adapters(model).get_decoder()
 
 
 def read_score_head(reward_model: ModelPath) -> torch.Tensor:
     """The score head (1, D) of a reward model, full or adapter, in fp32; ModelError where it has none."""
     for file in sorted(Path(reward_model).glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is not iterable)
-                if key.endswith("score.weight"):
-                    head = tensors.get_tensor(key).float()
-                    if head.shape[0] != 1:
-                        raise ModelError(
-                            f"{reward_model}: its score head has {head.shape[0]} outputs; a reward model needs one"
-                        )
-                    return head
+            heads = [tensors.get_tensor(key) for key in tensors.keys() if key.endswith("score.weight")]  # noqa: SIM118
+        if heads and len(heads[0]) != 1:
+            raise ModelError(f"{reward_model}: its score head has {len(heads[0])} outputs; a reward model needs one")
+        if heads:
+            return heads[0].float()
     raise ModelError(f"{reward_model}: no `score.weight` in its safetensors; it is not a reward model of a causal LM")
 
 
-def load_config(model: ModelPath) -> PreTrainedConfig:
+def load_config(model: ModelPath) -> transformers.PreTrainedConfig:
     """The config of a model or of an adapter's base; needs no weights."""
-    return _load(AutoConfig.from_pretrained, base_of(model))
+    return _load(transformers.AutoConfig.from_pretrained, base_of(model))
 
 
 def max_length(model: ModelPath) -> int | None:
@@ -218,10 +194,9 @@ def _load(from_pretrained: Callable[..., Any], model: ModelPath, **kwargs: Any) 
     path = Path(model)
     if path.is_dir() and not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
         raise ModelError(f"{model}: this directory holds no model (no config.json, no adapter_config.json)")
-    if path.is_file():
-        raise ModelError(f"{model}: is a file; a model is a directory written by save_pretrained, or a hub id")
-    if not path.is_dir() and (path.is_absolute() or str(model).startswith(".") or len(path.parts) > 2):
-        raise ModelError(f"{model}: no such model directory")
+    is_path = path.exists() or path.is_absolute() or str(model).startswith(".") or len(path.parts) > 2
+    if is_path and not path.is_dir():
+        raise ModelError(f"{model}: no such model directory; name one that save_pretrained wrote, or a hub id")
     try:
         return from_pretrained(str(model), **kwargs)
     except (OSError, ValueError) as error:

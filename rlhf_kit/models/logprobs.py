@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rlhf_kit.models.loading import Model, decoder, output_head
+from rlhf_kit.models.loading import Model, decoder, without_adapters
 
 LOGITS_CHUNK_GIB = 0.25
 
@@ -123,12 +123,11 @@ def next_logprobs(model: Model, rows: list[list[int]], choices: list[int]) -> to
 
 def check_logprobs(model: Model) -> None:
     """Raise ValueError where a model changes its logits after the output head in a way this module does not know."""
-    ids = torch.arange(3, 9, device=next(model.parameters()).device).unsqueeze(0)
-    tokens = Tokens(ids, torch.ones_like(ids), torch.ones_like(ids[:, 2:]))
+    ids = list(range(3, 9))
     with torch.no_grad():
-        ours, _ = completion_logprobs(model, tokens)
-        logits = model(input_ids=ids, use_cache=False).logits.float()[:, 1:-1]
-    theirs = logits.log_softmax(-1).gather(-1, ids[:, 2:, None]).squeeze(-1)
+        ours = next_logprobs(model, [ids], ids)
+        logits = model(input_ids=torch.tensor([ids], device=ours.device), use_cache=False).logits[:, -1].float()
+    theirs = logits.log_softmax(-1)[:, ids]
     if not torch.allclose(ours, theirs, atol=0.05):
         raise ValueError(
             f"{type(model).__name__}: log-probs from hidden states differ from its own logits by "
@@ -138,7 +137,7 @@ def check_logprobs(model: Model) -> None:
 
 def _log_softmax(model: Model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probs of the whole vocabulary: (N, D) -> (N, V) in fp32."""
-    head = output_head(model)
+    head: Any = without_adapters(model).get_output_embeddings()
     logits = head(hidden.to(head.weight.dtype)).float()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     if softcap:

@@ -1,7 +1,5 @@
 """The models of PPO by role behind one interface: separate models, or adapters over one base that is loaded once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,25 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlhf_kit.models.loading import (
-    Lora,
-    Model,
-    ModelError,
-    ModelPath,
-    base_of,
-    decoder,
-    hidden_size,
-    is_4bit,
-    is_adapter,
-    load_backbone,
-    load_base,
-    load_causal,
-    lora_config,
-    read_notes,
-    read_score_head,
-    same_base,
-    write_notes,
-)
+from rlhf_kit.models import loading
+from rlhf_kit.models.loading import Lora, Model, ModelError, ModelPath, is_adapter
 from rlhf_kit.models.logprobs import Tokens, check_logprobs, completion_hidden
 
 VALUE_HEAD = "value_head.safetensors"
@@ -46,48 +27,41 @@ class Roles(nn.Module):
     def __init__(self, parts: Mapping[str, tuple[Any, str | None]], value_head: nn.Linear) -> None:
         super().__init__()
         self.parts = parts  # not registered as submodules: several roles may share one module
-        self.models = nn.ModuleList(dict.fromkeys(module for module, _ in parts.values()))
+        self.models: Any = nn.ModuleList(dict.fromkeys(module for module, _ in parts.values()))
         self.value_head = value_head.float()
         self.accepts_loss_kwargs = False  # read by transformers.Trainer
         self.learning = [parameter for _, parameter in self.trainable_parameters()]
-        self.set_trainable()
+        self.requires_grad_(False)
+        for parameter in self.learning:
+            parameter.requires_grad_(True)
         self.use("policy")
 
     def use(self, role: str) -> Model:
         """The module of `role` with its adapter switched on; run forward AND backward before using another role."""
         module, adapter = self.parts[role]
         if adapter is not None and module.active_adapter != adapter:
-            # Switching freezes all other adapters. Policy and value must stay trainable: otherwise an optimizer built
-            # now would miss one of them, and its gradient would be lost without an error.
+            # Switching freezes all adapters. Policy and value must stay trainable: otherwise an optimizer built now
+            # would miss one of them, and its gradient would be lost without an error.
             module.set_adapter(adapter, inference_mode=True)
             for parameter in self.learning:
                 parameter.requires_grad_(True)
         return module
 
-    def set_trainable(self) -> None:
-        """Make policy and value trainable, and freeze everything else."""
-        self.requires_grad_(False)
-        for parameter in self.learning:
-            parameter.requires_grad_(True)
-
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of the policy, the value model and its head."""
-        for role in ("policy", "value"):
-            module, adapter = self.parts[role]
+        learning = {"policy": self.parts["policy"], "value": self.parts["value"], "value_head": (self.value_head, None)}
+        for role, (module, adapter) in learning.items():
             for name, parameter in module.named_parameters():
                 if adapter is None or f".{adapter}." in name:
                     yield f"{role}.{name}", parameter
-        for name, parameter in self.value_head.named_parameters():
-            yield f"value_head.{name}", parameter
 
     def backbone(self, role: str) -> PreTrainedModel:
         """The transformer of a role without its head, with its adapter switched on: token ids to hidden states."""
         module = self.use(role)
-        return decoder(module) if self.parts[role][1] is not None else module
+        return loading.decoder(module) if self.parts[role][1] is not None else module
 
     def activation_checkpointing_enable(self, **kwargs: object) -> None:
         """Recompute activations in the backward pass; transformers.Trainer calls this."""
-        model: Any
         for model in self.models:
             model.activation_checkpointing_enable(**kwargs)
 
@@ -108,7 +82,7 @@ class Roles(nn.Module):
             for file in (folder / adapter).iterdir():  # peft saves a named adapter in a folder of that name
                 file.replace(folder / file.name)
             (folder / adapter).rmdir()
-            write_notes(folder, load_in_4bit=bool(getattr(module.get_base_model(), "is_loaded_in_4bit", False)))
+            loading.write_notes(folder, load_in_4bit=bool(getattr(module.get_base_model(), "is_loaded_in_4bit", False)))
         save_file(self.value_head.state_dict(), Path(out) / "value" / VALUE_HEAD)
 
     def load(self, saved: ModelPath) -> None:
@@ -130,55 +104,43 @@ def load_roles(
     load_in_4bit: bool | None = None,
     rewards: Mapping[str, ModelPath] | None = None,
 ) -> Roles:
-    """Policy, reference (a frozen copy of the policy by default) and value model.
+    """Policy, reference (default: a frozen copy of the policy) and value model (default: a copy with a zero head).
 
-    `value` is a saved value model or a reward model, whose head becomes the value head; by default the value model is a
-    copy of the policy with a zero head. Where the policy is an adapter or `lora` is given, all roles are adapters over
-    one base, and so are `rewards`: reward adapters by role name for which `shares_base` holds (their heads stay with
-    `rlhf_kit.rewards`). Raises ModelError where a model is not over the policy's base.
+    `value` is a saved value model or a reward model, whose head becomes the value head. Where the policy is an adapter
+    or `lora` is given, all roles are adapters over one base, and so are `rewards`: reward adapters by role name for
+    which `shares_base` holds. Raises ModelError where a model is not over the policy's base.
     """
-    if lora is not None or is_adapter(policy):
-        roles = _adapter_roles(policy, reference, value, lora, load_in_4bit, dict(rewards or {}))
-    elif rewards:
-        raise ModelError(f"{policy}: full weights share nothing, so reward models cannot share its base")
+    parts: dict[str, tuple[Any, str | None]]
+    if lora is None and not is_adapter(policy):
+        parts = {
+            "policy": (loading.load_causal(policy, load_in_4bit, trainable=True), None),
+            "reference": (loading.load_causal(reference or policy, load_in_4bit, trainable=True), None),
+            "value": (loading.load_backbone(value or policy, trainable=True), None),
+        }
     else:
-        model = load_causal(policy, load_in_4bit, trainable=True)
-        frozen = load_causal(reference or policy, load_in_4bit)
-        backbone = load_backbone(value or policy, trainable=True)
-        parts = {"policy": (model, None), "reference": (frozen, None), "value": (backbone, None)}
-        roles = Roles(parts, _value_head(backbone, value))
+        others = {"reference": reference, "value": value, **(rewards or {})}
+        model = _adapters(policy, others, lora, load_in_4bit)
+        parts = {role: (model, role) for role in ("policy", *others)}
+    roles = Roles(parts, _value_head(parts["policy"][0], value))
     switch_off_dropout(roles)
     check_logprobs(roles.use("policy"))
     return roles
 
 
-def shares_base(reward: ModelPath, reward_in_4bit: bool | None, policy: ModelPath, load_in_4bit: bool | None) -> bool:
-    """Whether a reward model is an adapter over the policy's base: the same weights in the same precision."""
-    if not is_adapter(reward) or not same_base(reward, policy):
-        return False
-    return is_4bit(reward, reward_in_4bit) == is_4bit(policy, load_in_4bit)
-
-
-def _adapter_roles(
-    policy: ModelPath,
-    reference: ModelPath | None,
-    value: ModelPath | None,
-    lora: Lora | None,
-    load_in_4bit: bool | None,
-    rewards: dict[str, ModelPath],
-) -> Roles:
+def _adapters(
+    policy: ModelPath, others: Mapping[str, ModelPath | None], lora: Lora | None, load_in_4bit: bool | None
+) -> PeftModel:
     """An adapter for each role over one base; a new adapter (`lora`) over full weights starts as the identity."""
-    for other in (reference, value, *rewards.values()):
-        if other is not None and not same_base(other, policy):
-            raise ModelError(f"{other}: its base is {base_of(other)}, not the policy's; adapters need one base")
+    for other in others.values():
+        if other is not None and not loading.same_base(other, policy):
+            raise ModelError(f"{other}: its base is {loading.base_of(other)}, not the policy's; adapters need one base")
     if is_adapter(policy) and lora is not None:
         raise ModelError(f"{policy}: is an adapter already and is trained as it is; leave `lora` out")
-    base = load_base(policy, AutoModelForCausalLM.from_pretrained, load_in_4bit)
+    base = loading.load_base(policy, AutoModelForCausalLM.from_pretrained, load_in_4bit)
     if lora is None:
         model = PeftModel.from_pretrained(base, str(policy), adapter_name="policy", is_trainable=True)
     else:
-        model = get_peft_model(base, lora_config(lora), adapter_name="policy")
-    others = {"reference": reference, "value": value, **rewards}
+        model = get_peft_model(base, loading.lora_config(lora), adapter_name="policy")
     for role, source in others.items():
         if source is not None and is_adapter(source):
             model.load_adapter(str(source), role)
@@ -187,21 +149,28 @@ def _adapter_roles(
         model.add_adapter(role, model.peft_config["policy"])
         if source is None:
             set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="policy"), role)
-    return Roles({role: (model, role) for role in ("policy", *others)}, _value_head(model, value))
+    return model
 
 
-def _value_head(backbone: Model, value: ModelPath | None) -> nn.Linear:
+def shares_base(reward: ModelPath, reward_in_4bit: bool | None, policy: ModelPath, load_in_4bit: bool | None) -> bool:
+    """Whether a reward model is an adapter over the policy's base: the same weights in the same precision."""
+    same_precision = loading.is_4bit(reward, reward_in_4bit) == loading.is_4bit(policy, load_in_4bit)
+    return same_precision and is_adapter(reward) and loading.same_base(reward, policy)
+
+
+def _value_head(policy: Model, value: ModelPath | None) -> nn.Linear:
     """The value head in fp32: from a value model, from a reward model (with its shift and scale), or zero."""
-    head = nn.Linear(hidden_size(backbone), 1, device=backbone.device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    if value is not None and (Path(value) / VALUE_HEAD).is_file():
-        head.load_state_dict(load_file(Path(value) / VALUE_HEAD))
-    elif value is not None:
-        notes = read_notes(value)
+    if value is None:
+        weight: Any = loading.without_adapters(policy).get_output_embeddings().weight
+        state = {"weight": torch.zeros(1, weight.shape[1]), "bias": torch.zeros(1)}
+    elif (Path(value) / VALUE_HEAD).is_file():
+        state = load_file(Path(value) / VALUE_HEAD)
+    else:
+        notes = loading.read_notes(value)
         shift, scale = notes.get("shift", 0.0), notes.get("scale", 1.0)
-        head.weight.data.copy_(read_score_head(value) / scale)
-        head.bias.data.fill_(-shift / scale)
+        state = {"weight": loading.read_score_head(value) / scale, "bias": torch.tensor([-shift / scale])}
+    head = nn.Linear(state["weight"].shape[1], 1, device=policy.device)
+    head.load_state_dict(state)
     return head
 
 

@@ -148,7 +148,7 @@ class PPOTrainer(Trainer):
     def rollout(self, rows: list[dict[str, Any]]) -> Tokens:
         """A completion from the policy for the prompt of each row: Tokens (B, P + C) on the CPU."""
         args, tokenizer, policy = self.args, self.processing_class, self.roles.use("policy")
-        prompts = models.encode_prompts(tokenizer, [row["prompt"] for row in rows])
+        prompts = models.encode(tokenizer, [row["prompt"] for row in rows])
         with self.accelerator.autocast():
             tokens = models.generate(policy, tokenizer, prompts, args.max_completion_length, args.temperature)
         return tokens.to(torch.device("cpu"))
@@ -326,11 +326,6 @@ class PPOTrainer(Trainer):
         """Trainer.train from the seed, whatever random numbers were drawn since this trainer was made."""
         set_seed(self.args.seed + self.args.process_index)  # processes must not sample the same tokens
         return super().train(*args, **kwargs)
-
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer.create_optimizer for policy and value, whichever adapter was switched on last."""
-        self.roles.set_trainable()
-        return super().create_optimizer(model)
 
     @torch.no_grad()
     def evaluate(

@@ -156,7 +156,7 @@ def _on_policy(
         trainer.model.generation_config.eos_token_id = stops  # what is saved must know where to stop
         if args.disable_dropout:
             models.switch_off_dropout(trainer.model)  # TRL's own leaves out attention
-        longest = max(map(len, models.encode_prompts(tokenizer, prompts["prompt"][:])))
+        longest = max(map(len, models.encode(tokenizer, prompts["prompt"][:])))
         models.check_positions(trainer.model, longest, args.max_completion_length)
         _refuse_absolute_positions(request.model, trainer.model, tokenizer)
         fit(trainer, folder)

@@ -22,7 +22,7 @@ from transformers import (
 
 from rlhf_kit.files import replacing
 from rlhf_kit.models import ModelPath
-from rlhf_kit.models.tokenizer import CHAT_TEMPLATE, wrap
+from rlhf_kit.models.rendering import CHAT_TEMPLATE, wrap
 from rlhf_kit.progress import ProgressCallback
 from rlhf_kit.train.common import arguments, fit, refuse_existing
 

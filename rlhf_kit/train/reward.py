@@ -153,7 +153,7 @@ def _with_score_head(request: Request, tokenizer: PreTrainedTokenizerBase) -> Mo
     base = models.load_base(model, AutoModelForSequenceClassification.from_pretrained, load_in_4bit, num_labels=1)
     base.config.pad_token_id = tokenizer.pad_token_id
     generator = torch.Generator().manual_seed(request.seed)
-    head = torch.randn(base.score.weight.shape, generator=generator) / (models.hidden_size(base) + 1) ** 0.5
+    head = torch.randn(base.score.weight.shape, generator=generator) / (base.score.in_features + 1) ** 0.5
     base.score.weight.data.copy_(head)
     start = models.load_causal(model, load_in_4bit) if models.is_adapter(model) else None
     config = models.lora_config(request.lora if start is None else start.peft_config["default"])

@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_kit.models.tokenizer import CHAT_TEMPLATE, EOS, PAD, wrap
+from rlhf_kit.models.rendering import CHAT_TEMPLATE, EOS, PAD, wrap
 
 from .language import first_words, words
 
