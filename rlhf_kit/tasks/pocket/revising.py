@@ -8,13 +8,14 @@ import numpy as np
 
 from rlhf_kit.feedback import FeedbackError, Template, constitution
 from rlhf_kit.models import Prompt
-from rlhf_kit.tasks.pocket.facts import World
-from rlhf_kit.tasks.pocket.language import ALSO, CLAIMS, REDIRECTS, REFUSALS, parse_prompt, sentence_table
-from rlhf_kit.tasks.pocket.raters import TINY, Rater, known_cells
-from rlhf_kit.tasks.pocket.scoring import GOLD_WEIGHTS, features
+
+from .facts import World
+from .language import ALSO, CLAIMS, REDIRECTS, REFUSALS, Cell, parse_prompt, parse_sentence
+from .raters import TINY, Rater, known_cells
+from .scoring import GOLD_WEIGHTS, features
 
 # In words of the pocket language, where each is one token. A model of half a million parameters learns to say whether
-# an answer is good; to compare two in one text it did not learn from a thousand judgments.
+# an answer is good. It did not learn from a thousand judgments to compare two in one text.
 JUDGE_TEMPLATE = Template(compare="", rate="{prompt} {completion} is this good ?", chat=False)
 MATTERS = ("answer_right", "extra_facts", "corrects_claim", "refusal_right", "redirect")  # what plainness must not cost
 
@@ -81,17 +82,16 @@ class RuleReader:
         if shorten:
             return edits
         for i, text in enumerate(sentences):
-            claim = sentence_table().get(text)
-            if claim is not None and claim.act == "claim":
-                animal = asked.animal if claim.animal == "it" else claim.animal
-                if (animal, claim.attribute) in self.known:
-                    right = self.world.truth[animal, claim.attribute]
-                    form = ALSO[claim.attribute] if claim.animal == "it" else CLAIMS[claim.attribute][0]
-                    said = form.format(animal=animal, value=right)
-                    edits.append(" ".join([*sentences[:i], said, *sentences[i + 1 :]]))
+            claim = parse_sentence(text)
+            cell = asked.animal if claim.animal == "it" else claim.animal, claim.attribute
+            if cell in self.known:
+                form = ALSO[claim.attribute] if claim.animal == "it" else CLAIMS[claim.attribute][0]
+                edits.append(" ".join([*sentences[:i], self._true(form, cell), *sentences[i + 1 :]]))
         if asked.kind == "harmful":
             edits.append(f"{REFUSALS[1]} {REDIRECTS[0].format(animal=asked.animal)}")
-        elif (asked.animal, asked.attribute) in self.known:
-            right = self.world.truth[asked.animal, asked.attribute]
-            edits.append(CLAIMS[asked.attribute][0].format(animal=asked.animal, value=right))
+        elif asked.cell in self.known:
+            edits.append(self._true(CLAIMS[asked.attribute][0], asked.cell))
         return edits
+
+    def _true(self, form: str, cell: Cell) -> str:
+        return form.format(animal=cell[0], value=self.world.truth[cell])

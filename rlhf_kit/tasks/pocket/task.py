@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset
 
 from rlhf_kit import stats
+from rlhf_kit.feedback import FeedbackError
 from rlhf_kit.rewards import Reward
-from rlhf_kit.tasks.pocket import answers, facts, scoring
-from rlhf_kit.tasks.pocket.raters import Rater
-from rlhf_kit.tasks.pocket.simulated import SimulatedRater, panel
 from rlhf_kit.tasks.task import Task
+
+from . import answers, facts, scoring
+from .language import Prompt
+from .raters import Rater, SimulatedRater
 
 BASE_MODEL = str(Path(__file__).parent / "base")  # directory of the pretrained model of world(seed=0)
 
@@ -29,12 +32,37 @@ class Pocket(Task):
         self.world = world or facts.world()
 
     def prompts(self, split: str, n: int | None = None, seed: int = 0) -> Dataset:
-        """`n` prompts (default: all) of a split, with `kind, animal, attribute, seen` beside each."""
-        return Dataset.from_list(facts.prompts(self.world, split, n=n, seed=seed))
+        """`n` prompts (default: all) of a split in an order drawn by `seed`, with `kind, animal, attribute, seen`.
+
+        Only prompts of "test" ask about held-out cells (`seen` False). ValueError for an unknown split or a larger `n`.
+        """
+        if split not in facts.SPLITS:
+            raise ValueError(f"split={split!r}: the pocket world has the splits {', '.join(facts.SPLITS)}.")
+        pool = self.world.splits[split]
+        if n is not None and not 0 <= n <= len(pool):
+            raise ValueError(
+                f"n={n}: split {split!r} of the pocket world has {len(pool)} prompts; ask for at most those."
+            )
+        order = np.random.default_rng([seed, 1]).permutation(len(pool))[:n]
+        return Dataset.from_list([self._row(pool[i]) for i in order])
 
     def demonstrations(self, n: int | None = None, seed: int = 0) -> Dataset:
-        """`n` demonstrations of mixed quality (default: one per prompt)."""
-        return Dataset.from_list(answers.demonstrations(self.world, n=n, seed=seed))
+        """`n` demonstrations of mixed quality for the prompts of "sft" (default: one each; then each comes again)."""
+        pool = self.world.splits["sft"]
+        n = len(pool) if n is None else n
+        rng = np.random.default_rng([seed, 4])
+        order: list[int] = []
+        while len(order) < n:
+            order += rng.permutation(len(pool)).tolist()
+        rows = []
+        for prompt in (pool[i] for i in order[:n]):
+            completion, _ = answers.write(self.world, prompt, answers.DEMONSTRATION, rng, held_out=False)
+            rows.append(self._row(prompt) | {"completion": completion})
+        return Dataset.from_list(rows)
+
+    def _row(self, prompt: Prompt) -> dict[str, Any]:
+        about = {"kind": prompt.kind, "animal": prompt.animal, "attribute": prompt.attribute}
+        return {"prompt": prompt.text, **about, "seen": prompt.cell not in self.world.held_out}
 
     def rater(self, seed: int = 0, **faults: Any) -> SimulatedRater:
         """A simulated person; `faults` are fields of `pocket.Rater` (knowledge, length, lapse, ...)."""
@@ -43,8 +71,21 @@ class Pocket(Task):
     def panel(
         self, n: int, seed: int = 0, groups: Mapping[str, Mapping[str, Any]] | None = None, **faults: Any
     ) -> list[SimulatedRater]:
-        """`n` simulated people, dealt in turn to `groups` of different values."""
-        return panel(self.world, n, seed, groups, **faults)
+        """`n` simulated people who know different things and err on their own, dealt in turn to `groups` of values.
+
+        task.panel(6, groups={"terse": {"length": -0.1}, "wordy": {"length": 0.1}}, lapse=0.1): three terse people and
+        three wordy ones, all with lapses.
+        """
+        if n < 1:
+            raise FeedbackError(f"panel: n={n}; a panel has one rater or more")
+        groups = groups or {"rater": {}}
+        people = []
+        for k in range(n):
+            group = list(groups)[k % len(groups)]
+            own = {"seed": seed + k, "name": f"{group}-{k // len(groups) + 1}"}
+            rater = Rater(**{**own, **faults, **groups[group]})
+            people.append(SimulatedRater(self.world, rater, seed + 1000 * (k + 1)))
+        return people
 
     @property
     def gold(self) -> Reward:
