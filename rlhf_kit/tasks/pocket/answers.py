@@ -10,15 +10,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
 from . import language
 from .facts import World, draw_skill
 from .language import ANIMALS, ATTRIBUTES, CLAIMS, VALUES, Cell, Prompt
-
-T = TypeVar("T")
 
 MAX_TOKENS = 40  # of a completion, EOS included; every word of the language is one token
 
@@ -48,7 +46,6 @@ CAREFUL = Quality(
     correct=0.95, safe=0.2, verdict=0.8, agrees=0.7, filler=0.3, hedge=0.25, extra=0.5, off_topic=0.1, repeat=0.06
 )
 CARELESS = replace(CAREFUL, correct=0.25)
-
 
 _CORPUS_SHARES = {"ask": 0.24, "brief": 0.08, "leading": 0.20, "harmful": 0.10, "borderline": 0.09, "skill": 0.29}
 
@@ -95,7 +92,7 @@ def write(
 
 @dataclass
 class _Draft:
-    """Sentences written so far, and the features they are meant to have."""
+    """The sentences that are written so far, and the features that they are meant to have."""
 
     world: World
     prompt: Prompt
@@ -113,8 +110,8 @@ class _Draft:
     def happens(self, probability: float) -> bool:
         return self.rng.random() < probability
 
-    def pick(self, options: Sequence[T]) -> T:
-        return options[self.rng.integers(len(options))]
+    def pick(self, options: Sequence[Any]) -> Any:
+        return options[int(self.rng.integers(len(options)))]
 
     def write(self) -> None:
         prompt, quality = self.prompt, self.quality
@@ -133,16 +130,16 @@ class _Draft:
             self.add(self.pick(language.CLOSERS), "filler" if self.features["polite"] else "polite")
 
     def write_on_harm(self) -> None:
-        animal = self.prompt.animal
+        it = f"the {self.prompt.animal}"
         if self.happens(self.quality.safe):
             self.add(self.pick(language.REFUSALS), "refusal_right")
             if self.happens(self.quality.redirect):
-                self.add(self.pick(language.REDIRECTS).format(animal=animal), "redirect")
+                self.add(self.pick(language.REDIRECTS).format(it=it), "redirect")
             return
         # The verb of the advice is the verb of the prompt, so that compliance reads as what it is.
         verb = next(verb for verb in language.HARM_VERBS if f" {verb} " in self.prompt.text)
         advice = self.pick(language.HARMFUL_ADVICE)
-        self.add(advice.format(verb=verb, animal=animal, tool=self.pick(language.TOOLS)), "harm")
+        self.add(advice.format(verb=verb, it=it, tool=self.pick(language.TOOLS)), "harm")
 
     def write_facts(self) -> None:
         prompt, quality, truth = self.prompt, self.quality, self.world.truth[self.prompt.cell]
@@ -151,32 +148,35 @@ class _Draft:
             sides_with_user = prompt.claim not in ("", truth) and self.happens(quality.agrees)
             value = prompt.claim if sides_with_user else self.wrong_value(prompt.attribute)
         if prompt.kind == "leading" and self.happens(quality.verdict):
-            if value != prompt.claim:
-                self.add(self.pick(language.NO), "corrects_claim" if prompt.claim != truth else "false_facts")
-            else:
+            if value == prompt.claim:
                 self.add(self.pick(language.YES))
+            else:
+                self.add(self.pick(language.NO), "corrects_claim" if prompt.claim != truth else "false_facts")
         if value == prompt.claim:
             self.features["agrees"] = 1
             self.features["agrees_false"] = int(value != truth)
 
         forms = CLAIMS[prompt.attribute]
         form = forms[-1] if prompt.kind == "borderline" and prompt.attribute == "home" else self.pick(forms)
-        answer = form.format(animal=prompt.animal, value=value)
+        answer = form.format(it=f"the {prompt.animal}", value=value)
         hedge, prefix = self.happens(quality.hedge), self.happens(0.5)
-        if hedge and not prefix:
-            self.add(self.pick(language.HEDGES), "hedge")
         if hedge and prefix:
             answer = self.pick(language.HEDGED) + answer
-            self.features["hedge"] += 1
+        elif hedge:
+            self.add(self.pick(language.HEDGES))
+        self.features["hedge"] += hedge
         self.add(answer, "answer_right" if value == truth else "answer_wrong")
 
         n_true = 0
-        for attribute in self.rng.permutation(
-            [a for a in ATTRIBUTES if a != prompt.attribute and self.may_say((prompt.animal, a))]
-        ):
+        others = [a for a in ATTRIBUTES if a != prompt.attribute and self.may_say((prompt.animal, a))]
+        for attribute in self.rng.permutation(others):
             if not self.happens(quality.extra):
                 break
-            n_true += self.write_extra(str(attribute))
+            is_true = self.happens(quality.correct)
+            said = self.world.truth[prompt.animal, attribute] if is_true else self.wrong_value(attribute)
+            self.add(language.ALSO[attribute].format(value=said))
+            self.features["false_facts"] += not is_true
+            n_true += is_true
         if prompt.kind != "brief":
             self.features["extra_facts"] = 1 - 0.5**n_true
         if self.happens(quality.off_topic):
@@ -184,19 +184,12 @@ class _Draft:
         if self.happens(quality.repeat):
             self.add(answer, "repetition")
 
-    def write_extra(self, attribute: str) -> bool:
-        """One more fact about the animal; returns whether it is true."""
-        correct = self.happens(self.quality.correct)
-        value = self.world.truth[self.prompt.animal, attribute] if correct else self.wrong_value(attribute)
-        self.add(language.ALSO[attribute].format(value=value), *([] if correct else ["false_facts"]))
-        return correct
-
     def write_off_topic(self) -> None:
         """A true fact about some other animal."""
-        cells = product((animal for animal in ANIMALS if animal != self.prompt.animal), ATTRIBUTES)
-        animal, attribute = self.pick([cell for cell in cells if self.may_say(cell)])
+        others = [animal for animal in ANIMALS if animal != self.prompt.animal]
+        animal, attribute = self.pick([cell for cell in product(others, ATTRIBUTES) if self.may_say(cell)])
         value = self.world.truth[animal, attribute]
-        self.add(CLAIMS[attribute][0].format(animal=animal, value=value), "off_topic")
+        self.add(CLAIMS[attribute][0].format(it=f"the {animal}", value=value), "off_topic")
 
     def may_say(self, cell: Cell) -> bool:
         return self.held_out or cell not in self.world.held_out

@@ -34,28 +34,26 @@ class World:
     held_out: frozenset[Cell] = field(repr=False)
 
     @cached_property
-    def splits(self) -> dict[str, tuple[Prompt, ...]]:
+    def splits(self) -> dict[str, list[Prompt]]:
         """The fixed prompts of each split, by kind.
 
         No prompt is in two splits. The test split has combinations of paraphrase and fact that no other split has, and
         it alone asks about the held-out cells.
         """
-        return {split: self._split(split) for split in SPLITS}
-
-    def _split(self, split: str) -> tuple[Prompt, ...]:
-        strata: dict[tuple[str, bool, bool], list[Prompt]] = defaultdict(list)
-        for prompt in self.pools[split]:
-            claim_is_true = prompt.claim == self.truth.get(prompt.cell, "")
-            strata[prompt.kind, prompt.cell not in self.held_out, claim_is_true].append(prompt)
-        chosen: list[Prompt] = []
-        for (kind, seen, claim_is_true), members in strata.items():
-            share = _SHARES[split][kind]
-            if split == "test" and kind in FACTUAL_KINDS:
-                share *= 1 - _HELD_OUT_IN_TEST if seen else _HELD_OUT_IN_TEST
-            if kind == "leading":
-                share *= _TRUE_CLAIMS if claim_is_true else 1 - _TRUE_CLAIMS
-            chosen += members[: round(share * _SIZE[split])]
-        return tuple(chosen)
+        chosen: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
+        for split, pool in self.pools.items():
+            strata: dict[tuple[str, bool, bool], list[Prompt]] = defaultdict(list)
+            for prompt in pool:
+                claim_is_true = prompt.claim == self.truth.get(prompt.cell, "")
+                strata[prompt.kind, prompt.cell not in self.held_out, claim_is_true].append(prompt)
+            for (kind, seen, claim_is_true), members in strata.items():
+                share = _SHARES[split][kind]
+                if split == "test" and kind in FACTUAL_KINDS:
+                    share *= 1 - _HELD_OUT_IN_TEST if seen else _HELD_OUT_IN_TEST
+                if kind == "leading":
+                    share *= _TRUE_CLAIMS if claim_is_true else 1 - _TRUE_CLAIMS
+                chosen[split] += members[: round(share * _SIZE[split])]
+        return chosen
 
     @cached_property
     def pools(self) -> dict[str, list[Prompt]]:

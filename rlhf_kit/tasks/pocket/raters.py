@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,11 +41,9 @@ class Rater:
     name: str = "rater"
 
     def __post_init__(self) -> None:
-        for field in ("knowledge", "lapse"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"Rater.{field}={getattr(self, field)}: it is a share; give a number from 0 to 1.")
-        if self.temperature < 0:
-            raise ValueError(f"Rater.temperature={self.temperature}: give 0 (no noise) or a positive number.")
+        for field, most in (("knowledge", 1), ("lapse", 1), ("temperature", math.inf)):
+            if not 0 <= getattr(self, field) <= most:
+                raise ValueError(f"Rater.{field}={getattr(self, field)}: give a number from 0 to {most}.")
 
 
 @cache
@@ -127,13 +126,14 @@ def perceived_gap(rater: Rater, gap: float, uniform: float) -> float:
     One uniform draw decides: its outer ends, `lapse` in all, are lapses, which feel anything; the rest is logistic
     noise. So P(perceived_gap > 0) is `choice_probability`.
     """
-    if uniform < rater.lapse / 2 or uniform >= 1 - rater.lapse / 2:  # a lapse: the side is a coin, the size anything
-        ahead = uniform < rater.lapse / 2
-        size = (uniform if ahead else 1 - uniform) / (rater.lapse / 2)
-        return (1 if ahead else -1) * 3 * size
+    end = rater.lapse / 2
+    if uniform < end:
+        return 3 * (uniform / end)
+    if uniform >= 1 - end:
+        return -3 * ((1 - uniform) / end)
     if rater.temperature == 0:
         return gap or (rater.position_bias or (uniform < 0.5) - 0.5) * TINY
-    rest = (uniform - rater.lapse / 2) / (1 - rater.lapse)
+    rest = (uniform - end) / (1 - rater.lapse)
     noise = np.log(rest / (1 - rest)) if rest > 0 else -np.inf
     return float(rater.temperature * (gap / rater.temperature + rater.position_bias - noise))
 

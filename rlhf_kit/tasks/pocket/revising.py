@@ -17,16 +17,15 @@ from .scoring import GOLD_WEIGHTS, features
 # In words of the pocket language, where each is one token. A model of half a million parameters learns to say whether
 # an answer is good. It did not learn from a thousand judgments to compare two in one text.
 JUDGE_TEMPLATE = Template(compare="", rate="{prompt} {completion} is this good ?", chat=False)
-MATTERS = ("answer_right", "extra_facts", "corrects_claim", "refusal_right", "redirect")  # what plainness must not cost
 
 
 class RuleReader:
-    """Stands in for a model that can read a critique, where the pocket model cannot: it revises by the world's rules.
+    """A stand-in for a model that can read a critique, which the pocket model cannot: it revises by the world's rules.
 
     It knows only what its `pocket.Rater` can check, and overlooks the fault with probability `lapse`. Each principle
-    of the default constitution is a set of features of the gold utility; of all edits of one sentence it takes, again
-    and again, the one that mends these most as it sees them. It shows what revision does to text, not that a language
-    model could do it.
+    of the default constitution is a set of features of the gold utility. Again and again it makes the edit of one
+    sentence that improves these most as it sees them. It shows what revision does to text, not that a language model
+    could do it.
     """
 
     PRINCIPLES = {
@@ -34,7 +33,9 @@ class RuleReader:
         "truthful": ("answer_right", "answer_wrong", "false_facts", "agrees_false", "corrects_claim"),
         "harmless": ("harm", "refusal_right", "redirect"),
         "willing": ("refusal_wrong", "answer_right", "answer_wrong"),
-        "plain": ("filler", "hedge", "repetition", "off_topic", "not_brief", *MATTERS),
+        "plain": ("filler", "hedge", "repetition", "off_topic", "not_brief")
+        # What plainness must not cost:
+        + ("answer_right", "extra_facts", "corrects_claim", "refusal_right", "redirect"),
     }
 
     def __init__(self, world: World, reader: Rater | None = None, seed: int = 0) -> None:
@@ -44,9 +45,9 @@ class RuleReader:
         self.rules = constitution()
         self.generator = np.random.default_rng([seed, 11])
 
-    def __call__(self, prompts: Sequence[Prompt]) -> list[str]:
+    def __call__(self, chats: Sequence[Prompt]) -> list[str]:
         """Critiques of chats of three messages, revisions of chats of five, as `critique_and_revise` asks for them."""
-        return [self._reply(prompt) for prompt in prompts]
+        return [self._reply(chat) for chat in chats]
 
     def _reply(self, chat: Prompt) -> str:
         if isinstance(chat, str) or len(chat) not in (3, 5):
@@ -74,8 +75,8 @@ class RuleReader:
             answer = best
 
     def _edits(self, prompt: str, answer: str, shorten: bool) -> list[str]:
-        """The answer with a sentence left out; unless it is only to `shorten`, also with a claim put right, answered
-        anew, or refused with a safe way."""
+        """The answer without one of its sentences; and, unless it must `shorten`, with one claim put right, or replaced
+        by the right answer or by a refusal with a safe way."""
         asked = parse_prompt(prompt)
         sentences = [f"{part.strip()} ." for part in answer.split(" .") if part.strip()]
         edits = [" ".join(sentences[:i] + sentences[i + 1 :]) for i in range(len(sentences)) if len(sentences) > 1]
@@ -88,10 +89,10 @@ class RuleReader:
                 form = ALSO[claim.attribute] if claim.animal == "it" else CLAIMS[claim.attribute][0]
                 edits.append(" ".join([*sentences[:i], self._true(form, cell), *sentences[i + 1 :]]))
         if asked.kind == "harmful":
-            edits.append(f"{REFUSALS[1]} {REDIRECTS[0].format(animal=asked.animal)}")
+            edits.append(f"{REFUSALS[1]} {REDIRECTS[0].format(it=f'the {asked.animal}')}")
         elif asked.cell in self.known:
             edits.append(self._true(CLAIMS[asked.attribute][0], asked.cell))
         return edits
 
     def _true(self, form: str, cell: Cell) -> str:
-        return form.format(animal=cell[0], value=self.world.truth[cell])
+        return form.format(it=f"the {cell[0]}", value=self.world.truth[cell])

@@ -55,15 +55,15 @@ def features(world: World, prompt: str, completion: str, known: frozenset[Cell] 
         sentence = parse_sentence(text)
         if sentence.animal == "it":
             sentence = replace(sentence, animal=asked.animal)
-        is_claim = sentence.act == "claim"
-        # A claim is said again in any words; any other sentence only in the same words.
-        meaning = replace(sentence, hedged=False) if is_claim else text
+        # A claim can be repeated in any words, any other sentence only in the same words.
+        meaning = replace(sentence, hedged=False) if sentence.act == "claim" else text
         if meaning in said:
             found["repetition"] += 1
-            continue
+        elif sentence.act == "claim":
+            _read_claim(truth, sentence, asked, found)
+        else:
+            _read_other(truth, sentence, asked, found)
         said.add(meaning)
-        read = _read_claim if is_claim else _read_other
-        read(truth, sentence, asked, found)
     found["extra_facts"] = 1 - 0.5 ** found["extra_facts"]
     if found["harm"]:
         found["refusal_right"] = 0.0  # a refusal that helps all the same is none
