@@ -57,9 +57,8 @@ def corpus(world: World, n: int, seed: int = 0) -> list[str]:
     """
     rng = np.random.default_rng([seed, 5])
     test = {prompt.text for prompt in world.splits["test"]}
-    by_kind: dict[str, list[Prompt]] = {kind: [] for kind in _CORPUS_SHARES}
-    for prompt in (prompt for pool in world.pools.values() for prompt in pool):
-        by_kind[prompt.kind].append(prompt)
+    everything = [prompt for pool in world.pools.values() for prompt in pool]
+    by_kind = {kind: [prompt for prompt in everything if prompt.kind == kind] for kind in _CORPUS_SHARES}
     texts: list[str] = []
     while len(texts) < n:
         kind = str(rng.choice(list(_CORPUS_SHARES), p=list(_CORPUS_SHARES.values())))

@@ -58,9 +58,8 @@ class World:
     @cached_property
     def pools(self) -> dict[str, list[Prompt]]:
         """All prompts of the language, each in the one split that may use it, in an order drawn by the world's seed."""
-        by_kind: dict[str, list[Prompt]] = {kind: [] for kind in _PRACTISED}
-        for prompt in language.prompt_table().values():
-            by_kind[prompt.kind].append(prompt)
+        everything = language.prompt_table().values()
+        by_kind = {kind: [prompt for prompt in everything if prompt.kind == kind] for kind in _PRACTISED}
         rng = np.random.default_rng([self.seed, 2])
         by_kind["skill"] = list(dict.fromkeys(draw_skill(rng) for _ in range(_SKILL_POOL)))
         pools: dict[str, list[Prompt]] = {split: [] for split in SPLITS}

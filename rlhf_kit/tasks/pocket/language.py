@@ -130,10 +130,7 @@ def parse_prompt(text: str) -> Prompt:
         prompt = skill_prompt(template, operation, words)
         if prompt.text == text and len(words) in SKILL_LENGTHS:
             return prompt
-    raise ValueError(
-        f"prompt is not one of the pocket world's: {text!r}. Its gold utility is known only for the prompts of the "
-        "pocket task: Pocket().prompts(split)."
-    )
+    raise ValueError(f"prompt is not one of the pocket world's: {text!r}. Use those of Pocket().prompts(split).")
 
 
 # ---- sentences of completions -------------------------------------------------------------------------------------

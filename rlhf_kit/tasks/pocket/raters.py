@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise, product
+from itertools import product
 
 import numpy as np
 
@@ -25,7 +25,7 @@ STEPS = (0.75, 2.0)  # where a felt gap of a pair becomes clear, and where it be
 
 @dataclass(frozen=True)
 class Rater:
-    """A rater's faults; Rater(1.0, 0, 0, 0, 0, temperature=0, lapse=0, position_bias=0) judges by gold, exactly."""
+    """A rater's faults; Rater(1, 0, 0, 0, 0, temperature=0, lapse=0, position_bias=0) judges exactly by gold."""
 
     knowledge: float = 0.9  # share of the facts that the rater can check; claims about the others look true
     length: float = 0.03  # added utility per word
@@ -35,7 +35,6 @@ class Rater:
     temperature: float = 0.5  # Bradley-Terry temperature, in units of utility; 0 always prefers the better
     lapse: float = 0.05  # share of judgments made by a coin
     position_bias: float = 0.1  # log-odds added to whichever completion is shown first
-    indifference: float = 0.0  # a felt gap below this is called a tie, in units of utility
     standard: float = 1.0  # the utility above which a completion is called good
     seed: int = 0  # which facts are known
     name: str = "rater"
@@ -98,8 +97,6 @@ class SimulatedRater:
         if len(felt) > 2:
             return Answer(ranks=dense_ranks(perceived_scores(self.rater, felt, self.generator)))
         gap = perceived_gap(self.rater, felt[0] - felt[1], self.generator.random())
-        if abs(gap) < self.rater.indifference:
-            return Answer(ranks=(1, 1))
         strength = STRENGTHS[sum(abs(gap) >= step for step in STEPS)]
         return Answer(ranks=(1, 2) if gap > 0 else (2, 1), strength=strength)
 
@@ -139,18 +136,13 @@ def perceived_gap(rater: Rater, gap: float, uniform: float) -> float:
 
 
 def perceived_scores(rater: Rater, utilities: Sequence[float], rng: np.random.Generator) -> list[float]:
-    """How good each of several completions feels in one ranking: Plackett-Luce with lapses, ties by indifference.
+    """How good each of several completions feels in one ranking: Plackett-Luce with lapses.
 
-    Utilities over temperature, the position bias on the first, plus Gumbel noise; of two this is Bradley-Terry (Luce
-    1959). Scores closer to the next higher one than `indifference` are made equal to it.
+    Utilities over temperature, position bias on the first, and Gumbel noise; of two: Bradley-Terry (Luce 1959).
     """
     if rng.random() < rater.lapse:
         return list(rng.permutation(len(utilities)).astype(float))
     scale = rater.temperature or TINY
     scores = np.array(utilities, dtype=float) + scale * rng.gumbel(size=len(utilities))
     scores[0] += scale * rater.position_bias
-    order = np.argsort(-scores)
-    for above, below in pairwise(order):
-        if scores[above] - scores[below] < rater.indifference:
-            scores[below] = scores[above]
     return list(scores)

@@ -34,8 +34,7 @@ class RuleReader:
         "harmless": ("harm", "refusal_right", "redirect"),
         "willing": ("refusal_wrong", "answer_right", "answer_wrong"),
         "plain": ("filler", "hedge", "repetition", "off_topic", "not_brief")
-        # What plainness must not cost:
-        + ("answer_right", "extra_facts", "corrects_claim", "refusal_right", "redirect"),
+        + ("answer_right", "extra_facts", "corrects_claim", "refusal_right", "redirect"),  # must not be lost
     }
 
     def __init__(self, world: World, reader: Rater | None = None, seed: int = 0) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,7 @@ class Pocket(Task):
             raise ValueError(f"split={split!r}: the pocket world has the splits {', '.join(facts.SPLITS)}.")
         pool = self.world.splits[split]
         if n is not None and not 0 <= n <= len(pool):
-            raise ValueError(
-                f"n={n}: split {split!r} of the pocket world has {len(pool)} prompts; ask for at most those."
-            )
+            raise ValueError(f"n={n}: split {split!r} has {len(pool)} prompts; ask for 0 to {len(pool)}")
         order = np.random.default_rng([seed, 1]).permutation(len(pool))[:n]
         return Dataset.from_list([self._row(pool[i]) for i in order])
 
@@ -51,9 +48,7 @@ class Pocket(Task):
         pool = self.world.splits["sft"]
         n = len(pool) if n is None else n
         rng = np.random.default_rng([seed, 4])
-        order: list[int] = []
-        while len(order) < n:
-            order += rng.permutation(len(pool)).tolist()
+        order = [i for _ in range(0, n, len(pool)) for i in rng.permutation(len(pool))]
         rows = []
         for prompt in (pool[i] for i in order[:n]):
             completion, _ = answers.write(self.world, prompt, answers.DEMONSTRATION, rng, held_out=False)
@@ -69,12 +64,11 @@ class Pocket(Task):
         return SimulatedRater(self.world, Rater(**faults), seed)
 
     def panel(
-        self, n: int, seed: int = 0, groups: Mapping[str, Mapping[str, Any]] | None = None, **faults: Any
+        self, n: int, seed: int = 0, groups: dict[str, dict[str, Any]] | None = None, **faults: Any
     ) -> list[SimulatedRater]:
-        """`n` simulated people who know different things and err on their own, dealt in turn to `groups` of values.
+        """`n` simulated people who know different things and err on their own, dealt in turn to groups of faults.
 
-        task.panel(6, groups={"terse": {"length": -0.1}, "wordy": {"length": 0.1}}, lapse=0.1): three terse people and
-        three wordy ones, all with lapses.
+        `groups={"terse": {"length": -0.1}, "wordy": {"length": 0.1}}, lapse=0.1`: two tastes, all with lapses.
         """
         if n < 1:
             raise FeedbackError(f"panel: n={n}; a panel has one rater or more")
