@@ -46,7 +46,7 @@ def evaluate(model_dir: str, seed: int = 0) -> dict[str, float]:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir, padding_side="left")
     model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     world = pocket.world(0)
-    rows = pocket.prompts(world, "test") * SAMPLES
+    rows = pocket.Pocket(world).prompts("test").to_list() * SAMPLES
     values: dict[str, list[float]] = defaultdict(list)
     for start in range(0, len(rows), 200):
         batch = rows[start : start + 200]

@@ -26,7 +26,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
 from matplotlib.figure import Figure
 from transformers import AutoConfig, LlamaForCausalLM
 
@@ -115,7 +114,6 @@ def timed(base: str, folder: Path, case: dict[str, Any], updates: int) -> dict[s
 
 def make(base: str, folder: Path, case: dict[str, Any], updates: int) -> PPOTrainer:
     """A trainer of the case's mode, rollouts and completion length."""
-    rows = pocket.prompts(pocket.world(), "train", case["rollouts"])
     args = PPOConfig(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=case["rollouts"],
@@ -126,7 +124,7 @@ def make(base: str, folder: Path, case: dict[str, Any], updates: int) -> PPOTrai
         lora=None if case["mode"] == "full" else {},
         load_in_4bit=case["mode"].startswith("4-bit"),
     )
-    prompts = Dataset.from_dict({"prompt": [row["prompt"] for row in rows]})
+    prompts = pocket.Pocket().prompts("train", case["rollouts"]).select_columns("prompt")
     trainer = PPOTrainer(base, constant, args, prompts, callbacks=[])
     trainer.remove_callback(Alarms)  # that random weights never stop is no news here
     return trainer

@@ -23,8 +23,7 @@ from transformers import (
 )
 
 from rlhf_kit.models import Tokens, load_base, lora_config, write_notes
-from rlhf_kit.tasks import pocket
-from rlhf_kit.tasks.pocket.tokenizer import wrap
+from rlhf_kit.models.tokenizer import EOS, PAD, wrap
 
 MODES = ["full", "lora", "4bit"]
 # Words of a vocabulary small enough to enumerate: with EOS and PAD twelve tokens.
@@ -33,7 +32,7 @@ WORDS = ["a", "b", " c", " d", " e", " f", " g", " h", " i", " j"]
 
 def word_tokenizer() -> PreTrainedTokenizerBase:
     """EOS 0, PAD 1 and one token for each of WORDS."""
-    pieces = [pocket.EOS, pocket.PAD, *(word.replace(" ", "Ġ") for word in WORDS)]
+    pieces = [EOS, PAD, *(word.replace(" ", "Ġ") for word in WORDS)]
     vocabulary = {piece: row for row, piece in enumerate(pieces)}
     return wrap(Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True)))
 

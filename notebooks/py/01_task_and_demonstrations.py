@@ -50,13 +50,9 @@ pd.options.display.max_colwidth = None
 # before.
 
 # %%
-facts = pd.DataFrame(world.facts, columns=["animal", "attribute", "value"])
-hidden = [
-    (animal, attribute) in world.held_out for animal, attribute in zip(facts.animal, facts.attribute, strict=True)
-]
-facts["shown"] = facts["value"].mask(hidden, "[" + facts["value"] + "]")
-display(facts.pivot(index="animal", columns="attribute", values="shown").rename_axis(None, axis=1))
-print(f"{len(facts)} facts, {len(world.held_out)} of them held out")
+shown = {cell: f"[{value}]" if cell in world.held_out else value for cell, value in world.truth.items()}
+display(pd.Series(shown).unstack().rename_axis("animal"))
+print(f"{len(shown)} facts, {len(world.held_out)} of them held out")
 
 # %% [markdown]
 # ## Six kinds of prompt
