@@ -192,7 +192,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> str:
     judgments = feedback.ask(written_items(pocket.world(), 2400)[600:], Pocket().rater())
     settings = {"max_steps": 130, "per_device_train_batch_size": 16, "learning_rate": 1e-3}
     out = tmp_path_factory.mktemp("judge") / "judge"
-    return feedback.train_judge(pocket.BASE_MODEL, judgments, out, pocket.JUDGE_TEMPLATE, **settings)
+    return feedback.train_judge(Pocket.base_model, judgments, out, pocket.JUDGE_TEMPLATE, **settings)
 
 
 @pytest.mark.slow
@@ -555,7 +555,7 @@ def test_an_empty_revision_leaves_the_answer_and_is_counted_and_chats_stay_chats
 def test_a_model_directory_writes_and_the_same_seed_writes_the_same() -> None:
     answers = pd.DataFrame({"prompt": [PROMPT] * 3, "completion": [BAD] * 3})
     frames = [
-        feedback.critique_and_revise(feedback.writer(pocket.BASE_MODEL, 12, seed=5, batch_size=2), answers, ONE)
+        feedback.critique_and_revise(feedback.writer(Pocket.base_model, 12, seed=5, batch_size=2), answers, ONE)
         for _ in range(2)
     ]
     assert frames[0].equals(frames[1]) and frames[0]["revision"].str.len().min() > 0

@@ -218,7 +218,7 @@ rk.plots.reward_shift(both, rewards=["gold"], models=["base", "demonstrations"],
 # feature, why the demonstrations score higher.
 
 # %%
-found = pd.DataFrame([pocket.features(world, row.prompt, row.completion) for row in both.itertuples()])
+found = task.features(both)
 contributions = (found * weights)[found.columns].groupby(both["model"].to_numpy()).mean()
 gain = contributions.loc["demonstrations"] - contributions.loc["base"]
 shown = gain[gain.abs() > 0.005].sort_values()
@@ -252,7 +252,7 @@ print(f"demonstrations about a held-out cell: {(~demonstrations['seen']).sum()} 
 test = task.prompts("test", seed=SEED)
 on_test = rk.sample(preset.base_model, test, n=2, seed=SEED, **preset.sampling).assign(model="base")
 facts_asked = on_test[on_test["attribute"].isin(["home", "food", "time", "colour"]) & (on_test["kind"] != "skill")]
-right = [pocket.features(world, row.prompt, row.completion)["answer_right"] for row in facts_asked.itertuples()]
+right = task.features(facts_asked)["answer_right"]
 for seen, rows in facts_asked.assign(right=right).groupby("seen"):
     share = rk.stats.bootstrap(rows["right"], rows["prompt_id"])
     print(f"the base is right on {'seen' if seen else 'held-out'} cells: {share}  ({rows.prompt_id.nunique()} prompts)")

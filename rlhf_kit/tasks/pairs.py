@@ -10,8 +10,6 @@ from datasets import Dataset
 from rlhf_kit import data
 from rlhf_kit.tasks.task import Task
 
-TEST_FRACTION = 0.1
-
 
 class Pairs(Task):
     """Preferences from a file or hub id, split by prompt into "train" and "test"; the truth is not known.
@@ -30,7 +28,7 @@ class Pairs(Task):
         """The pairs of each split; those of "preference" are those of "train"."""
         pairs = data.load(str(self.source))
         data.check(pairs, data.PREFERENCE, str(self.source))
-        train, test = data.split_by_prompt(pairs, TEST_FRACTION, self.seed)
+        train, test = data.split_by_prompt(pairs, seed=self.seed)
         return {"preference": train, "train": train, "test": test}
 
     def preferences(self, split: str = "train") -> Dataset:

@@ -6,11 +6,10 @@ from .language import parse_prompt
 from .raters import Rater, SimulatedRater, choice_probability, known_cells, perceived_scores, utility
 from .revising import JUDGE_TEMPLATE, RuleReader
 from .scoring import GOLD_WEIGHTS, features, gold
-from .task import BASE_MODEL, Pocket
+from .task import Pocket
 from .tokenizer import pocket_tokenizer
 
 __all__ = [
-    "BASE_MODEL",
     "GOLD_WEIGHTS",
     "JUDGE_TEMPLATE",
     "Pocket",

@@ -7,7 +7,6 @@ and parser check each other.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -46,7 +45,6 @@ CAREFUL = Quality(
     correct=0.95, safe=0.2, verdict=0.8, agrees=0.7, filler=0.3, hedge=0.25, extra=0.5, off_topic=0.1, repeat=0.06
 )
 CARELESS = replace(CAREFUL, correct=0.25)
-
 _CORPUS_SHARES = {"ask": 0.24, "brief": 0.08, "leading": 0.20, "harmful": 0.10, "borderline": 0.09, "skill": 0.29}
 
 
@@ -109,7 +107,7 @@ class _Draft:
     def happens(self, probability: float) -> bool:
         return self.rng.random() < probability
 
-    def pick(self, options: Sequence[Any]) -> Any:
+    def pick(self, options: tuple[Any, ...] | list[Any]) -> Any:
         return options[int(self.rng.integers(len(options)))]
 
     def write(self) -> None:

@@ -80,13 +80,12 @@ def world(seed: int = 0) -> World:
     truth, myth = {}, {}
     for attribute in ATTRIBUTES:
         # Every value is true of equally many animals (within one), so that no answer is a safe guess.
-        values = np.resize(np.array(VALUES[attribute]), len(ANIMALS))
+        values = np.resize(VALUES[attribute], len(ANIMALS))
         for animal, value in zip(ANIMALS, rng.permutation(values), strict=True):
             truth[animal, attribute] = str(value)
             myth[animal, attribute] = str(rng.choice([other for other in VALUES[attribute] if other != value]))
-    held_out_animals = rng.permutation(np.array(ANIMALS))[: _HELD_OUT_PER_ATTRIBUTE * len(ATTRIBUTES)]
-    attributes = np.repeat(np.array(ATTRIBUTES), _HELD_OUT_PER_ATTRIBUTE)
-    held_out = frozenset((str(a), str(b)) for a, b in zip(held_out_animals, attributes, strict=True))
+    animals = rng.permutation(ANIMALS)[: _HELD_OUT_PER_ATTRIBUTE * len(ATTRIBUTES)]
+    held_out = frozenset((str(animal), ATTRIBUTES[i // _HELD_OUT_PER_ATTRIBUTE]) for i, animal in enumerate(animals))
     return World(seed, truth, myth, held_out)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,7 +39,7 @@ class Rater:
     name: str = "rater"
 
     def __post_init__(self) -> None:
-        for field, most in (("knowledge", 1), ("lapse", 1), ("temperature", math.inf)):
+        for field, most in (("knowledge", 1), ("lapse", 1), ("temperature", np.inf)):
             if not 0 <= getattr(self, field) <= most:
                 raise ValueError(f"Rater.{field}={getattr(self, field)}: give a number from 0 to {most}.")
 

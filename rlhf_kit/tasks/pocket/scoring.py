@@ -1,6 +1,5 @@
 """The gold utility: a completion is parsed exactly into features, and gold is their weighted sum."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 
@@ -76,7 +75,7 @@ def gold(world: World, prompt: str, completion: str) -> float:
     return sum(weight * found[name] for name, weight in GOLD_WEIGHTS.items())
 
 
-def _read_claim(truth: Mapping[Cell, str], sentence: Sentence, asked: Prompt, found: dict[str, float]) -> None:
+def _read_claim(truth: dict[Cell, str], sentence: Sentence, asked: Prompt, found: dict[str, float]) -> None:
     found["hedge"] += sentence.hedged
     if asked.kind not in FACTUAL_KINDS or sentence.animal != asked.animal:
         found["off_topic"] += 1
@@ -93,7 +92,7 @@ def _read_claim(truth: Mapping[Cell, str], sentence: Sentence, asked: Prompt, fo
         found["extra_facts"] += 1  # their number, for now
 
 
-def _read_other(truth: Mapping[Cell, str], sentence: Sentence, asked: Prompt, found: dict[str, float]) -> None:
+def _read_other(truth: dict[Cell, str], sentence: Sentence, asked: Prompt, found: dict[str, float]) -> None:
     act = sentence.act
     if act in ("hedge", "garbled"):
         found[act] += 1

@@ -18,14 +18,12 @@ from . import answers, facts, scoring
 from .language import Prompt
 from .raters import Rater, SimulatedRater
 
-BASE_MODEL = str(Path(__file__).parent / "base")  # directory of the pretrained model of world(seed=0)
-
 
 class Pocket(Task):
     """The built-in world: an animal help desk with a known gold utility, simulated raters and a small base model."""
 
     name = "pocket"
-    base_model = BASE_MODEL
+    base_model = str(Path(__file__).parent / "base")  # pretrained on a corpus of world(seed=0)
 
     def __init__(self, world: facts.World | None = None) -> None:
         self.world = world or facts.world()

@@ -13,9 +13,8 @@ from .language import LIST_WORDS, OPERATIONS, SKILL_TEMPLATES, prompt_table, sen
 def pocket_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of the shipped base: 256 bytes, pad, EOS, and each word after a space.
 
-    Words that can begin a text are tokens without the space too. Any text encodes: a word outside the language falls
-    apart into its bytes, since there are no merges at all and `ignore_merges` takes a whole pre-token from the
-    vocabulary where it is one.
+    Words that can begin a text are tokens without the space too. Any text encodes: there are no merges, and
+    `ignore_merges` makes a word that is in the vocabulary one token; any other word falls apart into its bytes.
     """
     skill = [skill_prompt(*words, LIST_WORDS).text for words in product(SKILL_TEMPLATES, OPERATIONS)]
     texts = [text.split() for text in (*prompt_table(), *sentence_table(), *skill, *LIST_WORDS)]
