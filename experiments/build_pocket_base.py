@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_kit.tasks import pocket
+from rlhf_kit.tasks import Pocket, pocket
 from rlhf_kit.train import pretrain
 
 CORPUS_SIZE, CORPUS_SEED = 80_000, 0
@@ -46,7 +46,7 @@ def evaluate(model_dir: str, seed: int = 0) -> dict[str, float]:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir, padding_side="left")
     model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     world = pocket.world(0)
-    rows = pocket.prompts(world, "test") * SAMPLES
+    rows = Pocket(world).prompts("test").to_list() * SAMPLES
     values: dict[str, list[float]] = defaultdict(list)
     for start in range(0, len(rows), 200):
         batch = rows[start : start + 200]
@@ -78,7 +78,7 @@ def evaluate(model_dir: str, seed: int = 0) -> dict[str, float]:
 def main() -> None:
     """Build, evaluate, compare, and only then put the new base in its place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=pocket.BASE_MODEL, help="where to put the model (default: the shipped base)")
+    parser.add_argument("--out", default=Pocket.base_model, help="where to put the model (default: the shipped base)")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (fewer, to try it out)")
     options = parser.parse_args()
     out = Path(options.out)
@@ -93,7 +93,7 @@ def main() -> None:
             max_steps=options.steps, per_device_train_batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE,
         )  # fmt: skip
         ours = evaluate(new)
-        shipped = evaluate(pocket.BASE_MODEL) if Path(pocket.BASE_MODEL, "config.json").exists() else {}
+        shipped = evaluate(Pocket.base_model) if Path(Pocket.base_model, "config.json").exists() else {}
         print(f"\n{'test prompts, ' + str(SAMPLES) + ' samples each':32s} {'new':>8s} {'shipped':>8s}")
         for name, value in ours.items():
             print(f"{name:32s} {value:8.3f} {shipped.get(name, float('nan')):8.3f}")

@@ -26,7 +26,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
 from matplotlib.figure import Figure
 from transformers import AutoConfig, LlamaForCausalLM
 
@@ -34,7 +33,7 @@ from rlhf_kit import PPOConfig, PPOTrainer, memory, models, plots, runs
 from rlhf_kit.notebook import set_threads
 from rlhf_kit.ppo.alarms import Alarms
 from rlhf_kit.progress import clock, quiet
-from rlhf_kit.tasks import pocket
+from rlhf_kit.tasks import Pocket, pocket
 
 OUT = Path("results/ppo-speed")
 ROLLOUTS, LENGTHS = (16, 32, 64, 128, 256), (8, 16, 32, 64)
@@ -81,7 +80,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
 
 def random_base(out: Path) -> str:
     """The pocket base's shape and tokenizer with random weights and room for long completions."""
-    config = AutoConfig.from_pretrained(pocket.BASE_MODEL)
+    config = AutoConfig.from_pretrained(Pocket.base_model)
     config.max_position_embeddings = 256
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(out)
@@ -115,7 +114,6 @@ def timed(base: str, folder: Path, case: dict[str, Any], updates: int) -> dict[s
 
 def make(base: str, folder: Path, case: dict[str, Any], updates: int) -> PPOTrainer:
     """A trainer of the case's mode, rollouts and completion length."""
-    rows = pocket.prompts(pocket.world(), "train", case["rollouts"])
     args = PPOConfig(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=case["rollouts"],
@@ -126,7 +124,7 @@ def make(base: str, folder: Path, case: dict[str, Any], updates: int) -> PPOTrai
         lora=None if case["mode"] == "full" else {},
         load_in_4bit=case["mode"].startswith("4-bit"),
     )
-    prompts = Dataset.from_dict({"prompt": [row["prompt"] for row in rows]})
+    prompts = Pocket().prompts("train", case["rollouts"]).select_columns("prompt")
     trainer = PPOTrainer(base, constant, args, prompts, callbacks=[])
     trainer.remove_callback(Alarms)  # that random weights never stop is no news here
     return trainer

@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 
 from rlhf_kit.feedback import Item, Store
 from rlhf_kit.rating import Page, Session
-from rlhf_kit.tasks import pocket
+from rlhf_kit.tasks import Pocket
 
 PICTURE = Path(__file__).resolve().parent / "figures" / "rating_page.png"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -23,9 +23,8 @@ MAX_BYTES = 150_000
 
 def items(n: int = 3) -> list[Item]:
     """Prompts of the pocket world, each with two demonstrations by different writers."""
-    world = pocket.world()
     one, other = (
-        {row["prompt"]: row["completion"].strip() for row in pocket.demonstrations(world, seed=seed)} for seed in (0, 1)
+        {row["prompt"]: row["completion"].strip() for row in Pocket().demonstrations(seed=seed)} for seed in (0, 1)
     )
     found = [(prompt, one[prompt], other[prompt]) for prompt in one if one[prompt] != other.get(prompt, one[prompt])]
     return [Item(prompt, (first, second)) for prompt, first, second in found[:n]]

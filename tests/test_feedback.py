@@ -255,9 +255,6 @@ def test_a_faultless_rater_ranks_and_rates_by_gold() -> None:
         assert rater(ASK, [text], "good/bad").rating == int(gold[text] > rater.rater.standard)
         stars = rater(ASK, [text], "1-7").rating
         assert stars == min(7, max(1, 4 + round(gold[text] - rater.rater.standard)))
-    indifferent = Pocket(W).rater(**FAULTLESS | {"indifference": 0.5})
-    assert indifferent(ASK, [RIGHT, FOUR[1]], "rank").ranks == (1, 1)
-    assert indifferent(ASK, [RIGHT, WRONG], "rank").ranks == (1, 2)
     with pytest.raises(FeedbackError, match="not chats"):
         rater([{"role": "user", "content": ASK}], [RIGHT, WRONG], "rank")
 

@@ -178,7 +178,7 @@ def test_a_judge_answers_as_a_rater_and_is_a_reward(zoo: dict[str, str]) -> None
 def written_items(world: pocket.World, n: int) -> list[Item]:
     """Pairs of answers that the world wrote well or carelessly."""
     rng, found = np.random.default_rng(0), []
-    for row in pocket.prompts(world, "preference")[:n]:
+    for row in Pocket(world).prompts("preference").to_list()[:n]:
         asked = pocket.parse_prompt(row["prompt"])
         pair = [write(world, asked, DEMONSTRATION if rng.random() < 0.5 else CARELESS, rng)[0] for _ in range(2)]
         if pair[0] != pair[1]:
@@ -192,7 +192,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> str:
     judgments = feedback.ask(written_items(pocket.world(), 2400)[600:], Pocket().rater())
     settings = {"max_steps": 130, "per_device_train_batch_size": 16, "learning_rate": 1e-3}
     out = tmp_path_factory.mktemp("judge") / "judge"
-    return feedback.train_judge(pocket.BASE_MODEL, judgments, out, pocket.JUDGE_TEMPLATE, **settings)
+    return feedback.train_judge(Pocket.base_model, judgments, out, pocket.JUDGE_TEMPLATE, **settings)
 
 
 @pytest.mark.slow
@@ -555,7 +555,7 @@ def test_an_empty_revision_leaves_the_answer_and_is_counted_and_chats_stay_chats
 def test_a_model_directory_writes_and_the_same_seed_writes_the_same() -> None:
     answers = pd.DataFrame({"prompt": [PROMPT] * 3, "completion": [BAD] * 3})
     frames = [
-        feedback.critique_and_revise(feedback.writer(pocket.BASE_MODEL, 12, seed=5, batch_size=2), answers, ONE)
+        feedback.critique_and_revise(feedback.writer(Pocket.base_model, 12, seed=5, batch_size=2), answers, ONE)
         for _ in range(2)
     ]
     assert frames[0].equals(frames[1]) and frames[0]["revision"].str.len().min() > 0
@@ -563,7 +563,7 @@ def test_a_model_directory_writes_and_the_same_seed_writes_the_same() -> None:
 
 def test_the_rule_reader_mends_what_a_principle_names_and_gold_rises() -> None:
     world, rng = pocket.world(), np.random.default_rng(0)
-    prompts = [row["prompt"] for row in pocket.prompts(world, "train")[:150]]
+    prompts = Pocket(world).prompts("train", 150)["prompt"][:]
     answers = [write(world, pocket.parse_prompt(prompt), CARELESS, rng)[0] for prompt in prompts]
     frame = pd.DataFrame({"prompt": prompts, "completion": answers})
     frame = feedback.critique_and_revise(pocket.RuleReader(world), frame, rounds=3)

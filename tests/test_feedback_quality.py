@@ -23,10 +23,9 @@ from rlhf_kit.feedback.choice_model import Choices, Posterior
 from rlhf_kit.feedback.judging import as_row, judgments_frame
 from rlhf_kit.tasks import Pocket, pocket
 from rlhf_kit.tasks.pocket import answers
-from rlhf_kit.tasks.pocket.facts import split_prompts
 
 WORLD = pocket.world(0)
-PROMPTS = split_prompts(WORLD, "preference")
+PROMPTS = WORLD.splits["preference"]
 A, B, TIE, SKIP = (1, 2), (2, 1), (1, 1), None  # ranks of a pair, in the item's own order
 
 
@@ -268,7 +267,7 @@ def texts(n: int, seed: int, k: int = 2) -> list[Item]:
     rng, found = np.random.default_rng([seed, 99]), []
     while len(found) < n:
         prompt = PROMPTS[rng.integers(len(PROMPTS))]
-        qualities = [pocket.CAREFUL if rng.random() < 0.5 else pocket.CARELESS for _ in range(k)]
+        qualities = [answers.CAREFUL if rng.random() < 0.5 else answers.CARELESS for _ in range(k)]
         written = {answers.write(WORLD, prompt, quality, rng)[0] for quality in qualities}
         if len(written) == k:
             found.append(Item(prompt.text, tuple(sorted(written))))

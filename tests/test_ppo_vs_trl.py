@@ -20,7 +20,7 @@ import torch
 from rlhf_kit import models
 from rlhf_kit.rewards import RewardModel
 from rlhf_kit.stats import Interval
-from rlhf_kit.tasks import pocket
+from rlhf_kit.tasks import Pocket
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments" / "ppo_vs_trl"
 sys.path.insert(0, str(FOLDER))  # the scripts find each other beside them, as they do when they are run
@@ -191,7 +191,7 @@ def test_the_settings_of_a_run_are_those_of_the_preset() -> None:
 def test_a_side_trains_saves_and_says_what_it_took(tmp_path: Path, zoo: dict[str, str], name: str, mode: str) -> None:
     """One copy of the base per role in full; with LoRA TRL holds policy, value and reward model."""
     models.write_notes(zoo["full-reward"], shift=0.5, scale=2.0)
-    prompts = [row["prompt"] for row in pocket.prompts(pocket.world(), "train")][:20]
+    prompts = Pocket().prompts("train", 20)["prompt"][:]
     run = compare.train_policy(tmp_path, name, SETTINGS | {"mode": mode}, zoo["full"], zoo["full-reward"], prompts)
     assert [step for step, _ in compare.checkpoints(run.directory)] == [2, 3]
     assert len(json.loads((run.directory / "prompts.json").read_text())) == 16

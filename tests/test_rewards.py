@@ -52,7 +52,9 @@ def test_scores_equal_the_naive_row_by_row_computation(zoo: Zoo, mode: str, toke
 
 def test_scores_equal_those_of_transformers_own_classifier(zoo: Zoo, tokenizer: PreTrainedTokenizerBase) -> None:
     classifier = AutoModelForSequenceClassification.from_pretrained(zoo["full-reward"], dtype=torch.float32).eval()
-    texts = [f"{prompt}{completion}{pocket.EOS}" for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
+    texts = [
+        f"{prompt}{completion}{tokenizer.eos_token}" for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)
+    ]
     batch = tokenizer(texts, padding=True, return_tensors="pt", padding_side="right")
     with torch.no_grad():
         expected = (
@@ -146,8 +148,8 @@ def test_two_reward_models_of_different_seeds_disagree(
 
 def test_gold_is_pockets_and_refuses_a_prompt_from_elsewhere() -> None:
     world = pocket.world(0)
-    demonstrations = pocket.demonstrations(world, 20, seed=1)
-    prompts, completions = ([row[name] for row in demonstrations] for name in ("prompt", "completion"))
+    demonstrations = Pocket(world).demonstrations(20, seed=1)
+    prompts, completions = (demonstrations[name][:] for name in ("prompt", "completion"))
     expected = [pocket.gold(world, prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
     assert Pocket(world).gold(prompts, completions, kind=["x"] * 20) == expected and len(set(expected)) > 3
     with pytest.raises(ValueError):

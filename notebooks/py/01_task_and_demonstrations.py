@@ -50,13 +50,9 @@ pd.options.display.max_colwidth = None
 # before.
 
 # %%
-facts = pd.DataFrame(world.facts, columns=["animal", "attribute", "value"])
-hidden = [
-    (animal, attribute) in world.held_out for animal, attribute in zip(facts.animal, facts.attribute, strict=True)
-]
-facts["shown"] = facts["value"].mask(hidden, "[" + facts["value"] + "]")
-display(facts.pivot(index="animal", columns="attribute", values="shown").rename_axis(None, axis=1))
-print(f"{len(facts)} facts, {len(world.held_out)} of them held out")
+shown = {cell: f"[{value}]" if cell in world.held_out else value for cell, value in world.truth.items()}
+display(pd.Series(shown).unstack().rename_axis("animal"))
+print(f"{len(shown)} facts, {len(world.held_out)} of them held out")
 
 # %% [markdown]
 # ## Six kinds of prompt
@@ -222,7 +218,7 @@ rk.plots.reward_shift(both, rewards=["gold"], models=["base", "demonstrations"],
 # feature, why the demonstrations score higher.
 
 # %%
-found = pd.DataFrame([pocket.features(world, row.prompt, row.completion) for row in both.itertuples()])
+found = task.features(both)
 contributions = (found * weights)[found.columns].groupby(both["model"].to_numpy()).mean()
 gain = contributions.loc["demonstrations"] - contributions.loc["base"]
 shown = gain[gain.abs() > 0.005].sort_values()
@@ -256,7 +252,7 @@ print(f"demonstrations about a held-out cell: {(~demonstrations['seen']).sum()} 
 test = task.prompts("test", seed=SEED)
 on_test = rk.sample(preset.base_model, test, n=2, seed=SEED, **preset.sampling).assign(model="base")
 facts_asked = on_test[on_test["attribute"].isin(["home", "food", "time", "colour"]) & (on_test["kind"] != "skill")]
-right = [pocket.features(world, row.prompt, row.completion)["answer_right"] for row in facts_asked.itertuples()]
+right = task.features(facts_asked)["answer_right"]
 for seen, rows in facts_asked.assign(right=right).groupby("seen"):
     share = rk.stats.bootstrap(rows["right"], rows["prompt_id"])
     print(f"the base is right on {'seen' if seen else 'held-out'} cells: {share}  ({rows.prompt_id.nunique()} prompts)")

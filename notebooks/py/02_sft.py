@@ -35,13 +35,11 @@ import pandas as pd
 import torch
 
 import rlhf_kit as rk
-from rlhf_kit.tasks import pocket
 
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
 work = rk.workspace("02_sft")
 task, gold = preset.task, preset.task.gold
-world = task.world
 pd.options.display.max_colwidth = pd.options.display.max_columns = None
 
 # %% [markdown]
@@ -228,8 +226,7 @@ plt.show()
 # survive; and the facts of held-out cells, which no demonstration mentions, are known from pretraining if at all.
 
 # %%
-parts = [pocket.features(world, row.prompt, row.completion) for row in scores.itertuples()]
-right = pd.DataFrame(parts, index=scores.index)[["skill_right", "answer_right"]].max(axis=1)
+right = task.features(scores)[["skill_right", "answer_right"]].max(axis=1)
 asks_fact = scores["kind"].isin(["ask", "brief", "leading"])
 groups = {
     "the skill": scores["kind"] == "skill",

@@ -46,7 +46,6 @@ from rlhf_kit.tasks import pocket
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
 task = preset.task
-world = task.world
 flow = rk.Pipeline(preset, rk.results("book") / f"{PRESET}-{SEED}")
 work = rk.workspace("04_reward_model")
 pd.set_option("display.max_colwidth", None)
@@ -138,16 +137,17 @@ display(
 # probabilities, so the ceiling can be computed, and so can the accuracy of the true (gold) utility as a predictor.
 
 # %%
-table, rater = held_out.to_pandas(), pocket.Rater()
+table, person = held_out.to_pandas(), task.rater()
 for side in ("chosen", "rejected"):
     texts = list(zip(table["prompt"], table[side], strict=True))
     table[f"reward {side}"] = reward(table["prompt"].tolist(), table[side].tolist())
-    table[f"gold {side}"] = [pocket.gold(world, *text) for text in texts]
-    table[f"rater {side}"] = [pocket.utility(world, rater, *text) for text in texts]
+    table[f"gold {side}"] = task.gold(table["prompt"], table[side])
+    table[f"rater {side}"] = [person.utility(*text) for text in texts]
 gap = pd.DataFrame({who: table[f"{who} chosen"] - table[f"{who} rejected"] for who in ("reward", "gold", "rater")})
 # Averaged over who is shown first, which no reward model is told.
 chance_of_choice = [
-    (pocket.choice_probability(rater, g, 0.0) + 1 - pocket.choice_probability(rater, 0.0, g)) / 2 for g in gap["rater"]
+    (pocket.choice_probability(person.rater, g, 0.0) + 1 - pocket.choice_probability(person.rater, 0.0, g)) / 2
+    for g in gap["rater"]
 ]
 p = np.asarray(chance_of_choice)
 found = {
@@ -237,15 +237,15 @@ prompts = task.prompts("test", n_prompts, seed=SEED)
 samples = rk.sample(flow.sft(), prompts, n=n, seed=SEED, **preset.sampling)
 samples = rk.sampling.add_rewards(samples, {"proxy": reward, "gold": task.gold})
 texts = list(zip(samples["prompt"], samples["completion"], strict=True))
-samples["rater"] = [pocket.utility(world, rater, *text) for text in texts]
-features = pd.DataFrame([pocket.features(world, *text) for text in texts])
+samples["rater"] = [person.utility(*text) for text in texts]
+features = task.features(samples)
 features = features.loc[:, (features != 0).sum() >= 30]  # what hardly occurs cannot be measured
 samples[["kind", "prompt", "completion", "proxy", "gold", "rater"]].iloc[: 4 * n : n].round(2)
 
 # %%
 # One unit for all: a rater's log-odds are its utility over its temperature, and the reward model learned log-odds.
 judges = pd.DataFrame({"gold": samples["gold"], "rater": samples["rater"]})
-judges["reward model"] = samples["proxy"] * reward.scale * rater.temperature
+judges["reward model"] = samples["proxy"] * reward.scale * person.rater.temperature
 design = np.column_stack([features, np.ones(len(features))])
 
 

@@ -45,7 +45,6 @@ from rlhf_kit.tasks import pocket
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
 task = preset.task
-world = task.world
 flow = rk.Pipeline(preset, rk.results("book") / f"{PRESET}-{SEED}")
 pd.set_option("display.max_colwidth", None)
 
@@ -241,9 +240,7 @@ pd.DataFrame(gains)
 # feature's weight times how much more often (or longer) it occurs than under SFT.
 
 # %%
-texts = zip(final["prompt"], final["completion"], strict=True)
-features = pd.DataFrame([pocket.features(world, *text) for text in texts], index=final.index)
-paid = features * pd.Series(pocket.GOLD_WEIGHTS)
+paid = task.features(final) * pd.Series(pocket.GOLD_WEIGHTS)
 paid = pd.concat([final[["model", "prompt_id"]], paid], axis=1).groupby(["model", "prompt_id"]).mean()
 parts = {}
 for model in models[1:]:

@@ -47,7 +47,6 @@ from rlhf_kit.tasks import pocket
 started = time.monotonic()
 preset = rk.setup(PRESET, seed=SEED)
 task = preset.task
-world = task.world
 flow = rk.Pipeline(preset, rk.results("book") / f"{PRESET}-{SEED}")
 work = rk.workspace("08_ai_feedback")
 pd.set_option("display.max_colwidth", None)
@@ -259,12 +258,12 @@ effects.pivot(index="effect", columns="model", values="share")[["SFT", *policies
 
 # %%
 careless = rk.sample(preset.base_model, test, n=1, seed=SEED, **preset.sampling)
-reader = pocket.RuleReader(world, pocket.Rater(knowledge=0.7, lapse=0.2), seed=SEED)
+reader = pocket.RuleReader(task.world, pocket.Rater(knowledge=0.7, lapse=0.2), seed=SEED)
 revised = rk.feedback.critique_and_revise(reader, careless[["prompt_id", "kind", "prompt", "completion"]], rounds=4)
 texts = pd.concat([revised[revised["round"] == 1].assign(round=0, revision=lambda f: f["answer"]), revised])
-found = [pocket.features(world, p, f" {c}") for p, c in zip(texts["prompt"], texts["revision"], strict=True)]
-texts["gold"] = gold(texts["prompt"].tolist(), [f" {text}" for text in texts["revision"]])
-texts["harm"] = [features["harm"] for features in found]
+texts["completion"] = " " + texts["revision"]
+texts["gold"] = gold(texts["prompt"], texts["completion"])
+texts["harm"] = task.features(texts)["harm"]
 figure, panels = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
 asked = {"gold": (texts, "mean gold utility"), "harm": (texts[texts["kind"] == "harmful"], "harmful answers [share]")}
 for axes, (value, (part, label)) in zip(panels, asked.items(), strict=True):

@@ -10,8 +10,6 @@ from datasets import Dataset
 from rlhf_kit import data
 from rlhf_kit.tasks.task import Task
 
-TEST_FRACTION = 0.1
-
 
 class Pairs(Task):
     """Preferences from a file or hub id, split by prompt into "train" and "test"; the truth is not known.
@@ -21,26 +19,24 @@ class Pairs(Task):
 
     name = "pairs"
 
-    def __init__(self, source: str, seed: int = 0, base_model: str | None = None) -> None:
+    def __init__(self, source: str, seed: int = 0) -> None:
         self.source = source
         self.seed = seed
-        self.base_model = base_model
 
     @cached_property
     def splits(self) -> dict[str, Dataset]:
-        """All pairs, by split."""
+        """The pairs of each split; those of "preference" are those of "train"."""
         pairs = data.load(str(self.source))
         data.check(pairs, data.PREFERENCE, str(self.source))
-        train, test = data.split_by_prompt(pairs, TEST_FRACTION, self.seed)
-        return {"train": train, "test": test}
+        train, test = data.split_by_prompt(pairs, seed=self.seed)
+        return {"preference": train, "train": train, "test": test}
 
     def preferences(self, split: str = "train") -> Dataset:
         return self.splits[split]
 
     def prompts(self, split: str, n: int | None = None, seed: int = 0) -> Dataset:
-        """The different prompts of a split in an order drawn by `seed`; "preference" are those of "train"."""
-        prompts = self.splits["test" if split == "test" else "train"]["prompt"][:]
-        distinct = list({str(prompt): prompt for prompt in prompts}.values())
+        """The different prompts of a split in an order drawn by `seed`."""
+        distinct = list({str(prompt): prompt for prompt in self.splits[split]["prompt"][:]}.values())
         order = np.random.default_rng([seed, 1]).permutation(len(distinct))[:n]
         return Dataset.from_dict({"prompt": [distinct[i] for i in order]})
 

@@ -10,16 +10,14 @@ from rlhf_kit.rewards import Reward
 
 
 class Task:
-    """The base of every task; a task of one's own overrides what it has.
+    """The base of every task: a subclass overrides what it has.
 
     It has prompts and demonstrations, and either a `rater` who judges samples or `preferences` that people gave before.
-    `name` tells people which task it is. `base_model` is where training starts: a directory or hub id (None: one is
-    named, or a small one is pretrained on the preferences). `source` is the file or hub id that the task reads.
     """
 
-    name: str = "task"
-    base_model: str | None = None
-    source: str | None = None
+    name: str = "task"  # which task it is, for people
+    base_model: str | None = None  # directory or hub id where training starts; None: one is named or pretrained
+    source: str | None = None  # the file or hub id that it reads
 
     def prompts(self, split: str, n: int | None = None, seed: int = 0) -> Dataset:
         """`n` prompts (default: all) of a split: "preference" and "train" to learn on, "test" to evaluate on."""
@@ -34,7 +32,7 @@ class Task:
         return None
 
     def preferences(self, split: str = "train") -> Dataset:
-        """Preferences that were given before, of a split "train" or "test": `prompt, chosen, rejected`."""
+        """Preferences that were given before, of the split "train" or "test": `prompt, chosen, rejected`."""
         raise NotImplementedError(f"task {self.name!r} has no preferences of its own: its rater judges samples")
 
     @property

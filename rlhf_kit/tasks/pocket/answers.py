@@ -4,31 +4,18 @@ The writer draws a plan and notes the features of what it plans while it writes;
 and parser check each other.
 """
 
-from collections import Counter
-from dataclasses import dataclass, replace
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 
-from .facts import World, draw_skill, pools, row, split_prompts
-from .language import (
-    ALSO,
-    ANIMALS,
-    ATTRIBUTES,
-    CLAIMS,
-    CLOSERS,
-    HARM_VERBS,
-    HARMFUL_ADVICE,
-    HEDGED,
-    HEDGES,
-    NO,
-    OPENERS,
-    REDIRECTS,
-    REFUSALS,
-    TOOLS,
-    VALUES,
-    YES,
-    Prompt,
-)
+from . import language
+from .facts import World, draw_skill
+from .language import ANIMALS, ATTRIBUTES, CLAIMS, VALUES, Cell, Prompt
 
 MAX_TOKENS = 40  # of a completion, EOS included; every word of the language is one token
 
@@ -58,17 +45,7 @@ CAREFUL = Quality(
     correct=0.95, safe=0.2, verdict=0.8, agrees=0.7, filler=0.3, hedge=0.25, extra=0.5, off_topic=0.1, repeat=0.06
 )
 CARELESS = replace(CAREFUL, correct=0.25)
-
-
-def demonstrations(world: World, n: int | None = None, seed: int = 0) -> list[dict]:
-    """Rows of prompts(world, "sft") with a `completion` of mixed quality; prompts come again if n exceeds them."""
-    pool = split_prompts(world, "sft")
-    rng = np.random.default_rng([seed, 4])
-    rows = []
-    for prompt in _draw_prompts(pool, len(pool) if n is None else n, rng):
-        completion, _ = write(world, prompt, DEMONSTRATION, rng, held_out=False)
-        rows.append(row(world, prompt) | {"completion": completion})
-    return rows
+_CORPUS_SHARES = {"ask": 0.24, "brief": 0.08, "leading": 0.20, "harmful": 0.10, "borderline": 0.09, "skill": 0.29}
 
 
 def corpus(world: World, n: int, seed: int = 0) -> list[str]:
@@ -77,43 +54,18 @@ def corpus(world: World, n: int, seed: int = 0) -> list[str]:
     A held-out cell comes up here in the extra facts and in its own prompts outside the test split.
     """
     rng = np.random.default_rng([seed, 5])
-    test = {prompt.text for prompt in split_prompts(world, "test")}
-    by_kind: dict[str, list[Prompt]] = {kind: [] for kind in _CORPUS_SHARES}
-    for prompt in (prompt for pool in pools(world).values() for prompt in pool):
-        by_kind[prompt.kind].append(prompt)
-    kinds, shares = list(_CORPUS_SHARES), list(_CORPUS_SHARES.values())
+    test = {prompt.text for prompt in world.splits["test"]}
+    everything = [prompt for pool in world.pools.values() for prompt in pool]
+    by_kind = {kind: [prompt for prompt in everything if prompt.kind == kind] for kind in _CORPUS_SHARES}
     texts: list[str] = []
     while len(texts) < n:
-        kind = kinds[rng.choice(len(kinds), p=shares)]
+        kind = str(rng.choice(list(_CORPUS_SHARES), p=list(_CORPUS_SHARES.values())))
         # Word lists are drawn anew each time: from a fixed list of them the base would learn the lists, not the skill.
         prompt = draw_skill(rng) if kind == "skill" else by_kind[kind][rng.integers(len(by_kind[kind]))]
         author = CAREFUL if rng.random() < 0.5 else CARELESS
         if prompt.text not in test:
             texts.append(prompt.text + write(world, prompt, author, rng)[0])
     return texts
-
-
-_CORPUS_SHARES = {"ask": 0.24, "brief": 0.08, "leading": 0.20, "harmful": 0.10, "borderline": 0.09, "skill": 0.29}
-
-
-def _draw_prompts(pool: tuple[Prompt, ...], n: int, rng: np.random.Generator) -> list[Prompt]:
-    """n prompts: the whole pool in a new order, again and again."""
-    order: list[int] = []
-    while len(order) < n:
-        order += rng.permutation(len(pool)).tolist()
-    return [pool[i] for i in order[:n]]
-
-
-class _Draft:
-    """Sentences written so far, and the features they are meant to have."""
-
-    def __init__(self) -> None:
-        self.sentences: list[str] = []
-        self.features: Counter[str] = Counter()
-
-    def add(self, sentence: str, **features: float) -> None:
-        self.sentences.append(sentence)
-        self.features.update(features)
 
 
 def write(
@@ -124,7 +76,8 @@ def write(
     With `held_out` False no held-out cell is mentioned beyond what the prompt asks.
     """
     while True:
-        draft = _write_once(world, prompt, quality, rng, held_out)
+        draft = _Draft(world, prompt, quality, rng, held_out)
+        draft.write()
         completion = " " + " ".join(draft.sentences)
         if len(completion.split()) < MAX_TOKENS:  # EOS is a token too
             break
@@ -134,102 +87,112 @@ def write(
     return completion, {name: float(value) for name, value in draft.features.items() if value}
 
 
-def _write_once(world: World, prompt: Prompt, quality: Quality, rng: np.random.Generator, held_out: bool) -> _Draft:
-    draft = _Draft()
-    if prompt.kind == "skill":
-        draft.add(" ".join(prompt.target) + " .", skill_right=1)
-        return draft
-    if rng.random() < quality.filler:
-        draft.add(_pick(rng, OPENERS), polite=1)
-    if prompt.kind == "harmful":
-        _write_on_harm(prompt, quality, rng, draft)
-    elif prompt.kind == "borderline" and rng.random() < quality.refuses_borderline:
-        draft.add(_pick(rng, REFUSALS), refusal_wrong=1)
-    else:
-        _write_facts(world, prompt, quality, rng, held_out, draft)
-    if rng.random() < quality.filler:
-        draft.add(_pick(rng, CLOSERS), **{"filler" if draft.features["polite"] else "polite": 1})
-    return draft
+@dataclass
+class _Draft:
+    """The sentences that are written so far, and the features that they are meant to have."""
 
+    world: World
+    prompt: Prompt
+    quality: Quality
+    rng: np.random.Generator
+    held_out: bool
+    sentences: list[str] = field(default_factory=list)
+    features: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-def _write_on_harm(prompt: Prompt, quality: Quality, rng: np.random.Generator, draft: _Draft) -> None:
-    if rng.random() < quality.safe:
-        draft.add(_pick(rng, REFUSALS), refusal_right=1)
-        if rng.random() < quality.redirect:
-            draft.add(_pick(rng, REDIRECTS).format(animal=prompt.animal), redirect=1)
-        return
-    # The verb of the advice is the verb of the prompt, so that compliance reads as what it is.
-    verb = next(verb for verb in HARM_VERBS if f" {verb} " in prompt.text)
-    draft.add(_pick(rng, HARMFUL_ADVICE).format(verb=verb, animal=prompt.animal, tool=_pick(rng, TOOLS)), harm=1)
+    def add(self, sentence: str, *features: str) -> None:
+        self.sentences.append(sentence)
+        for name in features:
+            self.features[name] += 1
 
+    def happens(self, probability: float) -> bool:
+        return self.rng.random() < probability
 
-def _write_facts(
-    world: World, prompt: Prompt, quality: Quality, rng: np.random.Generator, held_out: bool, draft: _Draft
-) -> None:
-    truth = world.truth[prompt.animal, prompt.attribute]
-    value = truth
-    if rng.random() >= quality.correct:
-        sides_with_user = prompt.claim not in ("", truth) and rng.random() < quality.agrees
-        value = prompt.claim if sides_with_user else _wrong_value(world, prompt.animal, prompt.attribute, quality, rng)
-    if prompt.kind == "leading" and rng.random() < quality.verdict:
-        if value != prompt.claim:
-            draft.add(_pick(rng, NO), **({"corrects_claim": 1} if prompt.claim != truth else {"false_facts": 1}))
+    def pick(self, options: tuple[Any, ...] | list[Any]) -> Any:
+        return options[int(self.rng.integers(len(options)))]
+
+    def write(self) -> None:
+        prompt, quality = self.prompt, self.quality
+        if prompt.kind == "skill":
+            self.add(" ".join(prompt.target) + " .", "skill_right")
+            return
+        if self.happens(quality.filler):
+            self.add(self.pick(language.OPENERS), "polite")
+        if prompt.kind == "harmful":
+            self.write_on_harm()
+        elif prompt.kind == "borderline" and self.happens(quality.refuses_borderline):
+            self.add(self.pick(language.REFUSALS), "refusal_wrong")
         else:
-            draft.add(_pick(rng, YES))
-    if value == prompt.claim:
-        draft.features["agrees"] = 1
-        draft.features["agrees_false"] = int(value != truth)
+            self.write_facts()
+        if self.happens(quality.filler):
+            self.add(self.pick(language.CLOSERS), "filler" if self.features["polite"] else "polite")
 
-    forms = CLAIMS[prompt.attribute]
-    form = forms[-1] if prompt.kind == "borderline" and prompt.attribute == "home" else _pick(rng, forms)
-    answer = form.format(animal=prompt.animal, value=value)
-    hedge = rng.random() < quality.hedge
-    prefix = rng.random() < 0.5
-    if hedge and not prefix:
-        draft.add(_pick(rng, HEDGES), hedge=1)
-    if hedge and prefix:
-        answer = _pick(rng, HEDGED) + answer
-        draft.features["hedge"] += 1
-    draft.add(answer, **{"answer_right" if value == truth else "answer_wrong": 1})
+    def write_on_harm(self) -> None:
+        it = f"the {self.prompt.animal}"
+        if self.happens(self.quality.safe):
+            self.add(self.pick(language.REFUSALS), "refusal_right")
+            if self.happens(self.quality.redirect):
+                self.add(self.pick(language.REDIRECTS).format(it=it), "redirect")
+            return
+        # The verb of the advice is the verb of the prompt, so that compliance reads as what it is.
+        verb = next(verb for verb in language.HARM_VERBS if f" {verb} " in self.prompt.text)
+        advice = self.pick(language.HARMFUL_ADVICE)
+        self.add(advice.format(verb=verb, it=it, tool=self.pick(language.TOOLS)), "harm")
 
-    n_extra = 0
-    others = [a for a in ATTRIBUTES if a != prompt.attribute and (held_out or (prompt.animal, a) not in world.held_out)]
-    for attribute in rng.permutation(others):
-        if rng.random() >= quality.extra:
-            break
-        n_extra += _write_extra(world, prompt, str(attribute), quality, rng, draft)
-    if prompt.kind != "brief" and n_extra:
-        draft.features["extra_facts"] = 1 - 0.5**n_extra  # type: ignore[assignment]  # a float in a Counter
-    if rng.random() < quality.off_topic:
-        _write_off_topic(world, prompt, rng, held_out, draft)
-    if rng.random() < quality.repeat:
-        draft.add(answer, repetition=1)
+    def write_facts(self) -> None:
+        prompt, quality, truth = self.prompt, self.quality, self.world.truth[self.prompt.cell]
+        value = truth
+        if not self.happens(quality.correct):
+            sides_with_user = prompt.claim not in ("", truth) and self.happens(quality.agrees)
+            value = prompt.claim if sides_with_user else self.wrong_value(prompt.attribute)
+        if prompt.kind == "leading" and self.happens(quality.verdict):
+            if value == prompt.claim:
+                self.add(self.pick(language.YES))
+            else:
+                self.add(self.pick(language.NO), "corrects_claim" if prompt.claim != truth else "false_facts")
+        if value == prompt.claim:
+            self.features["agrees"] = 1
+            self.features["agrees_false"] = int(value != truth)
 
+        forms = CLAIMS[prompt.attribute]
+        form = forms[-1] if prompt.kind == "borderline" and prompt.attribute == "home" else self.pick(forms)
+        answer = form.format(it=f"the {prompt.animal}", value=value)
+        hedge, prefix = self.happens(quality.hedge), self.happens(0.5)
+        if hedge and prefix:
+            answer = self.pick(language.HEDGED) + answer
+        elif hedge:
+            self.add(self.pick(language.HEDGES))
+        self.features["hedge"] += hedge
+        self.add(answer, "answer_right" if value == truth else "answer_wrong")
 
-def _write_extra(
-    world: World, prompt: Prompt, attribute: str, quality: Quality, rng: np.random.Generator, draft: _Draft
-) -> int:
-    """One more fact about the animal; returns 1 if it is true."""
-    truth = world.truth[prompt.animal, attribute]
-    correct = rng.random() < quality.correct
-    value = truth if correct else _wrong_value(world, prompt.animal, attribute, quality, rng)
-    draft.add(ALSO[attribute].format(value=value), **({} if correct else {"false_facts": 1}))
-    return int(correct)
+        n_true = 0
+        others = [a for a in ATTRIBUTES if a != prompt.attribute and self.may_say((prompt.animal, a))]
+        for attribute in self.rng.permutation(others):
+            if not self.happens(quality.extra):
+                break
+            is_true = self.happens(quality.correct)
+            said = self.world.truth[prompt.animal, attribute] if is_true else self.wrong_value(attribute)
+            self.add(language.ALSO[attribute].format(value=said))
+            self.features["false_facts"] += not is_true
+            n_true += is_true
+        if prompt.kind != "brief":
+            self.features["extra_facts"] = 1 - 0.5**n_true
+        if self.happens(quality.off_topic):
+            self.write_off_topic()
+        if self.happens(quality.repeat):
+            self.add(answer, "repetition")
 
+    def write_off_topic(self) -> None:
+        """A true fact about some other animal."""
+        others = [animal for animal in ANIMALS if animal != self.prompt.animal]
+        animal, attribute = self.pick([cell for cell in product(others, ATTRIBUTES) if self.may_say(cell)])
+        value = self.world.truth[animal, attribute]
+        self.add(CLAIMS[attribute][0].format(it=f"the {animal}", value=value), "off_topic")
 
-def _write_off_topic(world: World, prompt: Prompt, rng: np.random.Generator, held_out: bool, draft: _Draft) -> None:
-    """A fact about some other animal."""
-    cells = [(a, b) for a in ANIMALS for b in ATTRIBUTES if held_out or (a, b) not in world.held_out]
-    cells = [cell for cell in cells if cell[0] != prompt.animal]
-    animal, attribute = cells[rng.integers(len(cells))]
-    draft.add(CLAIMS[attribute][0].format(animal=animal, value=world.truth[animal, attribute]), off_topic=1)
+    def may_say(self, cell: Cell) -> bool:
+        return self.held_out or cell not in self.world.held_out
 
-
-def _wrong_value(world: World, animal: str, attribute: str, quality: Quality, rng: np.random.Generator) -> str:
-    if rng.random() < quality.myth:
-        return world.myth[animal, attribute]
-    return _pick(rng, tuple(value for value in VALUES[attribute] if value != world.truth[animal, attribute]))
-
-
-def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
-    return options[rng.integers(len(options))]
+    def wrong_value(self, attribute: str) -> str:
+        cell = self.prompt.animal, attribute
+        if self.happens(self.quality.myth):
+            return self.world.myth[cell]
+        return self.pick([value for value in VALUES[attribute] if value != self.world.truth[cell]])

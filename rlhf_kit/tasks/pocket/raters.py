@@ -1,22 +1,30 @@
 """Simulated raters: gold seen through what a person knows, likes and overlooks."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import product
 
 import numpy as np
 
-from .facts import Cell, World
-from .language import ANIMALS, ATTRIBUTES
+from rlhf_kit import models
+from rlhf_kit.feedback import SCALES, STRENGTHS, Answer, FeedbackError, Question
+from rlhf_kit.feedback.judging import dense_ranks
+from rlhf_kit.rewards import Completion
+
+from .facts import World
+from .language import ANIMALS, ATTRIBUTES, Cell
 from .scoring import GOLD_WEIGHTS, features
 
 TINY = 1e-9  # of utility: less than any difference between two completions
+STEPS = (0.75, 2.0)  # where a felt gap of a pair becomes clear, and where it becomes large, in units of utility
 
 
 @dataclass(frozen=True)
 class Rater:
-    """A rater's faults; Rater(1.0, 0, 0, 0, 0, temperature=0, lapse=0, position_bias=0) judges by gold, exactly."""
+    """A rater's faults; Rater(1, 0, 0, 0, 0, temperature=0, lapse=0, position_bias=0) judges exactly by gold."""
 
     knowledge: float = 0.9  # share of the facts that the rater can check; claims about the others look true
     length: float = 0.03  # added utility per word
@@ -26,23 +34,20 @@ class Rater:
     temperature: float = 0.5  # Bradley-Terry temperature, in units of utility; 0 always prefers the better
     lapse: float = 0.05  # share of judgments made by a coin
     position_bias: float = 0.1  # log-odds added to whichever completion is shown first
-    indifference: float = 0.0  # a felt gap below this is called a tie, in units of utility
     standard: float = 1.0  # the utility above which a completion is called good
     seed: int = 0  # which facts are known
     name: str = "rater"
 
     def __post_init__(self) -> None:
-        for field in ("knowledge", "lapse"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"Rater.{field}={getattr(self, field)}: it is a share; give a number from 0 to 1.")
-        if self.temperature < 0:
-            raise ValueError(f"Rater.temperature={self.temperature}: give 0 (no noise) or a positive number.")
+        for field, most in (("knowledge", 1), ("lapse", 1), ("temperature", np.inf)):
+            if not 0 <= getattr(self, field) <= most:
+                raise ValueError(f"Rater.{field}={getattr(self, field)}: give a number from 0 to {most}.")
 
 
 @cache
 def known_cells(rater_seed: int, knowledge: float) -> frozenset[Cell]:
     """The (animal, attribute) cells that a rater can check; more knowledge only ever adds cells."""
-    cells = [(animal, attribute) for animal in ANIMALS for attribute in ATTRIBUTES]
+    cells = list(product(ANIMALS, ATTRIBUTES))
     order = np.random.default_rng([rater_seed, 3]).permutation(len(cells))
     return frozenset(cells[i] for i in order[: round(knowledge * len(cells))])
 
@@ -72,44 +77,71 @@ def choice_probability(rater: Rater, first: float, second: float) -> float:
     return float((1 - rater.lapse) * decided + rater.lapse / 2)
 
 
-def perceived_gap(rater: Rater, first: float, second: float, uniform: float) -> float:
-    """How much better the first of two completions feels in one judgment, in units of utility; positive: preferred.
+class SimulatedRater:
+    """A `Rater` who answers questions; the same seed gives the same answers to the same questions in order."""
+
+    interface = "simulated-1"
+    timed = False  # a formula has no pace
+
+    def __init__(self, world: World, rater: Rater, seed: int = 0) -> None:
+        self.world = world
+        self.rater = rater
+        self.name = rater.name
+        self.generator = np.random.default_rng([seed, 7])
+
+    def __call__(self, prompt: models.Prompt, completions: Sequence[Completion], question: Question) -> Answer:
+        felt = [self.utility(prompt, completion) for completion in completions]
+        if question != "rank":
+            return Answer(rating=self._rate(felt[0], question))
+        if len(felt) > 2:
+            return Answer(ranks=dense_ranks(perceived_scores(self.rater, felt, self.generator)))
+        gap = perceived_gap(self.rater, felt[0] - felt[1], self.generator.random())
+        strength = STRENGTHS[sum(abs(gap) >= step for step in STEPS)]
+        return Answer(ranks=(1, 2) if gap > 0 else (2, 1), strength=strength)
+
+    def utility(self, prompt: models.Prompt, completion: Completion) -> float:
+        """How much the rater likes a completion, before noise; FeedbackError for a chat."""
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            raise FeedbackError(f"{self.name}: a simulated rater reads the pocket world's texts, not chats")
+        return utility(self.world, self.rater, prompt, completion)
+
+    def _rate(self, felt: float, question: Question) -> int:
+        """Good if it feels better than the rater's standard; the standard is the middle of a longer scale."""
+        rater, rng = self.rater, self.generator
+        lapses = rng.random() < rater.lapse
+        score = rng.uniform(-4, 4) if lapses else felt - rater.standard + rater.temperature * rng.logistic()
+        scale = SCALES[question]
+        if question == "good/bad":
+            return int(score > 0)
+        return int(np.clip(round(score) + scale[len(scale) // 2], scale[0], scale[-1]))
+
+
+def perceived_gap(rater: Rater, gap: float, uniform: float) -> float:
+    """How much better the first of two completions feels in one judgment; `gap` is the difference of their utilities.
 
     One uniform draw decides: its outer ends, `lapse` in all, are lapses, which feel anything; the rest is logistic
-    noise. So P(gap > 0) is `choice_probability`.
+    noise. So P(perceived_gap > 0) is `choice_probability`.
     """
-    if uniform < rater.lapse / 2 or uniform >= 1 - rater.lapse / 2:  # a lapse: the side is a coin, the size anything
-        ahead = uniform < rater.lapse / 2
-        size = (uniform if ahead else 1 - uniform) / (rater.lapse / 2)
-        return (1 if ahead else -1) * 3 * size
-    gap = first - second
+    end = rater.lapse / 2
+    if uniform < end:
+        return 3 * (uniform / end)
+    if uniform >= 1 - end:
+        return -3 * ((1 - uniform) / end)
     if rater.temperature == 0:
         return gap or (rater.position_bias or (uniform < 0.5) - 0.5) * TINY
-    rest = (uniform - rater.lapse / 2) / (1 - rater.lapse)
+    rest = (uniform - end) / (1 - rater.lapse)
     noise = np.log(rest / (1 - rest)) if rest > 0 else -np.inf
     return float(rater.temperature * (gap / rater.temperature + rater.position_bias - noise))
 
 
 def perceived_scores(rater: Rater, utilities: Sequence[float], rng: np.random.Generator) -> list[float]:
-    """How good each of several completions shown feels in one ranking: Plackett-Luce with lapses, ties by indifference.
+    """How good each of several completions feels in one ranking: Plackett-Luce with lapses.
 
-    Utilities over temperature, the position bias on the first, plus Gumbel noise; of two this is Bradley-Terry (Luce
-    1959). Scores closer to the next higher one than `indifference` are made equal to it.
+    Utilities over temperature, position bias on the first, and Gumbel noise; of two: Bradley-Terry (Luce 1959).
     """
     if rng.random() < rater.lapse:
         return list(rng.permutation(len(utilities)).astype(float))
     scale = rater.temperature or TINY
     scores = np.array(utilities, dtype=float) + scale * rng.gumbel(size=len(utilities))
     scores[0] += scale * rater.position_bias
-    order = np.argsort(-scores)
-    for above, below in pairwise(order):
-        if scores[above] - scores[below] < rater.indifference:
-            scores[below] = scores[above]
     return list(scores)
-
-
-def perceived_score(rater: Rater, felt: float, rng: np.random.Generator) -> float:
-    """How far above the rater's standard one completion feels in one judgment, in units of utility: good if above 0."""
-    if rng.random() < rater.lapse:
-        return float(rng.uniform(-4, 4))
-    return float(felt - rater.standard + rater.temperature * rng.logistic())

@@ -8,24 +8,24 @@ import numpy as np
 
 from rlhf_kit.feedback import FeedbackError, Template, constitution
 from rlhf_kit.models import Prompt
-from rlhf_kit.tasks.pocket.facts import World
-from rlhf_kit.tasks.pocket.language import ALSO, CLAIMS, REDIRECTS, REFUSALS, parse_prompt, sentence_table
-from rlhf_kit.tasks.pocket.raters import TINY, Rater, known_cells
-from rlhf_kit.tasks.pocket.scoring import GOLD_WEIGHTS, features
+
+from .facts import World
+from .language import ALSO, CLAIMS, REDIRECTS, REFUSALS, Cell, parse_prompt, parse_sentence
+from .raters import TINY, Rater, known_cells
+from .scoring import GOLD_WEIGHTS, features
 
 # In words of the pocket language, where each is one token. A model of half a million parameters learns to say whether
-# an answer is good; to compare two in one text it did not learn from a thousand judgments.
+# an answer is good. It did not learn from a thousand judgments to compare two in one text.
 JUDGE_TEMPLATE = Template(compare="", rate="{prompt} {completion} is this good ?", chat=False)
-MATTERS = ("answer_right", "extra_facts", "corrects_claim", "refusal_right", "redirect")  # what plainness must not cost
 
 
 class RuleReader:
-    """Stands in for a model that can read a critique, where the pocket model cannot: it revises by the world's rules.
+    """A stand-in for a model that can read a critique, which the pocket model cannot: it revises by the world's rules.
 
     It knows only what its `pocket.Rater` can check, and overlooks the fault with probability `lapse`. Each principle
-    of the default constitution is a set of features of the gold utility; of all edits of one sentence it takes, again
-    and again, the one that mends these most as it sees them. It shows what revision does to text, not that a language
-    model could do it.
+    of the default constitution is a set of features of the gold utility. Again and again it makes the edit of one
+    sentence that improves these most as it sees them. It shows what revision does to text, not that a language model
+    could do it.
     """
 
     PRINCIPLES = {
@@ -33,7 +33,8 @@ class RuleReader:
         "truthful": ("answer_right", "answer_wrong", "false_facts", "agrees_false", "corrects_claim"),
         "harmless": ("harm", "refusal_right", "redirect"),
         "willing": ("refusal_wrong", "answer_right", "answer_wrong"),
-        "plain": ("filler", "hedge", "repetition", "off_topic", "not_brief", *MATTERS),
+        "plain": ("filler", "hedge", "repetition", "off_topic", "not_brief")
+        + ("answer_right", "extra_facts", "corrects_claim", "refusal_right", "redirect"),  # must not be lost
     }
 
     def __init__(self, world: World, reader: Rater | None = None, seed: int = 0) -> None:
@@ -43,9 +44,9 @@ class RuleReader:
         self.rules = constitution()
         self.generator = np.random.default_rng([seed, 11])
 
-    def __call__(self, prompts: Sequence[Prompt]) -> list[str]:
+    def __call__(self, chats: Sequence[Prompt]) -> list[str]:
         """Critiques of chats of three messages, revisions of chats of five, as `critique_and_revise` asks for them."""
-        return [self._reply(prompt) for prompt in prompts]
+        return [self._reply(chat) for chat in chats]
 
     def _reply(self, chat: Prompt) -> str:
         if isinstance(chat, str) or len(chat) not in (3, 5):
@@ -73,25 +74,24 @@ class RuleReader:
             answer = best
 
     def _edits(self, prompt: str, answer: str, shorten: bool) -> list[str]:
-        """The answer with a sentence left out; unless it is only to `shorten`, also with a claim put right, answered
-        anew, or refused with a safe way."""
+        """The answer without one of its sentences; and, unless it must `shorten`, with one claim put right, or replaced
+        by the right answer or by a refusal with a safe way."""
         asked = parse_prompt(prompt)
         sentences = [f"{part.strip()} ." for part in answer.split(" .") if part.strip()]
         edits = [" ".join(sentences[:i] + sentences[i + 1 :]) for i in range(len(sentences)) if len(sentences) > 1]
         if shorten:
             return edits
         for i, text in enumerate(sentences):
-            claim = sentence_table().get(text)
-            if claim is not None and claim.act == "claim":
-                animal = asked.animal if claim.animal == "it" else claim.animal
-                if (animal, claim.attribute) in self.known:
-                    right = self.world.truth[animal, claim.attribute]
-                    form = ALSO[claim.attribute] if claim.animal == "it" else CLAIMS[claim.attribute][0]
-                    said = form.format(animal=animal, value=right)
-                    edits.append(" ".join([*sentences[:i], said, *sentences[i + 1 :]]))
+            claim = parse_sentence(text)
+            cell = asked.animal if claim.animal == "it" else claim.animal, claim.attribute
+            if cell in self.known:
+                form = ALSO[claim.attribute] if claim.animal == "it" else CLAIMS[claim.attribute][0]
+                edits.append(" ".join([*sentences[:i], self._true(form, cell), *sentences[i + 1 :]]))
         if asked.kind == "harmful":
-            edits.append(f"{REFUSALS[1]} {REDIRECTS[0].format(animal=asked.animal)}")
-        elif (asked.animal, asked.attribute) in self.known:
-            right = self.world.truth[asked.animal, asked.attribute]
-            edits.append(CLAIMS[asked.attribute][0].format(animal=asked.animal, value=right))
+            edits.append(f"{REFUSALS[1]} {REDIRECTS[0].format(it=f'the {asked.animal}')}")
+        elif asked.cell in self.known:
+            edits.append(self._true(CLAIMS[asked.attribute][0], asked.cell))
         return edits
+
+    def _true(self, form: str, cell: Cell) -> str:
+        return form.format(it=f"the {cell[0]}", value=self.world.truth[cell])
