@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import cache
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from rlhf_kit.models import (
-    ModelPath,
-    Prompt,
-    Roles,
-    load_backbone,
-    load_ready,
-    load_tokenizer,
-    padded,
-    read_notes,
-    read_score_head,
-    write_notes,
-)
+from rlhf_kit import models
+from rlhf_kit.models import ModelPath, Prompt, Roles
 
 BATCH_TOKENS = 4096  # in one forward pass of a reward model, whatever its `batch_size`: long texts must not fill a GPU
 Completion = str | list[dict[str, str]]
@@ -47,13 +38,14 @@ class RewardModel:
 
     def __init__(self, path: ModelPath, load_in_4bit: bool | None = None, batch_size: int = 64) -> None:
         self.path = str(path)
+        self.__name__ = "reward_model"  # in the logs of TRL's trainers
         self.load_in_4bit = load_in_4bit
         self.batch_size = batch_size
-        self.tokenizer = load_tokenizer(path)
-        self.head = read_score_head(path)
-        notes = read_notes(path)
+        self.tokenizer = models.load_tokenizer(path)
+        self.head = models.read_score_head(path)
+        notes = models.read_notes(path)
         self.shift, self.scale = notes.get("shift", 0.0), notes.get("scale", 1.0)
-        self._backbone: Callable[[], PreTrainedModel] | None = None
+        self._backbone: Any = cache(lambda: models.load_ready(models.load_backbone, path, load_in_4bit))
 
     def on(self, roles: Roles, role: str) -> RewardModel:
         """The same reward through its adapter in `roles`, without a second copy of the base."""
@@ -64,15 +56,7 @@ class RewardModel:
     @property
     def backbone(self) -> PreTrainedModel:
         """The transformer, with this model's adapter switched on."""
-        if self._backbone is None:
-            loaded = load_ready(load_backbone, self.path, self.load_in_4bit)
-            self._backbone = lambda: loaded
         return self._backbone()
-
-    @property
-    def __name__(self) -> str:
-        """The name of this reward in the logs of TRL's trainers."""
-        return "reward_model"
 
     @torch.no_grad()
     def __call__(self, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float]:
@@ -98,7 +82,7 @@ class RewardModel:
         """Raw scores (B,) in fp32 of rows of token ids, padded on the right so that positions count from 0."""
         backbone = self.backbone
         where = backbone.device
-        ids, mask = (tensor.to(where) for tensor in padded(rows, "right", self.tokenizer.pad_token_id))
+        ids, mask = (tensor.to(where) for tensor in models.padded(rows, "right", self.tokenizer.pad_token_id))
         states = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         last = states[torch.arange(len(rows), device=where), mask.sum(1) - 1]
         with torch.autocast(where.type, enabled=False):  # heads stay in fp32
@@ -114,9 +98,8 @@ class Ensemble:
 
     def __init__(self, members: Sequence[Reward], combine: str = "mean") -> None:
         if len(members) < 2 or combine not in ("mean", "min"):
-            raise ValueError(
-                f"an ensemble needs two or more members and combine 'mean' or 'min'; got {len(members)} and {combine!r}"
-            )
+            got = f"{len(members)} and {combine!r}"
+            raise ValueError(f"an ensemble needs two or more members and combine 'mean' or 'min'; got {got}")
         self.members = list(members)
         self.combine = combine
 
@@ -138,8 +121,8 @@ def normalise(path: ModelPath, prompts: list[Prompt], completions: list[Completi
     A Bradley-Terry reward is defined only up to a shift, and its scale depends on the noise of the raters. After this,
     a `kl_coef` means the same for every reward model. ValueError where all completions have the same score.
     """
-    write_notes(path, shift=0.0, scale=1.0)
+    models.write_notes(path, shift=0.0, scale=1.0)
     scores = torch.tensor(RewardModel(path)(prompts, completions))
     if len(scores) < 2 or scores.std() < 1e-4:  # equal texts in other batches differ by rounding
         raise ValueError(f"{path}: gives every completion the same score, so it cannot be normalised; train it longer")
-    write_notes(path, shift=scores.mean().item(), scale=scores.std().item())
+    models.write_notes(path, shift=scores.mean().item(), scale=scores.std().item())
