@@ -157,10 +157,10 @@ def _memory(options: argparse.Namespace) -> int:
         "on_gpu": options.gpu is not None or models.device().type == "cuda",
     }
     gib = memory.device_memory() if options.gpu is None else options.gpu
-    advice = memory.advise(options.model, options.stage, gib, **settings)
-    print(advice.estimate.table())
+    _, estimate, sentence = memory.advise(options.model, options.stage, gib, **settings)
+    print(estimate.table())
     print()
-    print(advice.sentence())
+    print(sentence)
     return 0
 
 

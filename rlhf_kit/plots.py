@@ -98,7 +98,7 @@ def reward_shift(
             if model != baseline:
                 shift = stats.paired_difference(scores, model, baseline, reward)
                 text = f"shift {shift.mean:+.2f} [{shift.lo:.2f}, {shift.hi:.2f}]"
-            axes.plot(x, density, color=colour[model], linewidth=2.2, label=_shown(f"{model}  {text}"))
+            axes.plot(x, density, color=colour[model], linewidth=2.2, label=f"{model}  {text}")
             axes.fill_between(x, density, color=colour[model], alpha=0.15, linewidth=0)
             top = np.interp(mean, x, density)
             axes.plot([mean, mean], [0, top], color=colour[model], linestyle="--", linewidth=1.6)
@@ -165,8 +165,10 @@ def reward_against_kl(frame: pd.DataFrame, rewards: Sequence[str] = ("gold", "pr
     figure, panels = _panels(len(rewards), width=5.8, height=4.8)
     colour = colours(drawn["model"])
     for axes, reward in zip(panels, rewards, strict=True):
-        for model, rows in drawn[drawn[reward].notna()].groupby("model", sort=False):
-            _curves(axes, rows, reward, _look(str(model), colour, str(model)))
+        measured = drawn[drawn[reward].notna()]
+        for model in measured["model"].unique():
+            look = {"color": colour[model], "marker": MARKERS.get(model, "o"), "label": model}
+            _curves(axes, measured[measured["model"] == model], reward, look)
         axes.set(xlabel=label("kl"), ylabel=f"mean {label(reward)}")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.margins(0.06)
@@ -216,8 +218,9 @@ def by_kind(scores: pd.DataFrame, value: str = "gold", models: Sequence[str] | N
         found = {kind: stats.columns(value, stats.hierarchical_bootstrap(part, value)) for kind, part in rows}
         table = pd.DataFrame.from_dict(found, orient="index").reindex(kinds)
         x = np.arange(len(kinds)) + (i - (len(models) - 1) / 2) * 0.7 / len(models)
-        look = _look(model, colour, model) | {"linestyle": "", "markersize": 8, "capsize": 3, "elinewidth": 1.8}
-        axes.errorbar(x, table[value], _error(table, value), **look)
+        look: dict[str, Any] = {"color": colour[model], "marker": MARKERS.get(model, "o"), "label": model}
+        bars: dict[str, Any] = {"linestyle": "", "markersize": 8, "capsize": 3, "elinewidth": 1.8}
+        axes.errorbar(x, table[value], _error(table, value), **look, **bars)
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set(xlabel="kind of prompt", ylabel=f"mean {label(value)}")
     axes.grid(axis="x", visible=False)
@@ -244,8 +247,8 @@ def training(metrics: pd.DataFrame, columns: Sequence[str], x: str = "update") -
         for name, part in zip(names, lines, strict=True):
             part = part[part[column].notna()].sort_values(x)
             marker = "o" if len(part) == 1 else ""  # a line of one point would not be seen
-            look = {"color": colour[name], "label": _shown(name), "linewidth": 1.8, "marker": marker}
-            axes.plot(part[x], part[column], **look)
+            look: dict[str, Any] = {"color": colour[name], "label": name, "marker": marker}
+            axes.plot(part[x], part[column], **look, linewidth=1.8)
         axes.set_xlabel(label(x), fontsize=12)
         axes.set_ylabel(label(column), fontsize=12)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -297,16 +300,6 @@ def _panels(number: int, width: float, height: float, across: int | None = None)
     down = -(-number // across)
     figure = plt.figure(figsize=(width * across, height * down), layout="constrained")
     return figure, [figure.add_subplot(down, across, i + 1) for i in range(number)]
-
-
-def _shown(text: str) -> str:
-    """A text for a legend, from which matplotlib leaves out all that begin with an underscore."""
-    return f" {text}" if text.startswith("_") else text
-
-
-def _look(model: str, colour: dict[str, str], text: str) -> dict[str, Any]:
-    """The colour and marker of a model's points, and the text that the legend has for them."""
-    return {"color": colour[model], "marker": MARKERS.get(model, "o"), "label": _shown(text)}
 
 
 def _legend_on_top(axes: Axes, title: str, columns: int = 1) -> None:

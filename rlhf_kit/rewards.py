@@ -22,10 +22,9 @@ def checked(rewards: list[float], count: int) -> torch.Tensor:
     """The rewards of `count` completions as fp32 (count,); ValueError unless there is one finite number for each."""
     found = torch.tensor(rewards, dtype=torch.float32)
     if found.shape != (count,) or not torch.isfinite(found).all():
-        raise ValueError(
-            f"the reward function gave {list(found.shape)} values for {count} completions, "
-            f"{int((~torch.isfinite(found)).sum())} of them not finite; return one finite number for each"
-        )
+        bad = int((~torch.isfinite(found)).sum())
+        got = f"{list(found.shape)} values for {count} completions, {bad} of them not finite"
+        raise ValueError(f"the reward function gave {got}; return one finite number for each")
     return found
 
 

@@ -98,7 +98,7 @@ def _resamples(members: int, size: int, rng: np.random.Generator) -> Iterator[In
         yield rng.integers(members, size=(min(step, size - start), members))
 
 
-def _resampled_means(sums: Array, counts: NDArray[Any], size: int, rng: np.random.Generator) -> Array:
+def _resampled_means(sums: NDArray[Any], counts: NDArray[Any], size: int, rng: np.random.Generator) -> Array:
     blocks = [sums[drawn].sum(1) / counts[drawn].sum(1) for drawn in _resamples(len(sums), size, rng)]
     return np.concatenate([np.empty(0), *blocks])
 
@@ -247,7 +247,7 @@ def calibration_curve(probabilities: ArrayLike, outcomes: ArrayLike, bins: int =
     """
     sides = {"predicted": _finite(probabilities, "probabilities"), "observed": _finite(outcomes, "outcomes")}
     pairs = pd.DataFrame(sides)
-    if not pairs.stack().between(0, 1).all():
+    if ((pairs < 0) | (pairs > 1)).any(axis=None):
         raise ValueError("probabilities and outcomes must lie in [0, 1]")
     inside = pairs.groupby(np.minimum((pairs["predicted"] * bins).astype(int), bins - 1))  # 1.0 is in the last bin
     table = inside.mean().assign(n=inside.size())
