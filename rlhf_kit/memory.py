@@ -145,9 +145,9 @@ def estimate(
     """GiB that `stage` ("sft", "reward_model", "dpo" or "ppo") will need on one device, before anything is loaded.
 
     model: a directory, a hub id or a transformers config; lora: train adapters (None: all weights, or the adapter that
-    `model` is); load_in_4bit: None means as the directory remembers; prompt_length, max_completion_length: tokens;
-    rollout: completions that PPO generates at once; micro_batch_size: rows (of preferences: pairs) in one forward pass;
-    reward_model: reward models stand on this model, not on the policy's base; ensemble: how many (0: a function).
+    `model` is); load_in_4bit: None means as the directory remembers; rollout: completions that PPO generates at once;
+    micro_batch_size: rows (of preferences: pairs) in one forward pass; reward_model: what reward models stand on, where
+    it is not the policy's base; ensemble: how many there are (0: a function). Lengths are tokens.
     Raises ValueError on settings that make no stage, ModelError where there is no such model.
     """
     if stage not in STAGES or "adam" not in optim:

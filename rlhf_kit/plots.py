@@ -110,7 +110,6 @@ def reward_shift(
 
 def reward_ridge(scores: pd.DataFrame, reward: str = "proxy", models: Sequence[str] | None = None) -> Figure:
     """A ridge per model, first on top, of one reward; lines mark the quantiles .05, .5 and .95 of its samples."""
-    _measured(scores, [reward])
     models = list(models or scores["model"].unique())
     colour = colours(models)
     figure, (axes,) = _panels(1, width=7.5, height=1.2 + 0.85 * len(models))
@@ -154,9 +153,8 @@ def reward_against_kl(frame: pd.DataFrame, rewards: Sequence[str] = ("gold", "pr
     """Mean reward against KL to SFT: a point per row of a summary, or a curve per model where it has several rows.
 
     Columns: `model`, `kl` and one per reward, with `_lo` and `_hi` where there are intervals; `beta`, `step` or `n`
-    orders a curve, whose last point is large. `seed` gives a curve per seed: several show the spread, and intervals are
-    left out. Rows with `n` (best-of-n) are marked, since their `kl` is an upper bound. The legend names models without
-    `kl`.
+    orders a curve, whose last point is large. Several values of `seed` give a curve each, without intervals. Rows with
+    `n` (best-of-n) are marked: their `kl` is an upper bound. The legend names models without `kl`.
     """
     rewards, drawn = _measured(frame, rewards), frame[frame["kl"].notna()]
     missing = frame.loc[frame["kl"].isna(), "model"].unique()
@@ -209,7 +207,6 @@ def _error(rows: pd.DataFrame, column: str) -> Array | None:
 
 def by_kind(scores: pd.DataFrame, value: str = "gold", models: Sequence[str] | None = None) -> Figure:
     """Mean of `value` per kind of prompt and model, with 95% intervals over prompts (and seeds)."""
-    _measured(scores, [value])
     models = list(models or scores["model"].unique())
     colour, kinds = colours(models), sorted(scores["kind"].unique())
     figure, (axes,) = _panels(1, width=max(6.5, 1.5 * len(kinds)), height=4.8)
@@ -260,12 +257,12 @@ def training(metrics: pd.DataFrame, columns: Sequence[str], x: str = "update") -
 
 def calibration(frame: pd.DataFrame) -> Figure:
     """Observed against predicted frequency of preference (`stats.calibration_curve`); large points hold many pairs."""
-    colour = COLOURS["SFT"]
+    colour, x, y = COLOURS["SFT"], frame["predicted"], frame["observed"]
     figure, (axes,) = _panels(1, width=5.2, height=5.4)
     axes.plot([0, 1], [0, 1], color="#606060", linestyle="--", linewidth=1.5, label="perfectly calibrated")
-    axes.errorbar(frame["predicted"], frame["observed"], _error(frame, "observed"), fmt="none", color=colour, capsize=3)
-    look: dict[str, Any] = {"color": colour, "label": "pairs of a bin [95% interval]", "zorder": 3}
-    axes.scatter(frame["predicted"], frame["observed"], 20 + 180 * frame["n"] / frame["n"].max(), **look)
+    axes.errorbar(x, y, _error(frame, "observed"), fmt="none", color=colour, capsize=3)
+    sizes = 20 + 180 * frame["n"] / frame["n"].max()
+    axes.scatter(x, y, sizes, color=colour, label="pairs of a bin [95% interval]", zorder=3)
     axes.set(xlabel="predicted preference [probability]", ylabel="observed preference [share of pairs]")
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
     error = stats.expected_calibration_error(frame)

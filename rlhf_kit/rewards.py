@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from rlhf_kit import models
 from rlhf_kit.models import ModelPath, Prompt, Roles
@@ -44,18 +43,14 @@ class RewardModel:
         self.head = models.read_score_head(path)
         notes = models.read_notes(path)
         self.shift, self.scale = notes.get("shift", 0.0), notes.get("scale", 1.0)
-        self._backbone: Any = cache(lambda: models.load_ready(models.load_backbone, path, load_in_4bit))
+        # The transformer, with this model's adapter switched on; loaded at the first call.
+        self.backbone: Any = cache(lambda: models.load_ready(models.load_backbone, path, load_in_4bit))
 
     def on(self, roles: Roles, role: str) -> RewardModel:
         """The same reward through its adapter in `roles`, without a second copy of the base."""
         shared = copy(self)
-        shared._backbone = lambda: roles.backbone(role)
+        shared.backbone = lambda: roles.backbone(role)
         return shared
-
-    @property
-    def backbone(self) -> PreTrainedModel:
-        """The transformer, with this model's adapter switched on."""
-        return self._backbone()
 
     @torch.no_grad()
     def __call__(self, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float]:
@@ -79,7 +74,7 @@ class RewardModel:
 
     def _score(self, rows: list[list[int]]) -> torch.Tensor:
         """Raw scores (B,) in fp32 of rows of token ids, padded on the right so that positions count from 0."""
-        backbone = self.backbone
+        backbone = self.backbone()
         where = backbone.device
         ids, mask = (tensor.to(where) for tensor in models.padded(rows, "right", self.tokenizer.pad_token_id))
         states = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state

@@ -62,7 +62,7 @@ def as_bytes(gib: float) -> int:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_weights_to_the_byte(architecture: str, tmp_path: Path) -> None:
+def test_weights_to_the_byte_and_a_table_for_each_stage(architecture: str, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config_of(architecture, TINY)).save_pretrained(tmp_path)
     for four_bit in (False, True):
         base = models.load_base(tmp_path, AutoModelForCausalLM.from_pretrained, four_bit)
@@ -77,6 +77,12 @@ def test_weights_to_the_byte(architecture: str, tmp_path: Path) -> None:
     assert as_bytes(parts["policy"]) == as_bytes(parts["reference"]) == real_bytes(held(whole))
     assert as_bytes(parts["value"]) == as_bytes(parts["reward models"] / 2) == real_bytes(held(backbone))
     assert as_bytes(parts["heads"]) == 4 * (64 + 1) + 2 * 4 * 64  # a value head with its bias, score heads
+    config = config_of(architecture, {**TINY, "hidden_size": 1024, "head_dim": 256})
+    for stage in memory.STAGES:
+        found = [memory.estimate(config, stage, **settings(mode, on_gpu=True)) for mode in ("4bit", "lora", "full")]
+        totals = [f"{sum(phase.values()):.2f}" for phase in found[0].phases.values()]
+        assert found[0].table().splitlines()[-1].split() == ["total", *totals]
+        assert found[0].peak < found[1].peak < found[2].peak
 
 
 def test_gradients_and_optimizer_to_the_byte(zoo: Zoo, mode: str) -> None:
@@ -146,9 +152,9 @@ def test_kv_cache_to_the_byte(architecture: str) -> None:
         "pocket --mode full",
         "pocket --mode lora --no-checkpointing",
         "pocket --mode 4bit",
-        "llama-30m --mode full --no-checkpointing --rollout 4",
-        "llama-30m --mode lora --rollout 4",
-        "llama-30m --mode 4bit --no-checkpointing --rollout 4",
+        "llama-30m --mode full --no-checkpointing --rollout 2",
+        "llama-30m --mode lora --rollout 2",
+        "llama-30m --mode 4bit --no-checkpointing --rollout 2",
     ],
 )
 def test_measured_peaks_are_within_a_quarter(way: str, tmp_path: Path) -> None:
@@ -183,22 +189,11 @@ def test_scoring_batches_and_ram_are_the_real_ones() -> None:
     assert memory.device_memory() == pytest.approx(kib / 2**20, rel=0.01)
 
 
-# Any causal LM, and an 8B model by hand ---
+# What is refused, and an 8B model by hand ---
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_any_causal_lm_has_a_table(architecture: str) -> None:
-    config = config_of(architecture, {**TINY, "hidden_size": 1024, "head_dim": 256})
-    for stage in memory.STAGES:
-        found = [memory.estimate(config, stage, **settings(mode, on_gpu=True)) for mode in ("4bit", "lora", "full")]
-        totals = [f"{sum(phase.values()):.2f}" for phase in found[0].phases.values()]
-        assert found[0].table().splitlines()[-1].split() == ["total", *totals]
-        assert found[0].peak < found[1].peak < found[2].peak
-
-
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
+def test_what_is_no_causal_lm_or_no_stage_is_refused() -> None:
+    for wrong, words in (
         ({"model": transformers.T5Config()}, "model type 't5'"),
         ({"model": transformers.MambaConfig(num_hidden_layers=2)}, "model type 'mamba'"),
         ({"stage": "grpo"}, "sft"),
@@ -206,70 +201,49 @@ def test_any_causal_lm_has_a_table(architecture: str) -> None:
         ({"prompt_length": 9000}, "8192 positions"),
         ({"load_in_4bit": True}, "lora"),
         ({"optim": "sgd"}, "AdamW"),
-    ],
-)
-def test_what_is_no_causal_lm_or_no_stage_is_refused(wrong: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        memory.estimate(**{"model": config_of("Llama", LLAMA), "stage": "sft", **wrong})
+    ):
+        with pytest.raises(ValueError, match=words):
+            memory.estimate(**{"model": config_of("Llama", LLAMA), "stage": "sft", **wrong})  # type: ignore[arg-type]
 
 
 def test_llama_8b_in_four_roles_by_hand() -> None:
-    config = config_of("Llama", LLAMA, layers=32)
-    way = {"lora": LORA, "load_in_4bit": True, "on_gpu": True}
+    config, way = config_of("Llama", LLAMA, layers=32), {"lora": LORA, "load_in_4bit": True, "on_gpu": True}
     estimate = memory.estimate(config, "ppo", **way)
-    linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
-    nf4 = linears * (0.5 + 1 / 64 + 4 / (64 * 256))
-    embedding = 2 * 128256 * 4096  # input or output, bf16
-    assert estimate.parts["base"] == pytest.approx((nf4 + 2 * embedding) / 2**30, rel=1e-3)
     assert estimate.parts["base"] == pytest.approx(5.3, abs=0.05)
-    of_layer = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), *[(4096, 14336)] * 3]
-    adapter = 32 * sum(16 * (n + m) for n, m in of_layer)
-    assert adapter == 41_943_040 and estimate.trained_parameters == 2 * adapter + 4097
-    assert estimate.parts["policy"] == pytest.approx(4 * adapter / 2**30)  # fp32, as peft keeps it
-    assert estimate.parts["optimizer"] == pytest.approx(2 * 8 * adapter / 2**30, rel=1e-3)
-    backward = estimate.phases["backward"]
-    assert backward["gradients"] == pytest.approx(2 * 4 * adapter / 2**30, rel=1e-3)
-    static = sum(gib for part, gib in backward.items() if part not in ("activations", "dequantisation"))
-    assert static == pytest.approx(6.7, abs=0.25)
+    assert estimate.trained_parameters == 2 * 41_943_040 + 4097
+    assert estimate.parts["policy"] == pytest.approx(4 * 41_943_040 / 2**30)  # fp32, as peft keeps it
+    static = [gib for part, gib in estimate.phases["backward"].items() if part not in ("activations", "dequantisation")]
+    assert sum(static) == pytest.approx(6.7, abs=0.25)
     assert estimate.phases["generate"]["KV cache"] == pytest.approx(8 * 1024 * 128 / 2**20)  # 128 KiB a token
     apart = memory.estimate(config, "ppo", **way, reward_model=config_of("Llama", LLAMA, layers=32), ensemble=3).parts
-    without_output = estimate.parts["base"] - embedding / 2**30  # scored without its lm_head
-    assert apart["reward models"] == pytest.approx(3 * (without_output + 4 * adapter / 2**30), rel=1e-4)
-    assert memory.estimate(config, "sft", lora=LORA).parts["base"] == pytest.approx(4 * 8_030_261_248 / 2**30, rel=1e-6)
+    without_output = estimate.parts["base"] - 2 * 128256 * 4096 / 2**30  # scored without its lm_head, which is bf16
+    assert apart["reward models"] == pytest.approx(3 * (without_output + 4 * 41_943_040 / 2**30), rel=1e-4)
 
 
 # Advice, and the command ---
 
 
-@pytest.mark.parametrize(
-    ("setting", "less", "more"),
-    [
-        *[(name, 128, 512) for name in ("prompt_length", "max_completion_length")],
-        *[(name, 2, 16) for name in ("rollout", "micro_batch_size", "ensemble")],
-        ("lora", {"r": 4}, {"r": 64}),
-        *[(name, True, False) for name in ("gradient_checkpointing", "load_in_4bit")],
-        ("optim", "paged_adamw_8bit", "adamw_torch_fused"),
-    ],
-)
-def test_each_setting_turned_up_never_needs_less(setting: str, less: Any, more: Any) -> None:
-    common = {"lora": LORA, "load_in_4bit": True, "gradient_checkpointing": False, "micro_batch_size": 8}
-    totals = []
-    for value in (less, more):
-        estimate = memory.estimate(config_of("Llama", TINY), "ppo", on_gpu=True, **{**common, setting: value})
-        totals.append([sum(parts.values()) for parts in estimate.phases.values()])
-    assert all(a <= b for a, b in zip(*totals, strict=True)) and totals[0] != totals[1]
+def test_each_setting_turned_up_never_needs_less() -> None:
+    start = {"lora": LORA, "load_in_4bit": True, "gradient_checkpointing": True, "optim": "paged_adamw_8bit"}
+    start |= {"prompt_length": 128, "max_completion_length": 128, "rollout": 8, "micro_batch_size": 2, "ensemble": 1}
+    more = {"lora": {"r": 64}, "load_in_4bit": False, "gradient_checkpointing": False, "optim": "adamw_torch_fused"}
+    more |= {"prompt_length": 512, "max_completion_length": 512, "rollout": 16, "micro_batch_size": 16, "ensemble": 4}
+    less = memory.estimate(config_of("Llama", TINY), "ppo", on_gpu=True, **start).phases
+    for setting, value in more.items():
+        found = memory.estimate(config_of("Llama", TINY), "ppo", on_gpu=True, **{**start, setting: value}).phases
+        assert all(sum(less[phase].values()) <= sum(found[phase].values()) for phase in less) and less != found, setting
 
 
 def test_the_first_change_named_makes_it_fit(zoo: Zoo) -> None:
-    config, checkpointing = config_of("Llama", LLAMA, layers=2), "gradient_checkpointing=True"
+    config, checkpointing = config_of("Llama", LLAMA, layers=4), "gradient_checkpointing=True"
     start = {"lora": LORA, "load_in_4bit": True, "on_gpu": True, "micro_batch_size": 8, "gradient_checkpointing": False}
-    fits, before, sentence = memory.advise(config, "sft", 6, **start)
+    fits, before, sentence = memory.advise(config, "sft", 8, **start)
     assert not fits and f"Change first: {checkpointing}" in sentence
-    fits, after, _ = memory.advise(config, "sft", 6, **{**start, "gradient_checkpointing": True})
+    fits, after, _ = memory.advise(config, "sft", 8, **{**start, "gradient_checkpointing": True})
     assert fits and f"{after.peak:6.1f} GiB fits  {checkpointing}" in sentence
     assert all(float(line.split()[0]) <= before.peak for line in sentence.splitlines()[2:])
     assert "No setting helps" in memory.advise(config, "sft", 2, **start)[2]
-    _, _, sentence = memory.advise(config, "sft", 2, on_gpu=True)
+    _, _, sentence = memory.advise(config, "sft", 4, on_gpu=True)
     assert 'lora={"r": 16}, load_in_4bit=True' in sentence and "all of these" in sentence
     _, _, sentence = memory.advise(zoo["lora"], "dpo", 0.79, **SMALL)  # what is kept in reserve leaves half a MiB
     assert "  load_in_4bit=True" in sentence and "lora=" not in sentence
