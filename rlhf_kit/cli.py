@@ -141,8 +141,8 @@ def _memory(options: argparse.Namespace) -> int:
     settings["optim"] = "paged_adamw_8bit" if options.adam_8bit else "adamw_torch_fused"
     settings["on_gpu"] = options.gpu is not None or models.device().type == "cuda"
     gib = memory.device_memory() if options.gpu is None else options.gpu
-    advice = memory.advise(options.model, options.stage, gib, **settings)
-    print(f"{advice.estimate.table()}\n\n{advice.sentence()}")
+    _, estimate, sentence = memory.advise(options.model, options.stage, gib, **settings)
+    print(f"{estimate.table()}\n\n{sentence}")
     return 0
 
 

@@ -1,23 +1,19 @@
 """What a stage will need, in GiB by part, from a model's config alone; which setting makes it fit; what a block took.
 
 Weights, gradients, optimizer and KV cache are exact: they are counted on torch's meta device, where a model has shapes
-and no data. Activations and logits are formulas (`_activations`, `_logits`): on a CPU peaks come within 25% of what is
+and no data. Activations and logits are formulas (`_activations`, `estimate`): on a CPU peaks come within 25% of what is
 measured, on a GPU nothing has been measured yet. Not counted: the loading, the CUDA context, fragmentation.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from peft import PeftConfig, get_peft_model
@@ -40,12 +36,8 @@ SCORED_ROWS, SCORED_TOKENS = 64, 4096  # what rewards.RewardModel scores at once
 RESERVE_GIB, RESERVE_SHARE = 0.75, 0.05
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """GiB of a stage by phase and part, and of these the phase that needs most with its parts and their sum.
-
-    A role's part is its weights or, over a shared base, its adapter.
-    """
+class Estimate(NamedTuple):
+    """GiB of a stage by phase and part (weights or adapter of a role); the phase of the peak, its parts, their sum."""
 
     trained_parameters: int
     phases: dict[str, dict[str, float]]
@@ -61,30 +53,6 @@ class Estimate:
         return "\n".join([f"{'GiB':<18}" + "".join(f"{name:>12}" for name in self.phases), *lines])
 
 
-@dataclass(frozen=True)
-class Advice:
-    """Whether an estimate fits the `room` GiB that a device of `gib` GiB has for tensors; if not, what changes give."""
-
-    gib: float
-    room: float
-    fits: bool
-    estimate: Estimate
-    changes: dict[str, Estimate]
-
-    def sentence(self) -> str:
-        """The verdict in words and, where it does not fit, the first change that makes it fit and what each gives."""
-        peak = f"{self.estimate.peak:.1f} GiB at the peak ({self.estimate.peak_phase})"
-        left = f"the {self.room:.1f} GiB that {self.gib:g} GiB leave for tensors"
-        if self.fits:
-            return f"It fits: {peak}, within {left}."
-        enough = [name for name, changed in self.changes.items() if changed.peak <= self.room]
-        first = f"Change first: {enough[0]}" if enough else "No setting helps; take a smaller model or a larger GPU."
-        lines = [f"It does not fit: {peak}, above {left}.", first]
-        for name, changed in self.changes.items():
-            lines.append(f"  {changed.peak:6.1f} GiB {'fits' if name in enough else '    '}  {name}")
-        return "\n".join(lines)
-
-
 def _model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
     """The causal LM of a config on the meta device; ModelError where transformers builds none."""
     try:
@@ -94,7 +62,9 @@ def _model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
         raise ModelError(f"model type {config.model_type!r}: transformers has no causal LM of this config") from error
 
 
-def _weights(model: Any, four_bit: bool = False, head: bool = True) -> tuple[int, list[tuple[int, bool]], list[int]]:
+def _weights(
+    model: Any, four_bit: bool | None = False, head: bool = True
+) -> tuple[int, list[tuple[int, bool]], list[int]]:
     """Count a causal LM, with its output head or without; in 4 bits its other linear layers are quantised.
 
     Returns bytes as stored, (parameters, whether it is an embedding) of each tensor, parameters of each linear layer.
@@ -149,7 +119,7 @@ def _activations(config: PreTrainedConfig, rank: int, compute: int, stored: int,
 
 def _number(config: PreTrainedConfig, default: int, *names: str) -> int:
     """The first of these that a config has; ModelError where it has none and there is no default."""
-    numbers = (getattr(config.get_text_config(), name, None) for name in names)
+    numbers = [getattr(config.get_text_config(), name, None) for name in names]
     found = next((number for number in numbers if isinstance(number, int)), default)
     if not found:
         raise ModelError(f"model type {config.model_type!r}: its config has no {names[0]}; only transformers are known")
@@ -162,7 +132,6 @@ def estimate(
     *,
     lora: Lora | None = None,
     load_in_4bit: bool | None = None,
-    dtype: str = "float32",
     prompt_length: int = 512,
     max_completion_length: int = 512,
     rollout: int = 8,
@@ -176,45 +145,44 @@ def estimate(
     """GiB that `stage` ("sft", "reward_model", "dpo" or "ppo") will need on one device, before anything is loaded.
 
     model: a directory, a hub id or a transformers config; lora: train adapters (None: all weights, or the adapter that
-    `model` is); load_in_4bit: None means as the directory remembers; dtype: of frozen weights outside 4 bits (what
-    trains is float32); prompt_length, max_completion_length: tokens; rollout: completions that PPO generates at once;
-    micro_batch_size: rows (of preferences: pairs) in one forward pass; reward_model: reward models stand on this model,
-    not on the policy's base; ensemble: how many there are (0: the reward is a function).
+    `model` is); load_in_4bit: None means as the directory remembers; rollout: completions that PPO generates at once;
+    micro_batch_size: rows (of preferences: pairs) in one forward pass; reward_model: what reward models stand on, where
+    it is not the policy's base; ensemble: how many there are (0: a function). Lengths are tokens.
     Raises ValueError on settings that make no stage, ModelError where there is no such model.
     """
-    if stage not in STAGES or dtype not in ("float32", "bfloat16") or "adam" not in optim:
-        known = f"a stage of {', '.join(STAGES)}; float32 or bfloat16; AdamW in fp32 (adamw_torch_fused) or 8 bits"
-        raise ValueError(f"stage={stage!r}, dtype={dtype!r}, optim={optim!r}: choose {known} (paged_adamw_8bit)")
+    if stage not in STAGES or "adam" not in optim:
+        known = f"a stage of {', '.join(STAGES)}; AdamW in fp32 (adamw_torch_fused) or 8 bits (paged_adamw_8bit)"
+        raise ValueError(f"stage={stage!r}, optim={optim!r}: choose {known}")
     if min(prompt_length, max_completion_length, rollout, micro_batch_size) < 1 or ensemble < 0:
         raise ValueError("prompt_length, max_completion_length, rollout and micro_batch_size must be at least 1")
+    shapes = (model, model if reward_model is None else reward_model)
+    config, scorer = (each if isinstance(each, PreTrainedConfig) else models.load_config(each) for each in shapes)
     settings = models.lora_config(lora)
-    if isinstance(model, str | Path):
+    if not isinstance(model, PreTrainedConfig):
         if models.is_adapter(model):
             if settings is not None:
                 raise ModelError(f"{model}: is an adapter already, and is trained on as it is; leave `lora` out")
             settings = PeftConfig.from_pretrained(str(model))
             settings.inference_mode = False  # it was saved frozen
         load_in_4bit = models.is_4bit(model, load_in_4bit)
-    four_bit = bool(load_in_4bit)
-    if four_bit and settings is None:
+    if load_in_4bit and settings is None:
         raise ModelError('4-bit weights cannot be trained; pass `lora={"r": 16}` to train an adapter')
-    config = model if isinstance(model, PreTrainedConfig) else models.load_config(model)
     length = prompt_length + max_completion_length
     text, width = config.get_text_config(), _number(config, 0, "hidden_size")
     if (limit := getattr(text, "max_position_embeddings", None)) is not None and length > limit:
         raise ValueError(f"prompt_length + max_completion_length = {length} exceeds the model's {limit} positions")
     on_gpu = models.device().type == "cuda" if on_gpu is None else on_gpu
-    frozen = torch.bfloat16 if (on_gpu if four_bit else dtype == "bfloat16") else torch.float32
+    frozen = torch.bfloat16 if load_in_4bit and on_gpu else torch.float32
 
     # What each role holds in bytes, and the tensors that are trained.
-    base, _, linears = _weights(_model(config, frozen), four_bit, head=stage != "reward_model")
+    base, _, linears = _weights(_model(config, frozen), load_in_4bit, head=stage != "reward_model")
     if settings is None:
         adapter, held, trained = 0, {}, []
         for role in TRAINED[stage]:
             held[role], tensors, _ = _weights(_model(config), head=role == "policy")
             trained += tensors
     else:
-        adapted = get_peft_model(_model(config), models.lora_config(settings), low_cpu_mem_usage=True)
+        adapted = get_peft_model(_model(config), settings, low_cpu_mem_usage=True)
         tensors = [(parameter.numel(), False) for parameter in adapted.parameters() if parameter.requires_grad]
         adapter = 4 * sum(n for n, _ in tensors)
         held = {"base": base, **dict.fromkeys(TRAINED[stage], adapter)}
@@ -222,10 +190,8 @@ def estimate(
     if stage in ("dpo", "ppo"):
         held["reference"] = base if settings is None else adapter
     if stage == "ppo":
-        scorer = config if reward_model is None else reward_model
-        scorer = scorer if isinstance(scorer, PreTrainedConfig) else models.load_config(scorer)
         shared = reward_model is None and settings is not None
-        own = 0 if shared else _weights(_model(scorer, frozen), four_bit, head=False)[0]
+        own = 0 if shared else _weights(_model(scorer, frozen), load_in_4bit, head=False)[0]
         held["reward models"] = ensemble * (own + adapter)
         held["heads"] = 4 * (width + 1) + ensemble * 4 * _number(scorer, 0, "hidden_size")
         trained += [(width, False), (1, False)]
@@ -238,7 +204,7 @@ def estimate(
     autocast = on_gpu and stage != "ppo"  # TRL computes in bf16 there
     stored = 4 if settings is None else frozen.itemsize
     compute = 2 if autocast else stored
-    rank, layers = 0 if settings is None else settings.r, text.num_hidden_layers
+    rank, layers = settings.r if settings else 0, text.num_hidden_layers
     kept, checkpoint, backward, scoring, cached = _activations(config, rank, compute, stored, autocast)
     rows = min(micro_batch_size, rollout) if stage == "ppo" else micro_batch_size * (1 if stage == "sft" else 2)
     tokens = rows * length
@@ -258,7 +224,7 @@ def estimate(
 
     def phase(**made: int) -> dict[str, float]:
         parts = {"optimizer": optimizer, "gradients": 0, "KV cache": 0, "activations": 0, "logits": 0}
-        parts["dequantisation"] = 2 * compute * max(linears) if four_bit else 0  # a layer's weights, and transposed
+        parts["dequantisation"] = 2 * compute * max(linears) if load_in_4bit else 0  # a layer's weights, and transposed
         return {part: size / GIB for part, size in {**held, **parts, **made}.items()}
 
     phases = {}
@@ -278,37 +244,53 @@ def estimate(
     return Estimate(sum(n for n, _ in trained), phases, peak, phases[peak], sum(phases[peak].values()))
 
 
-def advise(model: Shape, stage: str, gib: float, **settings: Any) -> Advice:
-    """Hold `estimate(model, stage, **settings)` against a device of `gib` GiB; changes that cost nothing come first."""
+def advise(model: Shape, stage: str, gib: float, **settings: Any) -> tuple[bool, Estimate, str]:
+    """Whether `estimate(model, stage, **settings)` fits a device of `gib` GiB, the estimate, and the verdict in words.
+
+    Where it does not fit the words name what each change gives, and first the first that is enough.
+    """
     if gib <= 0:
         raise ValueError(f"a GPU of {gib} GiB: give its memory, for example 12")
     needed, room = estimate(model, stage, **settings), gib * (1 - RESERVE_SHARE) - RESERVE_GIB
+    peak = f"{needed.peak:.1f} GiB at the peak ({needed.peak_phase})"
+    left = f"the {room:.1f} GiB that {gib:g} GiB leave for tensors"
     if needed.peak <= room:
-        return Advice(gib, room, True, needed, {})
-    ppo, lora = stage == "ppo", models.lora_config(settings.get("lora"))
-    adapts = lora is not None or (isinstance(model, str | Path) and models.is_adapter(model))
-    rank = 16 if lora is None else max(1, lora.r // 2)
-    smaller, added = {} if adapts and lora is None else {"lora": {"r": rank}}, "" if adapts else 'lora={"r": 16}, '
-    rollout = max(1, settings.get("rollout", 8) // 2)
-    half = max(1, settings.get("max_completion_length", 512) // 2)
-    shorter = f"max_completion_length={half}" if ppo else f"max_length={settings.get('prompt_length', 512) + half}"
-    changes: dict[str, dict[str, Any]] = {
-        "gradient_checkpointing=True": {"gradient_checkpointing": True},
-        f"{'micro' if ppo else 'per_device_train'}_batch_size=1": {"micro_batch_size": 1},
-        'optim="paged_adamw_8bit"': {"optim": "paged_adamw_8bit"},
-        "a reward model that is an adapter over the policy's base": {"reward_model": None},
-        f'lora={{"r": {rank}}}': smaller,
-        f"{added}load_in_4bit=True": {**({} if adapts else smaller), "load_in_4bit": True},
-        f"per_device_train_batch_size={rollout}": {"rollout": rollout} if ppo else {},
-        shorter: {"max_completion_length": half},
-        "one reward model instead of an ensemble": {"ensemble": 1},
-    }
+        return True, needed, f"It fits: {peak}, within {left}."
+    changes = _changes(model, stage, settings)
     tried = {name: estimate(model, stage, **{**settings, **change}) for name, change in changes.items()}
     tried = {name: changed for name, changed in tried.items() if changed.peak < needed.peak}
     if len(tried) > 1:
         together = {name: value for change in tried for name, value in changes[change].items()}
         tried["all of these"] = estimate(model, stage, **{**settings, **together})
-    return Advice(gib, room, False, needed, tried)
+    enough = [name for name, changed in tried.items() if changed.peak <= room]
+    first = f"Change first: {enough[0]}" if enough else "No setting helps; take a smaller model or a larger GPU."
+    lines = [f"It does not fit: {peak}, above {left}.", first]
+    for name, changed in tried.items():
+        lines.append(f"  {changed.peak:6.1f} GiB {'fits' if name in enough else '    '}  {name}")
+    return False, needed, "\n".join(lines)
+
+
+def _changes(model: Shape, stage: str, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings that may need less memory, by what a person would write; those that cost nothing come first."""
+    ppo, lora = stage == "ppo", models.lora_config(settings.get("lora"))
+    adapter = not isinstance(model, PreTrainedConfig) and models.is_adapter(model)
+    rank = 16 if lora is None else max(1, lora.r // 2)
+    smaller = {} if adapter else {"lora": {"r": rank}}
+    added = "" if adapter or lora is not None else 'lora={"r": 16}, '
+    rollout = max(1, settings.get("rollout", 8) // 2)
+    half = max(1, settings.get("max_completion_length", 512) // 2)
+    shorter = f"max_completion_length={half}" if ppo else f"max_length={settings.get('prompt_length', 512) + half}"
+    return {
+        "gradient_checkpointing=True": {"gradient_checkpointing": True},
+        f"{'micro' if ppo else 'per_device_train'}_batch_size=1": {"micro_batch_size": 1},
+        'optim="paged_adamw_8bit"': {"optim": "paged_adamw_8bit"},
+        "a reward model that is an adapter over the policy's base": {"reward_model": None},
+        f'lora={{"r": {rank}}}': smaller,
+        f"{added}load_in_4bit=True": {**(smaller if added else {}), "load_in_4bit": True},
+        f"per_device_train_batch_size={rollout}": {"rollout": rollout} if ppo else {},
+        shorter: {"max_completion_length": half},
+        "one reward model instead of an ensemble": {"ensemble": 1},
+    }
 
 
 def device_memory() -> float:
@@ -333,9 +315,6 @@ def measure() -> Iterator[SimpleNamespace]:
         return
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         yield measured
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        trace.export_chrome_trace(str(path))
-        events = [event for event in json.loads(path.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    changes = (event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     measured.gib = max(accumulate(changes), default=0) / GIB

@@ -90,7 +90,7 @@ def readable(summary: pd.DataFrame) -> str:
     table = pd.DataFrame({"model": summary["model"]})
     for name in quantities:
         cells = zip(summary[name], summary[f"{name}_lo"], summary[f"{name}_hi"], strict=True)
-        table[name] = ["-" if pd.isna(mean) else str(stats.Interval(mean, lo, hi)) for mean, lo, hi in cells]
+        table[name] = [str(stats.Interval(*cell)) for cell in cells]
     return table.to_string(index=False) + "\n(kl of best-of-n is the upper bound log n - (n-1)/n)"
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 from datasets import Dataset
 from transformers import LlamaConfig, TrainerState
 
-from rlhf_kit import data, evaluate, feedback, models, rewards, runs, sampling, train
+from rlhf_kit import data, feedback, models, rewards, runs, sampling, stats, train
 from rlhf_kit.ppo import PPOConfig, PPOTrainer
 from rlhf_kit.presets import Preset, Settings
 from rlhf_kit.progress import LossCallback, ProgressCallback, clock
@@ -172,7 +172,8 @@ class Pipeline:
             many = sampling.sample(sft, prompts, n=most, seed=seed + 1, **self.preset.sampling)
             scored = sampling.add_rewards(many, found)
             for n in [2**k for k in range(most.bit_length()) if 2**k < most] + [most]:
-                parts.append(evaluate.best_of_n(scored, n=n).assign(step=None, n=n, final=n == most))
+                best = sampling.best_of_n(scored, "proxy", n).assign(model="best-of-n", kl=stats.best_of_n_kl(n))
+                parts.append(best.assign(step=None, n=n, final=n == most))
             runs.write_samples(out, pd.concat(parts, ignore_index=True))
 
         inputs = {**final, "reward_model": self.reward_model(), **self._source()}

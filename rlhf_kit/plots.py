@@ -15,10 +15,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from scipy.stats import norm
 
 from rlhf_kit import stats
 
@@ -29,7 +29,7 @@ COLOURS = {"base": "#7F7F7F", "SFT": "#0072B2", "best-of-n": "#CC79A7", "PPO": "
 MARKERS = {"base": "X", "SFT": "o", "best-of-n": "^", "PPO": "s", "DPO": "D"}
 OTHERS = ("#E69F00", "#56B4E9", "#332288", "#882255", "#999933", "#44AA99")
 
-BOUND = " (KL: upper bound)"
+LAST = 11  # size of the last point of a curve
 LABELS = {
     "gold": "gold utility",
     "proxy": "proxy reward (reward model)",
@@ -60,10 +60,10 @@ LABELS = {
 
 def style() -> None:
     """Set seaborn's theme for all later figures: legible when printed at half their size."""
-    sns.set_theme(context="notebook", style="whitegrid", palette=list(COLOURS.values()))
-    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 150, "axes.titlesize": 13, "axes.labelsize": 13})
-    plt.rcParams.update({"xtick.labelsize": 12, "ytick.labelsize": 12, "legend.fontsize": 12})
-    plt.rcParams.update({"legend.title_fontsize": 12, "grid.color": "#E5E5E5", "axes.edgecolor": "#808080"})
+    sizes = {"axes.titlesize": 13, "axes.labelsize": 13, "xtick.labelsize": 12, "ytick.labelsize": 12}
+    sizes |= {"legend.fontsize": 12, "legend.title_fontsize": 12, "figure.dpi": 100, "savefig.dpi": 150}
+    look = {"grid.color": "#E5E5E5", "axes.edgecolor": "#808080"}
+    sns.set_theme(style="whitegrid", palette=list(COLOURS.values()), rc=sizes | look)
 
 
 def colours(models: Iterable[str]) -> dict[str, str]:
@@ -88,103 +88,93 @@ def reward_shift(
     The legend gives each model's mean shift from the baseline with the interval of `stats.paired_difference`. A reward
     that was not measured has no panel. Raises ValueError if none was.
     """
-    rewards = _measured(scores, rewards)
-    colour = colours(models)
+    rewards, colour = _measured(scores, rewards), colours(models)
     figure, panels = _panels(len(rewards), width=6.2, height=4.8)
     for axes, reward in zip(panels, rewards, strict=True):
-        samples = {model: stats.numbers_of(scores, model, reward) for model in models}
-        for model, line in _densities(axes, samples, colour).items():
-            curve, mean = np.asarray(line.get_data()), samples[model].mean()
+        x, densities = _densities(scores, models, reward)
+        for model, density in densities.items():
+            mean = stats.of_model(scores, model)[reward].mean()
             text = f"mean {mean:.2f}"
             if model != baseline:
                 shift = stats.paired_difference(scores, model, baseline, reward)
                 text = f"shift {shift.mean:+.2f} [{shift.lo:.2f}, {shift.hi:.2f}]"
-            line.set_label(_shown(f"{model}  {text}"))
-            axes.fill_between(*curve, color=colour[model], alpha=0.15, linewidth=0)
-            axes.plot([mean] * 2, [0, np.interp(mean, *curve)], color=colour[model], linestyle="--", linewidth=1.6)
-        axes.set(xlabel=label(reward), ylabel="density of completions", ylim=(0, None))
+            axes.plot(x, density, color=colour[model], linewidth=2.2, label=f"{model}  {text}")
+            axes.fill_between(x, density, color=colour[model], alpha=0.15, linewidth=0)
+            top = np.interp(mean, x, density)
+            axes.plot([mean, mean], [0, top], color=colour[model], linestyle="--", linewidth=1.6)
+        axes.set(xlabel=label(reward), ylabel="density of completions", xlim=(x[0], x[-1]), ylim=(0, None))
         _legend_on_top(axes, title="dashed: mean; its shift [95% interval]")
     figure.suptitle(f"Reward of the completions of the same {scores['prompt_id'].nunique()} prompts")
     return _done(figure)
 
 
 def reward_ridge(scores: pd.DataFrame, reward: str = "proxy", models: Sequence[str] | None = None) -> Figure:
-    """A ridge per model, first on top, of one reward; ticks mark the quantiles .05, .5 and .95 of its samples."""
-    _measured(scores, [reward])
+    """A ridge per model, first on top, of one reward; lines mark the quantiles .05, .5 and .95 of its samples."""
     models = list(models or scores["model"].unique())
     colour = colours(models)
-    samples = {model: stats.numbers_of(scores, model, reward) for model in models}
     figure, (axes,) = _panels(1, width=7.5, height=1.2 + 0.85 * len(models))
-    lines = _densities(axes, samples, colour)
-    scale = 1.5 / max(np.max(line.get_ydata()) for line in lines.values())  # a peak reaches half into the row above
-    for row, (model, line) in enumerate(lines.items()):
-        x, top = np.asarray(line.get_xdata()), scale * np.asarray(line.get_ydata()) - row
+    x, densities = _densities(scores, models, reward)
+    scale = 1.5 / max(density.max() for density in densities.values())  # a peak reaches half into the row above
+    for row, (model, density) in enumerate(densities.items()):
+        top = scale * density - row
         axes.fill_between(x, -row, top, color=colour[model], alpha=0.85, zorder=row + 2, linewidth=0)
-        line.set(ydata=top, color="white", linewidth=1.5, zorder=row + 2)
+        axes.plot(x, top, color="white", linewidth=1.5, zorder=row + 2)
         for quantile, width in ((0.05, 1.5), (0.5, 3.0), (0.95, 1.5)):
-            at = float(np.quantile(samples[model], quantile))
-            ends = [-row, np.interp(at, x, top)]
-            axes.plot([at, at], ends, color="black", linewidth=width, zorder=row + 2, solid_capstyle="butt")
+            at = stats.of_model(scores, model)[reward].quantile(quantile)
+            look: dict[str, Any] = {"color": "black", "linewidth": width, "solid_capstyle": "butt"}
+            axes.plot([at, at], [-row, np.interp(at, x, top)], **look, zorder=row + 2)
     axes.set_yticks([-row for row in range(len(models))], models)
-    axes.set(xlabel=label(reward), ylabel="", ylim=(0.75 - len(models), 1.6))
+    axes.set(xlabel=label(reward), xlim=(x[0], x[-1]), ylim=(0.75 - len(models), 1.6))
     axes.grid(axis="y", visible=False)
     axes.set_title(f"{label(reward).capitalize()} by model; lines: quantiles .05, .50, .95")
     sns.despine(figure, left=True)
     return _done(figure)
 
 
-def _densities(axes: Axes, samples: dict[str, Array], colour: dict[str, str]) -> dict[str, Line2D]:
-    """The line of each model's kernel density as seaborn draws it, of one width so that shapes can be compared.
+def _densities(scores: pd.DataFrame, models: Sequence[str], reward: str) -> tuple[Array, dict[str, Array]]:
+    """Places [G] and each model's kernel density there, of one width so that shapes can be compared.
 
-    The width is the largest that Silverman's rule gives a model, and never finer than the picture can show.
+    The width is the largest that Silverman's rule (1986, eq. 3.31) gives a model: 0.9 min(standard deviation, quartile
+    range / 1.349) n^-1/5, and never finer than the picture can show.
     """
+    samples = {model: stats.of_model(scores, model, reward)[reward].to_numpy(float) for model in models}
     pooled = np.concatenate(list(samples.values()))
     span = np.ptp(pooled) or 1.0
-    width = max([span / 160, *(_silverman(values) for values in samples.values())])
-    axes.set_xlim(pooled.min() - 0.12 * span, pooled.max() + 0.12 * span)
-    for model, values in samples.items():
-        if np.ptp(values) == 0:  # seaborn draws no density of equal values, so two stand close beside them
-            values = values[0] + np.array([-0.01, 0.01]) * width
-        look = {"bw_method": width / values.std(ddof=1), "gridsize": 400, "color": colour[model], "linewidth": 2.2}
-        sns.kdeplot(x=values, ax=axes, **look)
-    return dict(zip(samples, axes.lines, strict=True))
-
-
-def _silverman(values: Array) -> float:
-    """Silverman's width of a kernel (1986, eq. 3.31): 0.9 min(standard deviation, quartile range / 1.349) n^-1/5."""
-    quartiles = np.quantile(values, [0.25, 0.75])
-    return float(0.9 * min(values.std(), np.ptp(quartiles) / 1.349 or np.inf) * len(values) ** -0.2)
+    width = span / 160
+    for values in samples.values():
+        quartiles = np.ptp(np.quantile(values, [0.25, 0.75])) / 1.349 or np.inf
+        width = max(width, 0.9 * min(values.std(), quartiles) * len(values) ** -0.2)
+    margin = max(0.12 * span, 3 * width)
+    x = np.linspace(pooled.min() - margin, pooled.max() + margin, 400)
+    return x, {model: norm.pdf(x[:, None], values, width).mean(1) for model, values in samples.items()}
 
 
 def reward_against_kl(frame: pd.DataFrame, rewards: Sequence[str] = ("gold", "proxy")) -> Figure:
     """Mean reward against KL to SFT: a point per row of a summary, or a curve per model where it has several rows.
 
     Columns: `model`, `kl` and one per reward, with `_lo` and `_hi` where there are intervals; `beta`, `step` or `n`
-    orders a curve, whose last point is large. `seed` gives a curve per seed: several show the spread, and intervals are
-    left out. Rows without `kl` but with `n` (best-of-n) stand at the upper bound log n - (n-1)/n. The legend names
-    models with neither.
+    orders a curve, whose last point is large. Several values of `seed` give a curve each, without intervals. Rows with
+    `n` (best-of-n) are marked: their `kl` is an upper bound. The legend names models without `kl`.
     """
-    frame, rewards = frame.copy(), _measured(frame, rewards)
-    if "n" in frame:
-        bound = frame["n"].map(stats.best_of_n_kl, na_action="ignore")
-        frame["model"] = frame["model"].where(frame["kl"].notna() | bound.isna(), frame["model"] + BOUND)
-        frame["kl"] = frame["kl"].fillna(bound)
+    rewards, drawn = _measured(frame, rewards), frame[frame["kl"].notna()]
     missing = frame.loc[frame["kl"].isna(), "model"].unique()
-    drawn = frame[frame["kl"].notna()]
     if drawn.empty:
         raise ValueError("no row has a KL to draw against: column 'kl' is empty")
     figure, panels = _panels(len(rewards), width=5.8, height=4.8)
-    colour = colours(model.removesuffix(BOUND) for model in drawn["model"])
+    colour = colours(drawn["model"])
     for axes, reward in zip(panels, rewards, strict=True):
-        for model, rows in drawn[drawn[reward].notna()].groupby("model", sort=False):
-            _curves(axes, rows, reward, _look(str(model).removesuffix(BOUND), colour, str(model)))
+        measured = drawn[drawn[reward].notna()]
+        for model in measured["model"].unique():
+            look = {"color": colour[model], "marker": MARKERS.get(model, "o"), "label": model}
+            _curves(axes, measured[measured["model"] == model], reward, look)
         axes.set(xlabel=label("kl"), ylabel=f"mean {label(reward)}")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.margins(0.06)
-    notes = (
-        ["large point: the last of its curve"] if any(line.get_markersize() == 11 for line in panels[0].lines) else []
-    )
-    notes += [f"not drawn, no KL: {', '.join(missing)}"] if len(missing) else []
+    notes = []
+    if any(line.get_markersize() == LAST for line in panels[0].lines):
+        notes.append("large point: the last of its curve")
+    if len(missing):
+        notes.append(f"not drawn, no KL: {', '.join(missing)}")
     _legend_below(figure, panels[0], 2 * len(panels), title="; ".join(notes))
     figure.suptitle("Reward against distance from the SFT model")
     return _done(figure)
@@ -192,17 +182,18 @@ def reward_against_kl(frame: pd.DataFrame, rewards: Sequence[str] = ("gold", "pr
 
 def _curves(axes: Axes, rows: pd.DataFrame, reward: str, look: dict[str, Any]) -> None:
     """The rows of one model: points with both intervals, joined in order of what varies, a line per seed."""
-    order = next((name for name in ("beta", "step", "update", "n") if name in rows and rows[name].nunique() > 1), None)
+    order = next((name for name in ("beta", "step", "n") if name in rows and rows[name].nunique() > 1), None)
+    bound = " (KL: upper bound)" if "n" in rows and rows["n"].notna().any() else ""
     seeds = [part for _, part in rows.groupby("seed", sort=False, dropna=False)] if "seed" in rows else [rows]
     for i, part in enumerate(seeds):
         part = part.sort_values(order) if order else part
         span = f", {order} {part[order].iloc[0]:g} to {part[order].iloc[-1]:g}" if order else ""
-        text = look["label"] + span if i == 0 else "_nolegend_"
+        text = look["label"] + bound + span if i == 0 else "_nolegend_"
         shown = look | {"label": text, "linestyle": "-" if order else "none", "markersize": 5 if order else 9}
         errors: dict[str, Any] = {"xerr": _error(part, "kl"), "yerr": _error(part, reward)} if len(seeds) == 1 else {}
         axes.errorbar(part["kl"], part[reward], **errors, **shown, capsize=3, elinewidth=1.5)
         if order:
-            end = look | {"label": "_nolegend_", "markersize": 11, "markeredgecolor": "black", "zorder": 5}
+            end = look | {"label": "_nolegend_", "markersize": LAST, "markeredgecolor": "black", "zorder": 5}
             axes.plot(part["kl"].iloc[-1], part[reward].iloc[-1], **end)
 
 
@@ -214,39 +205,19 @@ def _error(rows: pd.DataFrame, column: str) -> Array | None:
     return np.clip(np.nan_to_num(np.asarray(ends, dtype=float)), 0, None)
 
 
-def length_against_reward(scores: pd.DataFrame, reward: str = "proxy", models: Sequence[str] | None = None) -> Figure:
-    """Each completion's reward against its length, with each model's mean (large) and its correlation of the two."""
-    _measured(scores, [reward])
-    models = list(models or scores["model"].unique())
-    colour = colours(models)
-    figure, (axes,) = _panels(1, width=7.0, height=5.0)
-    shake = np.random.default_rng(0)  # lengths are whole numbers: shaken by less than half a token, points do not hide
-    for model in models:
-        lengths, values = stats.numbers_of(scores, model, "n_tokens"), stats.numbers_of(scores, model, reward)
-        points = lengths + shake.uniform(-0.3, 0.3, len(lengths))
-        axes.scatter(points, values, s=9, alpha=0.25, color=colour[model], linewidths=0)
-        varies = np.ptp(lengths) > 0 and np.ptp(values) > 0
-        r = f"= {np.corrcoef(lengths, values)[0, 1]:.2f}" if varies else "undefined"
-        look = _look(model, colour, f"{model}  r {r}")
-        axes.plot(lengths.mean(), values.mean(), **look, markersize=12, markeredgecolor="black", linestyle="", zorder=5)
-    axes.set(xlabel=label("n_tokens"), ylabel=label(reward))
-    _legend_on_top(axes, title="mean of a model, and its correlation of reward with length")
-    return _done(figure)
-
-
 def by_kind(scores: pd.DataFrame, value: str = "gold", models: Sequence[str] | None = None) -> Figure:
     """Mean of `value` per kind of prompt and model, with 95% intervals over prompts (and seeds)."""
-    _measured(scores, [value])
     models = list(models or scores["model"].unique())
     colour, kinds = colours(models), sorted(scores["kind"].unique())
     figure, (axes,) = _panels(1, width=max(6.5, 1.5 * len(kinds)), height=4.8)
     for i, model in enumerate(models):
-        rows = stats.of_model(scores, model)
-        table = stats.summary(rows.assign(model=rows["kind"]), rows["kind"].iloc[0], [value], win_by=())
-        table = table.set_index("model").reindex(kinds)
+        rows = stats.of_model(scores, model).groupby("kind")
+        found = {kind: stats.columns(value, stats.hierarchical_bootstrap(part, value)) for kind, part in rows}
+        table = pd.DataFrame.from_dict(found, orient="index").reindex(kinds)
         x = np.arange(len(kinds)) + (i - (len(models) - 1) / 2) * 0.7 / len(models)
-        look = _look(model, colour, model) | {"linestyle": "", "markersize": 8, "capsize": 3, "elinewidth": 1.8}
-        axes.errorbar(x, table[value], _error(table, value), **look)
+        look: dict[str, Any] = {"color": colour[model], "marker": MARKERS.get(model, "o"), "label": model}
+        bars: dict[str, Any] = {"linestyle": "", "markersize": 8, "capsize": 3, "elinewidth": 1.8}
+        axes.errorbar(x, table[value], _error(table, value), **look, **bars)
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set(xlabel="kind of prompt", ylabel=f"mean {label(value)}")
     axes.grid(axis="x", visible=False)
@@ -259,26 +230,22 @@ def by_kind(scores: pd.DataFrame, value: str = "gold", models: Sequence[str] | N
 def training(metrics: pd.DataFrame, columns: Sequence[str], x: str = "update") -> Figure:
     """Small multiples of what was logged over updates, a line for every run: no seed hides behind a mean.
 
-    A run is a value of the columns `run` and `seed`, if there are any; a column `model` gives its line's colour.
+    A run is a value of the column `run`, if there is one; a column `model` gives its line's name and colour.
     Raises ValueError if a column is missing or empty.
     """
     for name in (x, *columns):
         _measured(metrics, [name])
-    keys = [name for name in ("run", "seed") if name in metrics]
-    if len(keys) == 2 and (metrics.groupby("run")["seed"].nunique() <= 1).all():
-        keys = ["run"]  # which names the seed already
-    lines = metrics.groupby(keys, sort=False) if keys else [((), metrics)]
-    shades = sns.color_palette("colorblind", len(lines)).as_hex()
-    known = colours(metrics["model"].astype(str)) if "model" in metrics else {}
+    lines = [part for _, part in metrics.groupby("run", sort=False)] if "run" in metrics else [metrics]
+    by = next((name for name in ("model", "run") if name in metrics), None)
+    names = [str(part[by].iloc[0]) if by else "" for part in lines]
+    colour = colours(names) if by else {"": COLOURS["SFT"]}
     figure, panels = _panels(len(columns), width=4.4, height=3.4, across=2 if len(columns) in (2, 4) else 3)
     for axes, column in zip(panels, columns, strict=True):
-        for shade, (key, part) in zip(shades, lines, strict=True):
-            name = " ".join(str(k) if of == "run" else f"seed {k}" for of, k in zip(keys, key, strict=True))
-            name = str(part["model"].iloc[0]) if known else name
+        for name, part in zip(names, lines, strict=True):
             part = part[part[column].notna()].sort_values(x)
             marker = "o" if len(part) == 1 else ""  # a line of one point would not be seen
-            look = {"color": known.get(name, shade), "label": _shown(name), "linewidth": 1.8, "marker": marker}
-            axes.plot(part[x], part[column], **look)
+            look: dict[str, Any] = {"color": colour[name], "label": name, "marker": marker}
+            axes.plot(part[x], part[column], **look, linewidth=1.8)
         axes.set_xlabel(label(x), fontsize=12)
         axes.set_ylabel(label(column), fontsize=12)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -290,16 +257,16 @@ def training(metrics: pd.DataFrame, columns: Sequence[str], x: str = "update") -
 
 def calibration(frame: pd.DataFrame) -> Figure:
     """Observed against predicted frequency of preference (`stats.calibration_curve`); large points hold many pairs."""
-    used, colour = frame[frame["n"] > 0], COLOURS["SFT"]
+    colour, x, y = COLOURS["SFT"], frame["predicted"], frame["observed"]
     figure, (axes,) = _panels(1, width=5.2, height=5.4)
     axes.plot([0, 1], [0, 1], color="#606060", linestyle="--", linewidth=1.5, label="perfectly calibrated")
-    axes.errorbar(used["predicted"], used["observed"], _error(used, "observed"), fmt="none", color=colour, capsize=3)
-    look: dict[str, Any] = {"color": colour, "label": "pairs of a bin [95% interval]", "zorder": 3}
-    axes.scatter(used["predicted"], used["observed"], 20 + 180 * used["n"] / used["n"].max(), **look)
+    axes.errorbar(x, y, _error(frame, "observed"), fmt="none", color=colour, capsize=3)
+    sizes = 20 + 180 * frame["n"] / frame["n"].max()
+    axes.scatter(x, y, sizes, color=colour, label="pairs of a bin [95% interval]", zorder=3)
     axes.set(xlabel="predicted preference [probability]", ylabel="observed preference [share of pairs]")
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
     error = stats.expected_calibration_error(frame)
-    _legend_on_top(axes, title=f"calibration error {error:.3f}, {used['n'].sum()} pairs")
+    _legend_on_top(axes, title=f"calibration error {error:.3f}, {frame['n'].sum()} pairs")
     return _done(figure)
 
 
@@ -330,16 +297,6 @@ def _panels(number: int, width: float, height: float, across: int | None = None)
     down = -(-number // across)
     figure = plt.figure(figsize=(width * across, height * down), layout="constrained")
     return figure, [figure.add_subplot(down, across, i + 1) for i in range(number)]
-
-
-def _shown(text: str) -> str:
-    """A text for a legend, from which matplotlib leaves out all that begin with an underscore."""
-    return f" {text}" if text.startswith("_") else text
-
-
-def _look(model: str, colour: dict[str, str], text: str) -> dict[str, Any]:
-    """The colour and marker of a model's points, and the text that the legend has for them."""
-    return {"color": colour[model], "marker": MARKERS.get(model, "o"), "label": _shown(text)}
 
 
 def _legend_on_top(axes: Axes, title: str, columns: int = 1) -> None:

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import cache
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from rlhf_kit.models import (
-    ModelPath,
-    Prompt,
-    Roles,
-    encode,
-    load_backbone,
-    load_tokenizer,
-    padded,
-    read_notes,
-    read_score_head,
-    write_notes,
-)
+from rlhf_kit import models
+from rlhf_kit.models import ModelPath, Prompt, Roles
 
 BATCH_TOKENS = 4096  # in one forward pass of a reward model, whatever its `batch_size`: long texts must not fill a GPU
 Completion = str | list[dict[str, str]]
@@ -31,10 +21,9 @@ def checked(rewards: list[float], count: int) -> torch.Tensor:
     """The rewards of `count` completions as fp32 (count,); ValueError unless there is one finite number for each."""
     found = torch.tensor(rewards, dtype=torch.float32)
     if found.shape != (count,) or not torch.isfinite(found).all():
-        raise ValueError(
-            f"the reward function gave {list(found.shape)} values for {count} completions, "
-            f"{int((~torch.isfinite(found)).sum())} of them not finite; return one finite number for each"
-        )
+        bad = int((~torch.isfinite(found)).sum())
+        got = f"{list(found.shape)} values for {count} completions, {bad} of them not finite"
+        raise ValueError(f"the reward function gave {got}; return one finite number for each")
     return found
 
 
@@ -47,38 +36,27 @@ class RewardModel:
 
     def __init__(self, path: ModelPath, load_in_4bit: bool | None = None, batch_size: int = 64) -> None:
         self.path = str(path)
+        self.__name__ = "reward_model"  # in the logs of TRL's trainers
         self.load_in_4bit = load_in_4bit
         self.batch_size = batch_size
-        self.tokenizer = load_tokenizer(path)
-        self.head = read_score_head(path)
-        notes = read_notes(path)
+        self.tokenizer = models.load_tokenizer(path)
+        self.head = models.read_score_head(path)
+        notes = models.read_notes(path)
         self.shift, self.scale = notes.get("shift", 0.0), notes.get("scale", 1.0)
-        self._backbone: Callable[[], PreTrainedModel] | None = None
+        # The transformer, with this model's adapter switched on; loaded at the first call.
+        self.backbone: Any = cache(lambda: models.load_backbone(path, load_in_4bit))
 
     def on(self, roles: Roles, role: str) -> RewardModel:
         """The same reward through its adapter in `roles`, without a second copy of the base."""
         shared = copy(self)
-        shared._backbone = lambda: roles.backbone(role)
+        shared.backbone = lambda: roles.backbone(role)
         return shared
-
-    @property
-    def backbone(self) -> PreTrainedModel:
-        """The transformer, with this model's adapter switched on."""
-        if self._backbone is None:
-            loaded = load_backbone(self.path, self.load_in_4bit)
-            self._backbone = lambda: loaded
-        return self._backbone()
-
-    @property
-    def __name__(self) -> str:
-        """The name of this reward in the logs of TRL's trainers."""
-        return "reward_model"
 
     @torch.no_grad()
     def __call__(self, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float]:
         if not prompts:
             return []
-        ids = encode(self.tokenizer, prompts, completions)
+        ids = models.encode(self.tokenizer, prompts, completions)
         scores = torch.empty(len(ids))
         waiting = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # longest first
         while waiting:
@@ -89,9 +67,9 @@ class RewardModel:
 
     def _score(self, rows: list[list[int]]) -> torch.Tensor:
         """Raw scores (B,) in fp32 of rows of token ids, padded on the right so that positions count from 0."""
-        backbone = self.backbone
+        backbone = self.backbone()
         where = backbone.device
-        ids, mask = (tensor.to(where) for tensor in padded(rows, "right", self.tokenizer.pad_token_id))
+        ids, mask = (tensor.to(where) for tensor in models.padded(rows, "right", self.tokenizer.pad_token_id))
         states = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         last = states[torch.arange(len(rows), device=where), mask.sum(1) - 1]
         with torch.autocast(where.type, enabled=False):  # heads stay in fp32
@@ -107,9 +85,8 @@ class Ensemble:
 
     def __init__(self, members: Sequence[Reward], combine: str = "mean") -> None:
         if len(members) < 2 or combine not in ("mean", "min"):
-            raise ValueError(
-                f"an ensemble needs two or more members and combine 'mean' or 'min'; got {len(members)} and {combine!r}"
-            )
+            got = f"{len(members)} and {combine!r}"
+            raise ValueError(f"an ensemble needs two or more members and combine 'mean' or 'min'; got {got}")
         self.members = list(members)
         self.combine = combine
 
@@ -131,8 +108,8 @@ def normalise(path: ModelPath, prompts: list[Prompt], completions: list[Completi
     A Bradley-Terry reward is defined only up to a shift, and its scale depends on the noise of the raters. After this,
     a `kl_coef` means the same for every reward model. ValueError where all completions have the same score.
     """
-    write_notes(path, shift=0.0, scale=1.0)
+    models.write_notes(path, shift=0.0, scale=1.0)
     scores = torch.tensor(RewardModel(path)(prompts, completions))
     if len(scores) < 2 or scores.std() < 1e-4:  # equal texts in other batches differ by rounding
         raise ValueError(f"{path}: gives every completion the same score, so it cannot be normalised; train it longer")
-    write_notes(path, shift=scores.mean().item(), scale=scores.std().item())
+    models.write_notes(path, shift=scores.mean().item(), scale=scores.std().item())

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 import torch
 from datasets import Dataset
 
-from rlhf_kit.models import (
-    MAX_COMPLETION_LENGTH,
-    ModelPath,
-    completion_kl,
-    decode_completions,
-    encode,
-    finished,
-    generate,
-    load_causal,
-    load_tokenizer,
-    stop_ids,
-)
+from rlhf_kit import models
+from rlhf_kit.models import ModelPath
 from rlhf_kit.rewards import Reward
 
 KL_ROWS = 64  # completions in one forward pass for the KL; sorted by length, they cost half of a whole batch at once
@@ -29,7 +21,7 @@ def sample(
     prompts: Dataset,
     n: int = 1,
     temperature: float = 1.0,
-    max_completion_length: int = MAX_COMPLETION_LENGTH,
+    max_completion_length: int = models.MAX_COMPLETION_LENGTH,
     reference: ModelPath | None = None,
     seed: int = 0,
     batch_tokens: int = 2**15,
@@ -44,23 +36,24 @@ def sample(
     if n < 1 or len(prompts) == 0:
         raise ValueError(f"sample: needs prompts and n of at least 1; got {len(prompts)} prompts and n={n}")
     torch.manual_seed(seed)
-    policy, tokenizer = load_causal(model, load_in_4bit), load_tokenizer(model)
-    other = load_causal(reference, load_in_4bit) if reference is not None else None
-    encoded = encode(tokenizer, prompts["prompt"][:])
-    stops = stop_ids(policy, tokenizer)
+    policy, tokenizer = models.load_causal(model, load_in_4bit), models.load_tokenizer(model)
+    other = models.load_causal(reference, load_in_4bit) if reference is not None else None
+    encoded = models.encode(tokenizer, prompts["prompt"][:])
+    stops = models.stop_ids(policy, tokenizer)
     batch_size = max(1, batch_tokens // (max(map(len, encoded)) + max_completion_length))
     rows = [(prompt_id, k) for prompt_id in range(len(prompts)) for k in range(n)]
     parts = []
     for start in range(0, len(rows), batch_size):
         batch = pd.DataFrame(rows[start : start + batch_size], columns=["prompt_id", "sample"])
-        tokens = generate(policy, tokenizer, [encoded[i] for i in batch.prompt_id], max_completion_length, temperature)
-        batch["completion"] = decode_completions(tokenizer, tokens)
-        batch["finished"] = finished(tokens, stops).tolist()
+        ids = [encoded[i] for i in batch.prompt_id]
+        tokens = models.generate(policy, tokenizer, ids, max_completion_length, temperature)
+        batch["completion"] = models.decode_completions(tokenizer, tokens)
+        batch["finished"] = models.finished(tokens, stops).tolist()
         batch["n_tokens"] = tokens.completion_mask.sum(1).tolist()
         if other is not None:
             kl = torch.zeros(len(batch))
             for index in tokens.attention_mask.sum(1).argsort().split(KL_ROWS):
-                kl[index] = completion_kl(policy, other, tokens.rows(index), temperature or 1.0).cpu()
+                kl[index] = models.completion_kl(policy, other, tokens.rows(index), temperature or 1.0).cpu()
             batch["kl"] = kl.tolist()
         parts.append(batch)
     columns = prompts.to_pandas().rename_axis("prompt_id").reset_index()
@@ -70,7 +63,7 @@ def sample(
     return frame[first + [column for column in frame.columns if column not in first]]
 
 
-def add_rewards(samples: pd.DataFrame, rewards: dict[str, Reward]) -> pd.DataFrame:
+def add_rewards(samples: pd.DataFrame, rewards: Mapping[str, Reward]) -> pd.DataFrame:
     """The samples with a column for each reward, which gets the other columns of the frame as it does in training."""
     columns = {name: samples[name].tolist() for name in samples.columns if name not in ("prompt", "completion")}
     prompts, completions = samples["prompt"].tolist(), samples["completion"].tolist()

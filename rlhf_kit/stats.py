@@ -8,8 +8,7 @@ prompts (and seeds if the frame has several). A row without a number is an error
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,12 +29,13 @@ class Interval(NamedTuple):
     hi: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} [{self.lo:.2f}, {self.hi:.2f}]"
+        return "-" if math.isnan(self.mean) else f"{self.mean:.2f} [{self.lo:.2f}, {self.hi:.2f}]"
 
 
 LEVEL = 0.95
 Z = 1.959963984540054  # standard errors on either side of a 95% interval
 NOT_MEASURED = Interval(math.nan, math.nan, math.nan)
+UNITS = ["seed", "prompt_id"]  # what is resampled, the outer one first
 
 # The bootstrap
 
@@ -46,14 +46,12 @@ def bootstrap(values: ArrayLike, groups: ArrayLike | None = None, n_resamples: i
     One value, or one group, says nothing about the spread: its bounds are NaN. ValueError if a value is not finite.
     """
     flat = _finite(values, "values")
-    sums, counts = flat, np.ones_like(flat)
-    if groups is not None:
-        labels = np.asarray(groups)
-        if labels.shape != flat.shape:
-            raise ValueError(f"groups has shape {labels.shape}, values {flat.shape}: give one group per value")
-        _, index = np.unique(labels, return_inverse=True)
-        sums, counts = (np.bincount(index, weights=weights).astype(float) for weights in (flat, counts))
-    draws = _resample(lambda drawn: sums[drawn].sum(1) / counts[drawn].sum(1), len(sums), n_resamples, seed)
+    labels = np.arange(len(flat)) if groups is None else np.asarray(groups)
+    if labels.shape != flat.shape:
+        raise ValueError(f"groups has shape {labels.shape}, values {flat.shape}: give one group per value")
+    _, index = np.unique(labels, return_inverse=True)
+    sums, counts = np.bincount(index, weights=flat), np.bincount(index)
+    draws = _resampled_means(sums, counts, n_resamples, np.random.default_rng(seed))
     return _percentiles(float(flat.mean()), draws, enough=len(sums) > 1)
 
 
@@ -67,75 +65,47 @@ def bootstrap_of(
     """
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     rows, size = np.arange(len(index)), int(index.max()) + 1
-
-    def of_each(drawn: Indices) -> Array:
-        times = [np.bincount(resample, minlength=size) for resample in drawn]
-        return np.array([statistic(np.repeat(rows, each[index])) for each in times])
-
     value = float(statistic(rows))
     if size < 2 or math.isnan(value):
         return Interval(value, math.nan, math.nan)
-    draws = _resample(of_each, size, n_resamples, seed)
+    resamples = (drawn for block in _resamples(size, n_resamples, np.random.default_rng(seed)) for drawn in block)
+    draws = np.array([statistic(np.repeat(rows, np.bincount(drawn, minlength=size)[index])) for drawn in resamples])
     found = draws[~np.isnan(draws)]
     return _percentiles(value, found, enough=len(found) >= LEVEL * n_resamples)
 
 
-def hierarchical_bootstrap(
-    frame: pd.DataFrame,
-    value: str,
-    levels: Sequence[str] = ("seed", "prompt_id"),
-    n_resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
+def hierarchical_bootstrap(frame: pd.DataFrame, value: str, n_resamples: int = 2000, seed: int = 0) -> Interval:
     """Mean over seeds of means over prompts, resampling seeds and, within each draw, prompts; 95% percentile interval.
 
-    `levels` are both columns or only the prompts'. Samples of a prompt are averaged first. A level with one member adds
-    no spread: with one seed the interval covers prompts only. ValueError names the column and row of the first fault.
+    Samples of a prompt are averaged first. With one seed, or no column `seed`, the interval covers prompts only.
+    ValueError names the column and row of the first fault.
     """
-    _need(frame, *levels, value)
-    for name in levels:
-        if frame[name].isna().any():  # groupby would drop these rows without a word
-            raise ValueError(f"column {name!r} is empty in row {frame.index[frame[name].isna()][0]}")
-    if len(levels) > 2:
-        raise ValueError(f"levels must be one or two columns, the outer one first, got {', '.join(levels)}")
-    _finite(frame[value], value, frame.index)
-    means = frame.groupby(list(levels))[value].mean()
-    parts = [part.to_numpy(float) for _, part in means.groupby(level=0)] if len(levels) > 1 else [means.to_numpy(float)]
+    means = _checked(frame, value).groupby(UNITS)[value].mean()
+    parts = [part.to_numpy(float) for _, part in means.groupby("seed")]
     draws, rng = np.zeros(n_resamples), np.random.default_rng(seed)
     for _ in parts:  # each slot draws a seed, and that seed draws its prompts anew
         drawn = rng.integers(len(parts), size=n_resamples)
         for position, part in enumerate(parts):
             chosen = drawn == position
-            draws[chosen] += _resample(partial(_means, part), len(part), int(chosen.sum()), rng)
+            draws[chosen] += _resampled_means(part, np.ones_like(part), int(chosen.sum()), rng)
     return _percentiles(float(np.mean([part.mean() for part in parts])), draws / len(parts), enough=len(means) > 1)
 
 
-def _means(values: Array, drawn: Indices) -> Array:
-    return np.asarray(values[drawn].mean(axis=1))
-
-
-def _resample(statistic: Callable[[Indices], Array], members: int, size: int, seed: int | np.random.Generator) -> Array:
-    """The statistic [size] of `size` resamples: `members` numbers below `members`, drawn with replacement.
-
-    `statistic` takes a block of resamples [R, members] and returns [R], so that memory stays bounded.
-    """
-    rng = np.random.default_rng(seed)  # which returns a generator as it is
+def _resamples(members: int, size: int, rng: np.random.Generator) -> Iterator[Indices]:
+    """`size` times `members` numbers below `members`, drawn with replacement, in blocks [R, members] that fit."""
     step = max(1, DRAWS_AT_ONCE // members)
-    blocks = [min(step, size - start) for start in range(0, size, step)]
-    return np.concatenate([np.empty(0), *(statistic(rng.integers(members, size=(rows, members))) for rows in blocks)])
+    for start in range(0, size, step):
+        yield rng.integers(members, size=(min(step, size - start), members))
+
+
+def _resampled_means(sums: NDArray[Any], counts: NDArray[Any], size: int, rng: np.random.Generator) -> Array:
+    blocks = [sums[drawn].sum(1) / counts[drawn].sum(1) for drawn in _resamples(len(sums), size, rng)]
+    return np.concatenate([np.empty(0), *blocks])
 
 
 def _percentiles(mean: float, draws: Array, enough: bool) -> Interval:
-    if len(draws) == 0:
-        raise ValueError("n_resamples must be at least 1")
     lo, hi = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if enough else (math.nan, math.nan)
     return Interval(mean, float(lo), float(hi))
-
-
-def _need(frame: pd.DataFrame, *columns: str) -> None:
-    for name in columns:
-        if name not in frame.columns:
-            raise ValueError(f"the frame has no column {name!r}; it has {', '.join(map(str, frame.columns))}")
 
 
 def _finite(values: ArrayLike, name: str, index: Any = None) -> Array:
@@ -150,96 +120,90 @@ def _finite(values: ArrayLike, name: str, index: Any = None) -> Array:
     return flat
 
 
+def _checked(frame: pd.DataFrame, *values: str) -> pd.DataFrame:
+    """The frame, of seed 0 if it names none; ValueError unless each row has a prompt, a seed and finite `values`."""
+    frame = frame if "seed" in frame else frame.assign(seed=0)
+    for name in (*UNITS, *values):
+        if name not in frame:
+            raise ValueError(f"the frame has no column {name!r}; it has {', '.join(map(str, frame.columns))}")
+        if name in values:
+            _finite(frame[name], name, frame.index)
+        elif frame[name].isna().any():  # groupby would drop these rows without a word
+            raise ValueError(f"column {name!r} is empty in row {frame.index[frame[name].isna()][0]}")
+    return frame
+
+
 # Models against each other
 
 
-def paired_difference(scores: pd.DataFrame, a: str, b: str, value: str, seed: int = 0) -> Interval:
+def paired_difference(scores: pd.DataFrame, a: str, b: str, value: str) -> Interval:
     """Mean over prompts of (mean `value` of a's samples - mean of b's), on the same prompts, with its 95% interval.
 
     It covers prompts, and seeds if the column `seed` has several. Raises ValueError if a model or a prompt is missing.
     """
-    left, right, levels = _same_prompts(scores, a, b, value)
-    difference = left.groupby(levels)[value].mean() - right.groupby(levels)[value].mean()
-    return hierarchical_bootstrap(difference.reset_index(), value, levels, seed=seed)
+    left, right = _same_prompts(scores, a, b, value)
+    difference = left.groupby(UNITS)[value].mean() - right.groupby(UNITS)[value].mean()
+    return hierarchical_bootstrap(difference.reset_index(), value)
 
 
-def win_rate(scores: pd.DataFrame, a: str, b: str, by: str, seed: int = 0) -> Interval:
+def win_rate(scores: pd.DataFrame, a: str, b: str, by: str) -> Interval:
     """Chance that a sample of a beats a sample of b to the same prompt by the score `by`; a tie is half a win.
 
-    All pairs of samples of a prompt count: that is the prompt's Mann-Whitney U over its number of pairs, from ranks.
-    A policy against itself is exactly 0.5. Interval and errors are those of `paired_difference`.
+    All pairs of samples of a prompt count. A policy against itself is exactly 0.5. Interval and errors are those of
+    `paired_difference`.
     """
-    left, right, levels = _same_prompts(scores, a, b, by)
-    both = pd.concat([left.assign(_left=True), right.assign(_left=False)], ignore_index=True)
-    both["_rank"] = both.groupby(levels)[by].rank()  # ties share their mean rank
-    mine = both[both["_left"]].groupby(levels)["_rank"].agg(["sum", "size"])
-    theirs = both[~both["_left"]].groupby(levels).size()
-    u = mine["sum"] - mine["size"] * (mine["size"] + 1) / 2
-    wins = (u / (mine["size"] * theirs)).rename("win").reset_index()
-    return hierarchical_bootstrap(wins, "win", levels, seed=seed)
+    left, right = _same_prompts(scores, a, b, by)
+    pairs = left.merge(right, on=UNITS, suffixes=("_a", "_b"))
+    gap = pairs[f"{by}_a"] - pairs[f"{by}_b"]
+    return hierarchical_bootstrap(pairs.assign(win=_wins(gap)), "win")
 
 
-def _levels(scores: pd.DataFrame) -> list[str]:
-    several_seeds = "seed" in scores.columns and scores["seed"].nunique(dropna=False) > 1
-    return ["seed", "prompt_id"] if several_seeds else ["prompt_id"]
+def _wins(margins: Any) -> Any:
+    return (margins > 0) + 0.5 * (margins == 0)
 
 
-def of_model(scores: pd.DataFrame, model: str) -> pd.DataFrame:
-    """The rows of a model; ValueError if there are none."""
+def of_model(scores: pd.DataFrame, model: str, *values: str) -> pd.DataFrame:
+    """The rows of a model; ValueError if there are none, or if one has no finite number in a column of `values`."""
     rows = scores[scores["model"] == model]
     if rows.empty:
         raise ValueError(f"no rows of model {model!r}; the scores have {', '.join(map(str, scores['model'].unique()))}")
-    return rows
+    return _checked(rows, *values)
 
 
-def numbers_of(scores: pd.DataFrame, model: str, value: str) -> Array:
-    """A model's numbers [N] in the column `value`; ValueError naming the first row without one."""
-    _need(scores, value)
-    rows = of_model(scores, model)
-    return _finite(rows[value], f"{value} of {model}", rows.index)
-
-
-def _same_prompts(scores: pd.DataFrame, a: str, b: str, value: str) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """The rows of a and of b and their levels, after a check that both have numbers for the very same prompts."""
-    levels, left, right = _levels(scores), of_model(scores, a), of_model(scores, b)
-    for name in (a, b):
-        numbers_of(scores, name, value)
-    prompts_a, prompts_b = (set(rows[levels].itertuples(index=False, name=None)) for rows in (left, right))
+def _same_prompts(scores: pd.DataFrame, a: str, b: str, value: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The numbers of a and of b by seed and prompt; ValueError unless both have them for the very same prompts."""
+    left, right = (of_model(scores, name, value)[[*UNITS, value]] for name in (a, b))
+    prompts_a, prompts_b = (set(rows[UNITS].itertuples(index=False, name=None)) for rows in (left, right))
     if odd := sorted(prompts_a ^ prompts_b):
-        first = " ".join(f"{level} {key}" for level, key in zip(levels, odd[0], strict=True))
+        seed, prompt = odd[0]
         raise ValueError(
-            f"{a} and {b} must be scored on the same prompts, but {len(odd)} are on one side only, first {first}"
+            f"{a} and {b} must be scored on the same prompts, but {len(odd)} are on one side only, "
+            f"first prompt_id {prompt} of seed {seed}"
         )
-    return left, right, levels
+    return left, right
 
 
-def summary(
-    scores: pd.DataFrame,
-    baseline: str = "SFT",
-    values: Sequence[str] = ("gold", "proxy", "kl", "n_tokens"),
-    win_by: Sequence[str] = ("gold", "proxy"),
-) -> pd.DataFrame:
+def summary(scores: pd.DataFrame, baseline: str = "SFT") -> pd.DataFrame:
     """One row per model, in order of appearance: `X`, `X_lo`, `X_hi` per value and per `win_rate_<by>` over `baseline`.
 
     What was not measured (no such column, or empty for that model) stays NaN. ValueError if the baseline is missing.
     """
-    levels, base = _levels(scores), of_model(scores, baseline)
+    base = of_model(scores, baseline)
     table: list[dict[str, Any]] = []
     for model in scores["model"].unique():
         rows = of_model(scores, model)
         row: dict[str, Any] = {"model": model}
-        for value in values:
-            measured = _measured(rows, value)
-            row |= columns(value, hierarchical_bootstrap(rows, value, levels) if measured else NOT_MEASURED)
-        for by in win_by:
-            measured = _measured(rows, by) and _measured(base, by)
-            row |= columns(f"win_rate_{by}", win_rate(scores, model, baseline, by) if measured else NOT_MEASURED)
+        for value in ("gold", "proxy", "kl", "n_tokens"):
+            row |= columns(value, hierarchical_bootstrap(rows, value) if _measured(value, rows) else NOT_MEASURED)
+        for by in ("gold", "proxy"):
+            found = win_rate(scores, model, baseline, by) if _measured(by, rows, base) else NOT_MEASURED
+            row |= columns(f"win_rate_{by}", found)
         table.append(row)
     return pd.DataFrame(table)
 
 
-def _measured(rows: pd.DataFrame, value: str) -> bool:
-    return value in rows.columns and bool(rows[value].notna().any())
+def _measured(value: str, *sides: pd.DataFrame) -> bool:
+    return all(value in rows and rows[value].notna().any() for rows in sides)
 
 
 def columns(name: str, interval: Interval) -> dict[str, float]:
@@ -257,58 +221,37 @@ def compare(scores: pd.DataFrame, a: str = "PPO", b: str = "DPO") -> pd.DataFram
     table = []
     for quantity in ("win_rate_gold", "win_rate_proxy", "gold", "proxy", "kl", "n_tokens"):
         value = quantity.removeprefix("win_rate_")
-        is_rate = value != quantity
-        if_equal = 0.5 if is_rate else 0.0
-        if _measured(left, value) and _measured(right, value):
-            interval = (win_rate if is_rate else paired_difference)(scores, a, b, value)
+        estimate, if_equal = (paired_difference, 0.0) if value == quantity else (win_rate, 0.5)
+        interval, verdict = NOT_MEASURED, "not measured"
+        if _measured(value, left, right):
+            interval = estimate(scores, a, b, value)
             verdict = f"{a} higher" if interval.lo > if_equal else "cannot tell"
             verdict = f"{b} higher" if interval.hi < if_equal else verdict
-        else:
-            interval, verdict = NOT_MEASURED, "not measured"
         table.append({"quantity": quantity, **interval._asdict(), "if_equal": if_equal, "verdict": verdict})
     return pd.DataFrame(table)
-
-
-def quantiles(
-    scores: pd.DataFrame, value: str, by: str = "model", q: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95)
-) -> pd.DataFrame:
-    """Quantiles of `value` over all samples: a row per `by` in order of appearance, columns `q05`, ... or NaN."""
-    table = scores.groupby(by, sort=False)[value].quantile(np.asarray(q)).unstack(sort=False)
-    table.columns = [f"q{f'{100 * p:g}'.zfill(2)}" for p in q]
-    return table.reset_index()
 
 
 # Reward models
 
 
-def pair_accuracy(chosen_scores: ArrayLike, rejected_scores: ArrayLike, groups: ArrayLike | None = None) -> Interval:
-    """Share of pairs [N] whose chosen side scores higher, ties 1/2; `groups` (prompts, [N]) are resampled whole."""
-    chosen, rejected = _finite(chosen_scores, "chosen_scores"), _finite(rejected_scores, "rejected_scores")
-    if chosen.shape != rejected.shape:
-        raise ValueError(f"{len(chosen)} chosen scores but {len(rejected)} rejected scores: give one of each per pair")
-    return bootstrap((chosen > rejected) + 0.5 * (chosen == rejected), groups)
+def pair_accuracy(margins: ArrayLike, groups: ArrayLike | None = None) -> Interval:
+    """Share of `margins` [N] (score of chosen - rejected) above 0, ties 1/2; `groups` [N] (prompts) are drawn whole."""
+    return bootstrap(_wins(_finite(margins, "margins")), groups)
 
 
 def calibration_curve(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -> pd.DataFrame:
-    """Predicted against observed frequency in `bins` equal bins of probability, empty bins included (n = 0).
+    """Predicted against observed frequency, a row for each of `bins` equal bins of probability that holds a pair.
 
-    Columns: `left`, `right` (edges of the bin), `n`, `predicted`, `observed` (means within the bin), and `observed_lo`,
-    `observed_hi` (95% Wilson interval). Outcomes lie in [0, 1], a tie being 1/2; ValueError otherwise.
+    Columns: `predicted`, `observed` (means within the bin), `n`, and `observed_lo`, `observed_hi` (95% Wilson
+    interval). Outcomes lie in [0, 1], a tie being 1/2; ValueError otherwise.
     """
-    predicted, observed = _finite(probabilities, "probabilities"), _finite(outcomes, "outcomes")
-    if predicted.shape != observed.shape:
-        raise ValueError(f"{len(predicted)} probabilities but {len(observed)} outcomes: give one of each per pair")
-    for name, values in (("probabilities", predicted), ("outcomes", observed)):
-        if values.min() < 0 or values.max() > 1:
-            raise ValueError(f"{name} must lie in [0, 1], but they reach from {values.min():g} to {values.max():g}")
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
-    edges = np.linspace(0, 1, bins + 1)
-    index = np.minimum((predicted * bins).astype(int), bins - 1)  # 1.0 belongs to the last bin
-    inside = pd.DataFrame({"predicted": predicted, "observed": observed}).groupby(index)
-    table = pd.DataFrame({"left": edges[:-1], "right": edges[1:], "n": inside.size()}, index=range(bins))
-    table = table.fillna({"n": 0}).astype({"n": int}).join(inside.mean())
-    n, p = table["n"].where(table["n"] > 0), table["observed"]  # an empty bin has no interval
+    sides = {"predicted": _finite(probabilities, "probabilities"), "observed": _finite(outcomes, "outcomes")}
+    pairs = pd.DataFrame(sides)
+    if ((pairs < 0) | (pairs > 1)).any(axis=None):
+        raise ValueError("probabilities and outcomes must lie in [0, 1]")
+    inside = pairs.groupby(np.minimum((pairs["predicted"] * bins).astype(int), bins - 1))  # 1.0 is in the last bin
+    table = inside.mean().assign(n=inside.size())
+    n, p = table["n"], table["observed"]
     # Wilson 1927: unlike p +- 1.96 standard errors it stays in [0, 1], and is not empty where p is 0 or 1.
     centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
@@ -328,8 +271,6 @@ def best_of_n_kl(n: int) -> float:
 
     Beirami et al. 2024, arXiv:2401.01879: in a small world where completions repeat, the true KL is far below it.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
     return math.log(n) - (n - 1) / n
 
 
@@ -337,21 +278,15 @@ def best_of_n_estimate(frame: pd.DataFrame, reward: str, value: str, n: int) -> 
     """Expected `value` of the sample of highest `reward` among n drawn without replacement from a prompt's N samples.
 
     Unbiased for best-of-n: the sample of rank i (1 = lowest) is the best of C(i-1, n-1) of the C(N, n) subsets; tied
-    samples share theirs. A row per prompt (and seed, if several) with the column `value`, for `hierarchical_bootstrap`.
-    Raises ValueError if a prompt has fewer than n samples or a row has no number.
+    samples share theirs. A row per seed and prompt with the column `value`, for `hierarchical_bootstrap`.
+    Raises ValueError if n is below 1, a prompt has fewer than n samples or a row has no number.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    for name in (reward, value):
-        _need(frame, name)
-        _finite(frame[name], name, frame.index)
-    levels = _levels(frame)
-    prompts = frame.groupby(levels)
+    frame = _checked(frame, reward, value)
+    prompts = frame.groupby(UNITS)
     size = prompts[reward].transform("size")
-    if size.min() < n:
-        short = frame[levels].iloc[int(size.to_numpy().argmin())].to_dict()
-        raise ValueError(f"best of {n} needs {n} samples per prompt, but prompt {short} has {size.min()}")
+    if not 1 <= n <= size.min():
+        raise ValueError(f"best of {n} needs n of at least 1 and {n} samples per prompt; one prompt has {size.min()}")
     lowest, highest = (prompts[reward].rank(method) for method in ("min", "max"))  # a tie fills these ranks
     share = comb(highest, n) / comb(size, n) - comb(lowest - 1, n) / comb(size, n)  # P(best is among the tied)
-    weighted = frame[levels].assign(**{value: share / (highest - lowest + 1) * frame[value]})
-    return weighted.groupby(levels)[value].sum().reset_index()
+    weighted = frame[UNITS].assign(**{value: share / (highest - lowest + 1) * frame[value]})
+    return weighted.groupby(UNITS)[value].sum().reset_index()

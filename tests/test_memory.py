@@ -62,7 +62,7 @@ def as_bytes(gib: float) -> int:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_weights_to_the_byte(architecture: str, tmp_path: Path) -> None:
+def test_weights_to_the_byte_and_a_table_for_each_stage(architecture: str, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config_of(architecture, TINY)).save_pretrained(tmp_path)
     for four_bit in (False, True):
         base = models.load_base(tmp_path, AutoModelForCausalLM.from_pretrained, four_bit)
@@ -77,9 +77,14 @@ def test_weights_to_the_byte(architecture: str, tmp_path: Path) -> None:
     assert as_bytes(parts["policy"]) == as_bytes(parts["reference"]) == real_bytes(held(whole))
     assert as_bytes(parts["value"]) == as_bytes(parts["reward models"] / 2) == real_bytes(held(backbone))
     assert as_bytes(parts["heads"]) == 4 * (64 + 1) + 2 * 4 * 64  # a value head with its bias, score heads
+    config = config_of(architecture, {**TINY, "hidden_size": 1024, "head_dim": 256})
+    for stage in memory.STAGES:
+        found = [memory.estimate(config, stage, **settings(mode, on_gpu=True)) for mode in ("4bit", "lora", "full")]
+        totals = [f"{sum(phase.values()):.2f}" for phase in found[0].phases.values()]
+        assert found[0].table().splitlines()[-1].split() == ["total", *totals]
+        assert found[0].peak < found[1].peak < found[2].peak
 
 
-@pytest.mark.parametrize("mode", ["full", "lora", "4bit"])
 def test_gradients_and_optimizer_to_the_byte(zoo: Zoo, mode: str) -> None:
     lora = None if mode == "full" else models.lora_config(LORA)
     roles = models.load_roles(zoo["full"], lora=lora, load_in_4bit=mode == "4bit")
@@ -142,17 +147,17 @@ def test_kv_cache_to_the_byte(architecture: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "mode", "way"),
+    "way",
     [
-        ("pocket", "full", ()),
-        ("pocket", "lora", ("--no-checkpointing",)),
-        ("pocket", "4bit", ()),
-        ("llama-30m", "full", ("--no-checkpointing",)),
-        ("llama-30m", "lora", ()),
-        ("llama-30m", "4bit", ("--no-checkpointing",)),
+        "pocket --mode full",
+        "pocket --mode lora --no-checkpointing",
+        "pocket --mode 4bit",
+        "llama-30m --mode full --no-checkpointing --rollout 2",
+        "llama-30m --mode lora --rollout 2",
+        "llama-30m --mode 4bit --no-checkpointing --rollout 2",
     ],
 )
-def test_measured_peaks_are_within_a_quarter(shape: str, mode: str, way: tuple[str, ...], tmp_path: Path) -> None:
+def test_measured_peaks_are_within_a_quarter(way: str, tmp_path: Path) -> None:
     """Every stage runs whole, through the kit's own functions."""
     path = Path(__file__).parent.parent / "experiments" / "ppo_memory.py"
     spec = importlib.util.spec_from_file_location("ppo_memory", path)
@@ -160,7 +165,7 @@ def test_measured_peaks_are_within_a_quarter(shape: str, mode: str, way: tuple[s
     experiment = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(experiment)
     places = ["--scratch", str(tmp_path / "scratch"), "--out", str(tmp_path / "out")]
-    table = experiment.main(["--shape", shape, "--mode", mode, *way, *places])
+    table = experiment.main(["--shape", *way.split(), *places])
     assert set(table["stage"]) == set(memory.STAGES)
     assert table["ratio"].between(0.75, 1.25).all(), table[["stage", "estimate_gib", "measured_gib", "load_gib"]]
     [figure] = (tmp_path / "out" / "figures").glob("*.png")
@@ -184,105 +189,68 @@ def test_scoring_batches_and_ram_are_the_real_ones() -> None:
     assert memory.device_memory() == pytest.approx(kib / 2**20, rel=0.01)
 
 
-# Any causal LM, and an 8B model by hand ---
+# What is refused, and an 8B model by hand ---
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_any_causal_lm_has_a_table(architecture: str, tmp_path: Path) -> None:
-    config_of(architecture, {**TINY, "hidden_size": 1024, "head_dim": 256}).save_pretrained(tmp_path)  # no weights
-    for stage in memory.STAGES:
-        estimates = [
-            memory.estimate(tmp_path, stage, **settings(mode, on_gpu=True)) for mode in ("4bit", "lora", "full")
-        ]
-        for estimate in estimates:
-            totals = [f"{sum(phase.values()):.2f}" for phase in estimate.phases.values()]
-            assert estimate.table().splitlines()[-1].split() == ["total", *totals]
-        assert estimates[0].peak < estimates[1].peak < estimates[2].peak
-
-
-def test_what_is_no_causal_lm_or_no_stage_is_refused_in_a_sentence() -> None:
-    for config in (transformers.T5Config(), transformers.MambaConfig(num_hidden_layers=2)):
-        with pytest.raises(models.ModelError, match=f"model type '{config.model_type}'"):
-            memory.estimate(config, "sft")
+def test_what_is_no_causal_lm_or_no_stage_is_refused() -> None:
     for wrong, words in (
+        ({"model": transformers.T5Config()}, "model type 't5'"),
+        ({"model": transformers.MambaConfig(num_hidden_layers=2)}, "model type 'mamba'"),
         ({"stage": "grpo"}, "sft"),
-        ({"dtype": "float16"}, "bfloat16"),
         ({"rollout": 0}, "rollout"),
         ({"prompt_length": 9000}, "8192 positions"),
         ({"load_in_4bit": True}, "lora"),
         ({"optim": "sgd"}, "AdamW"),
     ):
-        arguments: dict[str, Any] = {"stage": "sft", **wrong}
         with pytest.raises(ValueError, match=words):
-            memory.estimate(config_of("Llama", LLAMA), **arguments)
+            memory.estimate(**{"model": config_of("Llama", LLAMA), "stage": "sft", **wrong})  # type: ignore[arg-type]
 
 
 def test_llama_8b_in_four_roles_by_hand() -> None:
-    config = config_of("Llama", LLAMA, layers=32)
-    estimate = memory.estimate(config, "ppo", lora=LORA, load_in_4bit=True, on_gpu=True)
-    linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
-    nf4 = linears * (0.5 + 1 / 64 + 4 / (64 * 256))
-    embedding = 2 * 128256 * 4096  # input or output, bf16
-    assert estimate.parts["base"] == pytest.approx((nf4 + 2 * embedding) / 2**30, rel=1e-3)
+    config, way = config_of("Llama", LLAMA, layers=32), {"lora": LORA, "load_in_4bit": True, "on_gpu": True}
+    estimate = memory.estimate(config, "ppo", **way)
     assert estimate.parts["base"] == pytest.approx(5.3, abs=0.05)
-    of_layer = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), *[(4096, 14336)] * 3]
-    adapter = 32 * sum(16 * (n + m) for n, m in of_layer)
-    assert adapter == 41_943_040 and estimate.trained_parameters == 2 * adapter + 4097
-    assert estimate.parts["policy"] == pytest.approx(4 * adapter / 2**30)  # fp32, as peft keeps it
-    assert estimate.parts["optimizer"] == pytest.approx(2 * 8 * adapter / 2**30, rel=1e-3)
-    backward = estimate.phases["backward"]
-    assert backward["gradients"] == pytest.approx(2 * 4 * adapter / 2**30, rel=1e-3)
-    static = sum(gib for part, gib in backward.items() if part not in ("activations", "dequantisation"))
-    assert static == pytest.approx(6.7, abs=0.25)
+    assert estimate.trained_parameters == 2 * 41_943_040 + 4097
+    assert estimate.parts["policy"] == pytest.approx(4 * 41_943_040 / 2**30)  # fp32, as peft keeps it
+    static = [gib for part, gib in estimate.phases["backward"].items() if part not in ("activations", "dequantisation")]
+    assert sum(static) == pytest.approx(6.7, abs=0.25)
     assert estimate.phases["generate"]["KV cache"] == pytest.approx(8 * 1024 * 128 / 2**20)  # 128 KiB a token
-    other, way = config_of("Llama", LLAMA, layers=32), {"lora": LORA, "load_in_4bit": True, "on_gpu": True}
-    apart = memory.estimate(config, "ppo", **way, reward_model=other, ensemble=3).parts
-    without_output = estimate.parts["base"] - embedding / 2**30  # scored without its lm_head
-    assert apart["reward models"] == pytest.approx(3 * (without_output + 4 * adapter / 2**30), rel=1e-4)
-    bf16 = memory.estimate(config, "sft", lora=LORA, dtype="bfloat16")
-    assert bf16.parts["base"] == pytest.approx(2 * 8_030_261_248 / 2**30, rel=1e-6)
+    apart = memory.estimate(config, "ppo", **way, reward_model=config_of("Llama", LLAMA, layers=32), ensemble=3).parts
+    without_output = estimate.parts["base"] - 2 * 128256 * 4096 / 2**30  # scored without its lm_head, which is bf16
+    assert apart["reward models"] == pytest.approx(3 * (without_output + 4 * 41_943_040 / 2**30), rel=1e-4)
 
 
 # Advice, and the command ---
 
 
-@pytest.mark.parametrize(
-    ("setting", "values"),
-    [
-        *[(name, [128, 256, 512]) for name in ("prompt_length", "max_completion_length")],
-        *[(name, [1, 4, 16]) for name in ("rollout", "micro_batch_size", "ensemble")],
-        ("lora", [{"r": 4}, {"r": 16}, {"r": 64}]),
-        *[(name, [True, False]) for name in ("gradient_checkpointing", "load_in_4bit")],
-        ("optim", ["paged_adamw_8bit", "adamw_torch_fused"]),
-    ],
-)
-def test_each_setting_turned_up_never_needs_less(setting: str, values: list[Any]) -> None:
-    common = {"lora": LORA, "load_in_4bit": True, "gradient_checkpointing": False, "micro_batch_size": 8}
-    totals = []
-    for value in values:
-        estimate = memory.estimate(config_of("Llama", TINY), "ppo", on_gpu=True, **{**common, setting: value})
-        totals.append([sum(parts.values()) for parts in estimate.phases.values()])
-    for less, more in zip(totals, totals[1:], strict=False):
-        assert all(a <= b for a, b in zip(less, more, strict=True)) and less != more
+def test_each_setting_turned_up_never_needs_less() -> None:
+    start = {"lora": LORA, "load_in_4bit": True, "gradient_checkpointing": True, "optim": "paged_adamw_8bit"}
+    start |= {"prompt_length": 128, "max_completion_length": 128, "rollout": 8, "micro_batch_size": 2, "ensemble": 1}
+    more = {"lora": {"r": 64}, "load_in_4bit": False, "gradient_checkpointing": False, "optim": "adamw_torch_fused"}
+    more |= {"prompt_length": 512, "max_completion_length": 512, "rollout": 16, "micro_batch_size": 16, "ensemble": 4}
+    less = memory.estimate(config_of("Llama", TINY), "ppo", on_gpu=True, **start).phases
+    for setting, value in more.items():
+        found = memory.estimate(config_of("Llama", TINY), "ppo", on_gpu=True, **{**start, setting: value}).phases
+        assert all(sum(less[phase].values()) <= sum(found[phase].values()) for phase in less) and less != found, setting
 
 
 def test_the_first_change_named_makes_it_fit(zoo: Zoo) -> None:
-    config = config_of("Llama", LLAMA, layers=4)
+    config, checkpointing = config_of("Llama", LLAMA, layers=4), "gradient_checkpointing=True"
     start = {"lora": LORA, "load_in_4bit": True, "on_gpu": True, "micro_batch_size": 8, "gradient_checkpointing": False}
-    tight = memory.advise(config, "sft", 8, **start)
-    assert not tight.fits and "Change first: gradient_checkpointing=True" in tight.sentence()
-    mended = memory.advise(config, "sft", 8, **{**start, "gradient_checkpointing": True})
-    assert mended.fits and mended.estimate == tight.changes["gradient_checkpointing=True"]
-    assert all(changed.peak < tight.estimate.peak for changed in tight.changes.values())
-    adapter = memory.advise(zoo["lora"], "dpo", 0.79, **SMALL)  # what is kept in reserve leaves half a MiB
-    assert "load_in_4bit=True" in adapter.changes and not any("lora" in name for name in adapter.changes)
-    full = memory.advise(config, "sft", 4, on_gpu=True)
-    assert 'lora={"r": 16}, load_in_4bit=True' in full.changes and "all of these" in full.changes
-    assert "No setting helps" in memory.advise(config, "sft", 2, **start).sentence()
+    fits, before, sentence = memory.advise(config, "sft", 8, **start)
+    assert not fits and f"Change first: {checkpointing}" in sentence
+    fits, after, _ = memory.advise(config, "sft", 8, **{**start, "gradient_checkpointing": True})
+    assert fits and f"{after.peak:6.1f} GiB fits  {checkpointing}" in sentence
+    assert all(float(line.split()[0]) <= before.peak for line in sentence.splitlines()[2:])
+    assert "No setting helps" in memory.advise(config, "sft", 2, **start)[2]
+    _, _, sentence = memory.advise(config, "sft", 4, on_gpu=True)
+    assert 'lora={"r": 16}, load_in_4bit=True' in sentence and "all of these" in sentence
+    _, _, sentence = memory.advise(zoo["lora"], "dpo", 0.79, **SMALL)  # what is kept in reserve leaves half a MiB
+    assert "  load_in_4bit=True" in sentence and "lora=" not in sentence
 
 
 def test_the_command_prints_parts_peak_and_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config_of("Llama", LLAMA, layers=4).save_pretrained(tmp_path)
+    config_of("Llama", LLAMA, layers=2).save_pretrained(tmp_path)  # no weights
     command = ["memory", str(tmp_path), "--stage", "sft", "--no-checkpointing", "--gpu"]
     for way in ([], ["--full"], ["--no-4bit"]):
         assert cli.main([*command, "80", *way]) == 0
@@ -291,22 +259,18 @@ def test_the_command_prints_parts_peak_and_verdict(tmp_path: Path, capsys: pytes
         rows = {line[:18].strip(): [float(cell) for cell in line[18:].split()] for line in lines[1:-2]}
         for i, total in enumerate(rows.pop("total")):
             assert total == pytest.approx(sum(cells[i] for cells in rows.values()), abs=0.05)
-    assert cli.main([*command, "4.5"]) == 0
-    assert "It does not fit" in (out := capsys.readouterr().out) and "Change first: gradient_checkpointing=True" in out
+    assert cli.main([*command, "2"]) == 0
+    assert "It does not fit" in capsys.readouterr().out
 
 
 def test_wrong_uses_of_the_command(zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
         ([str(tmp_path)], ["config.json"]),
-        (["someone/some-model"], ["someone/some-model"]),
-        ([zoo["full"]], ["prompt_length", "64 positions"]),
         ([zoo["full"], "--full", "--4bit"], ["--full", "--4bit"]),
         ([zoo["full"], "--gpu", "0", "--prompt", "8", "--completion", "8"], ["GPU", "12"]),
         ([zoo["4bit"], "--full"], ["--full", "adapter"]),
         ([zoo["full"], "--lora", "0"], ["--lora 0", "at least 1"]),
-        ([zoo["full"], "--rollout", "0"], ["rollout", "at least 1"]),
     ):
         assert cli.main(["memory", *arguments]) == 2, arguments
         message = capsys.readouterr().err.strip().splitlines()[-1]
-        assert message.startswith("rlhf-kit: ") and "Traceback" not in message, arguments
-        assert all(word in message for word in words), message
+        assert message.startswith("rlhf-kit: ") and all(word in message for word in words), message

@@ -22,7 +22,7 @@ TEXTS = [" the river .", " i will not help .", "", " leaves", " at dawn . at daw
 def held(trainer: PPOTrainer) -> dict[int, int]:
     """Bytes of every distinct storage of weights that a trainer holds, its reward models' included."""
     members = trainer.reward.members if isinstance(trainer.reward, Ensemble) else [trainer.reward]
-    modules = [trainer.roles, *(m.backbone for m in members if isinstance(m, RewardModel))]
+    modules = [trainer.roles, *(m.backbone() for m in members if isinstance(m, RewardModel))]
     weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in weights}
 

@@ -8,22 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import save_reward
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf_kit import models, rewards
 from rlhf_kit.rewards import RewardModel
-from rlhf_kit.tasks import Pocket, pocket
 
 Zoo = dict[str, str]
 EOS = 0
 PROMPTS = ["where does the otter live ?", "why ?", "what food does the owl like ?", "does the falcon eat leaves ?"]
-COMPLETIONS = [
-    " the otter lives by the river .",
-    "",
-    " mice .",
-    " no , the falcon likes to eat mice . it wakes at dusk .",
-]
+COMPLETIONS = [" the otter lives by the river .", "", " mice .", " no , the falcon likes to eat mice . it wakes ."]
 
 
 def naive_scores(directory: str, tokenizer: PreTrainedTokenizerBase) -> list[float]:
@@ -57,19 +50,9 @@ def test_scores_equal_those_of_transformers_own_classifier(zoo: Zoo, tokenizer: 
     ]
     batch = tokenizer(texts, padding=True, return_tensors="pt", padding_side="right")
     with torch.no_grad():
-        expected = (
-            classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].tolist()
-        )
+        logits = classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = logits[:, 0].tolist()
     assert RewardModel(zoo["full-reward"])(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-4)
-
-
-def test_a_row_scores_the_same_in_any_company_and_order(zoo: Zoo, mode: str) -> None:
-    reward = RewardModel(zoo[f"{mode}-reward"], batch_size=2)
-    together = reward(PROMPTS, COMPLETIONS)
-    alone = [reward([prompt], [completion])[0] for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
-    assert together == pytest.approx(alone, abs=1e-4)
-    assert reward(PROMPTS[::-1], COMPLETIONS[::-1]) == pytest.approx(together[::-1], abs=1e-4)
-    assert reward([], []) == []
 
 
 def test_long_texts_are_scored_in_batches_that_fit(zoo: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,53 +87,27 @@ def test_normalise_gives_mean_zero_and_standard_deviation_one(zoo: Zoo, mode: st
     assert models.read_notes(path).get("load_in_4bit", False) == (mode == "4bit")  # what else it remembered
 
 
-def test_a_model_that_scores_all_the_same_cannot_be_normalised(zoo: Zoo, tmp_path: Path) -> None:
+def test_completions_that_all_score_the_same_cannot_be_normalised(zoo: Zoo, tmp_path: Path) -> None:
     path = shutil.copytree(zoo["full-reward"], tmp_path / "reward")
+    with pytest.raises(ValueError, match="same score"):
+        rewards.normalise(path, PROMPTS[:1], COMPLETIONS[:1])  # type: ignore[arg-type]
     tensors = load_file(path / "model.safetensors")
-    save_file(
-        tensors | {"score.weight": torch.zeros_like(tensors["score.weight"])},
-        path / "model.safetensors",
-        {"format": "pt"},
-    )
+    tensors["score.weight"] = torch.zeros_like(tensors["score.weight"])
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="same score"):
         rewards.normalise(path, PROMPTS, COMPLETIONS)  # type: ignore[arg-type]
 
 
-def test_normalising_on_one_completion_is_refused(zoo: Zoo, tmp_path: Path) -> None:
-    path = shutil.copytree(zoo["full-reward"], tmp_path / "reward")
-    with pytest.raises(ValueError, match="same score"):
-        rewards.normalise(path, PROMPTS[:1], COMPLETIONS[:1])  # type: ignore[arg-type]
-
-
 def test_what_is_no_reward_model_is_refused(zoo: Zoo, mode: str, tmp_path: Path) -> None:
-    with pytest.raises(models.ModelError, match="not a reward model"):
-        RewardModel(zoo[mode])
-    with pytest.raises(models.ModelError, match="no such model directory"):
-        RewardModel(tmp_path / "absent")
+    for path, words in ((zoo[mode], "not a reward model"), (tmp_path / "absent", "no such model directory")):
+        with pytest.raises(models.ModelError, match=words):
+            RewardModel(path)
 
 
 def test_columns_are_accepted_and_lengths_are_checked(zoo: Zoo) -> None:
     reward = RewardModel(zoo["full-reward"])
     assert reward(PROMPTS, COMPLETIONS, kind=["a"] * 4, number=[1, 2, 3, 4]) == reward(PROMPTS, COMPLETIONS)
+    assert reward([], []) == []
     with pytest.raises(ValueError):
         reward(PROMPTS, COMPLETIONS[:2])
     assert reward.__name__ == "reward_model"  # read by TRL's trainers
-
-
-def test_two_reward_models_of_different_seeds_disagree(
-    zoo: Zoo, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """So that the agreements above are agreements."""
-    other = save_reward(tmp_path / "other", zoo["full"], tokenizer, seed=9)
-    a, b = (torch.tensor(RewardModel(path)(PROMPTS, COMPLETIONS)) for path in (zoo["full-reward"], other))
-    assert (a - b).abs().max() > 0.1
-
-
-def test_gold_is_pockets_and_refuses_a_prompt_from_elsewhere() -> None:
-    world = pocket.world(0)
-    demonstrations = Pocket(world).demonstrations(20, seed=1)
-    prompts, completions = (demonstrations[name][:] for name in ("prompt", "completion"))
-    expected = [pocket.gold(world, prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    assert Pocket(world).gold(prompts, completions, kind=["x"] * 20) == expected and len(set(expected)) > 3
-    with pytest.raises(ValueError):
-        Pocket(world).gold(["what is the capital of france ?"], [" paris ."])

@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 from datasets import Dataset
 from tiny import naive_logits
 
@@ -14,27 +13,14 @@ from rlhf_kit import models, sampling
 
 Zoo = dict[str, str]
 EOS = 0
-PROMPTS = Dataset.from_dict(
-    {
-        "prompt": ["where does the otter live ?", "why ?", "what food does the owl like ?"],
-        "kind": ["ask", "odd", "ask"],
-        "seen": [True, False, True],
-    }
-)
+QUESTIONS = ["where does the otter live ?", "why ?", "what food does the owl like ?"]
+PROMPTS = Dataset.from_dict({"prompt": QUESTIONS, "kind": ["ask", "odd", "ask"], "seen": [True, False, True]})
 
 
 def test_a_row_for_each_prompt_and_sample_with_the_prompts_columns(zoo: Zoo, mode: str) -> None:
     frame = sampling.sample(zoo[mode], PROMPTS, n=4, max_completion_length=6, batch_tokens=40)
-    assert list(frame.columns) == [
-        "prompt_id",
-        "sample",
-        "prompt",
-        "completion",
-        "finished",
-        "n_tokens",
-        "kind",
-        "seen",
-    ]
+    columns = ["prompt_id", "sample", "prompt", "completion", "finished", "n_tokens", "kind", "seen"]
+    assert list(frame.columns) == columns
     assert frame[["prompt_id", "sample"]].values.tolist() == [[i, k] for i in range(3) for k in range(4)]
     for row in frame.itertuples():
         assert row.prompt == PROMPTS["prompt"][row.prompt_id]
@@ -58,9 +44,7 @@ def test_greedy_completions_equal_the_naive_loop_whatever_the_batch(zoo: Zoo, mo
 
 
 def test_the_seed_decides(zoo: Zoo) -> None:
-    first, again, other = (
-        sampling.sample(zoo["full"], PROMPTS, n=3, max_completion_length=6, seed=s) for s in (1, 1, 2)
-    )
+    first, again, other = (sampling.sample(zoo["full"], PROMPTS, 3, max_completion_length=6, seed=s) for s in (1, 1, 2))
     pd.testing.assert_frame_equal(first, again)
     assert first["completion"].tolist() != other["completion"].tolist()
 
@@ -96,10 +80,9 @@ def test_a_column_of_the_same_name_is_kept_beside_the_sampled_one(zoo: Zoo) -> N
 
 
 def test_nothing_to_sample_is_said(zoo: Zoo) -> None:
-    with pytest.raises(ValueError, match="got 0 prompts"):
-        sampling.sample(zoo["full"], PROMPTS.select([]))
-    with pytest.raises(ValueError, match="n=0"):
-        sampling.sample(zoo["full"], PROMPTS, n=0)
+    for prompts, n, words in ((PROMPTS.select([]), 1, "got 0 prompts"), (PROMPTS, 0, "n=0")):
+        with pytest.raises(ValueError, match=words):
+            sampling.sample(zoo["full"], prompts, n)
 
 
 def test_score_gives_rewards_the_other_columns() -> None:
@@ -115,30 +98,11 @@ def test_score_gives_rewards_the_other_columns() -> None:
 
 
 def test_best_of_n_by_hand() -> None:
-    frame = pd.DataFrame(
-        {
-            "prompt_id": [0, 0, 0, 1, 1, 1],
-            "sample": [0, 1, 2, 0, 1, 2],
-            "completion": list("abcdef"),
-            "gold": [1.0, 3.0, 2.0, 5.0, 4.0, 6.0],
-        }
-    )
-    assert sampling.best_of_n(frame, by="gold")["completion"].tolist() == ["b", "f"]
-    assert sampling.best_of_n(frame, by="gold", n=2)["completion"].tolist() == ["b", "d"]
-    assert sampling.best_of_n(frame, by="gold", n=1)["completion"].tolist() == ["a", "d"]
+    frame = pd.DataFrame({"prompt_id": [0, 0, 0, 1, 1, 1], "sample": [0, 1, 2] * 2, "completion": list("abcdef")})
+    frame["gold"] = [1.0, 3.0, 2.0, 5.0, 4.0, 6.0]
+    for n, best in ((None, ["b", "f"]), (2, ["b", "d"]), (1, ["a", "d"])):
+        assert sampling.best_of_n(frame, by="gold", n=n)["completion"].tolist() == best
     shuffled = frame.sample(frac=1, random_state=0)
     assert sampling.best_of_n(shuffled, by="gold")["completion"].tolist() == ["b", "f"]
     with pytest.raises(ValueError, match="no column 'proxy'"):
         sampling.best_of_n(frame, by="proxy")
-
-
-def test_best_of_n_raises_the_reward_as_order_statistics_say() -> None:
-    """The expected maximum of n uniform numbers is n / (n + 1)."""
-    torch.manual_seed(0)
-    scores = torch.rand(2000, 4).flatten().tolist()
-    frame = pd.DataFrame(
-        {"prompt_id": [i for i in range(2000) for _ in range(4)], "sample": [0, 1, 2, 3] * 2000, "u": scores}
-    )
-    for n in (1, 2, 4):
-        sd = (n / ((n + 1) ** 2 * (n + 2))) ** 0.5 / 2000**0.5
-        assert sampling.best_of_n(frame, by="u", n=n)["u"].mean() == pytest.approx(n / (n + 1), abs=4 * sd)

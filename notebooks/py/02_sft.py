@@ -255,7 +255,7 @@ along = {str(step): directory for step, directory in zip(steps, directories, str
 way = rk.evaluate.score(along, test.filter(lambda row: row["seen"]), {"gold": gold}, seed=SEED, **preset.sampling)
 shown["gold"] = gold(shown["prompt"], shown["completion"])
 target = rk.stats.bootstrap(shown["gold"], shown["prompt_id"])
-points = rk.evaluate.summary(way, baseline="0", values=["gold"], win_by=())
+points = rk.evaluate.summary(way, baseline="0")
 error = [points["gold"] - points["gold_lo"], points["gold_hi"] - points["gold"]]
 figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
 axes.axhspan(target.lo, target.hi, color=colours["demonstrations"], alpha=0.3, linewidth=0, label="demonstrations")

@@ -153,7 +153,7 @@ p = np.asarray(chance_of_choice)
 found = {
     "reward model, trained on": rk.evaluate.accuracy(reward, pairs),
     "reward model, held out": rk.evaluate.accuracy(reward, held_out),
-    "gold utility, held out": rk.stats.pair_accuracy(gap["gold"], 0 * gap["gold"], table["prompt_id"]),
+    "gold utility, held out": rk.stats.pair_accuracy(gap["gold"], table["prompt_id"]),
     "a second such rater": rk.stats.bootstrap(p, table["prompt_id"]),
     "best possible": rk.stats.bootstrap(np.maximum(p, 1 - p), table["prompt_id"]),
 }
@@ -197,7 +197,7 @@ bins = pd.qcut(gap["gold"].abs()[differ], 4, duplicates="drop")
 rows = []
 for interval, index in bins.groupby(bins, observed=True).groups.items():
     sign = np.sign(gap.loc[index, "gold"])
-    share = rk.stats.pair_accuracy(sign * gap.loc[index, "reward"], 0 * sign, table.loc[index, "prompt_id"])
+    share = rk.stats.pair_accuracy(sign * gap.loc[index, "reward"], table.loc[index, "prompt_id"])
     name = f"gold gap {max(0, interval.left):.1f} to {interval.right:.1f}"
     ends = {"accuracy_lo": share.lo, "accuracy_hi": share.hi}
     rows.append({"pairs": name, "n": len(index), "accuracy": share.mean, **ends, "the rater's own": (sign > 0).mean()})

@@ -85,7 +85,7 @@ for role, (start, job) in jobs.items():
     weights = list(trainer.roles.parts[role][0].parameters())
     size, learns = sum(w.numel() for w in weights), all(w.requires_grad for w in weights)
     rows.append({"role": role, "starts as": start, "job": job, "parameters": f"{size:,}", "learns": learns})
-size = sum(w.numel() for w in proxy.backbone.parameters()) + proxy.head.numel()
+size = sum(w.numel() for w in proxy.backbone().parameters()) + proxy.head.numel()
 judge = {
     "role": "reward",
     "starts as": "the reward model",
@@ -121,8 +121,8 @@ def megabytes(*modules):
 
 base = megabytes(rk.models.load_causal(flow.sft()))
 rows = {
-    "four models": [len(trainer.roles.models) + 1, megabytes(trainer.roles, proxy.backbone)],
-    "four adapters, one base": [len(shared.roles.models), megabytes(shared.roles, shared.reward.backbone)],
+    "four models": [len(trainer.roles.models) + 1, megabytes(trainer.roles, proxy.backbone())],
+    "four adapters, one base": [len(shared.roles.models), megabytes(shared.roles, shared.reward.backbone())],
 }
 held = pd.DataFrame(rows, index=["models in memory", "weights [MB]"]).T
 held.assign(**{"bases' worth": held["weights [MB]"] / base, "roles": ["", ", ".join(shared.roles.parts)]}).round(2)

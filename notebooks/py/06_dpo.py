@@ -222,8 +222,8 @@ groups = np.asarray(prompt_ids)
 rows = []
 for name, score in (("implicit reward of DPO", implicit), ("learned reward model", learned)):
     margin = score["chosen"] - score["rejected"]
-    rater = rk.stats.pair_accuracy(margin, 0 * margin, groups)
-    by_gold = rk.stats.pair_accuracy(sign * margin[differ], 0 * sign, groups[differ])
+    rater = rk.stats.pair_accuracy(margin, groups)
+    by_gold = rk.stats.pair_accuracy(sign * margin[differ], groups[differ])
     rows.append({"judge": name, "agrees with the rater": str(rater), "orders as gold does": str(by_gold)})
 pd.DataFrame(rows)
 

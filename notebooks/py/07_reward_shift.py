@@ -113,7 +113,8 @@ rk.plots.reward_ridge(final, "gold", order)
 # %%
 for value in ("proxy", "gold"):
     display(Markdown(f"**{rk.plots.label(value)}**"))
-    display(rk.stats.quantiles(final, value).set_index("model").loc[order].round(2))
+    quantiles = final.groupby("model")[value].quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
+    display(quantiles.loc[order].rename_axis("quantile", axis=1).round(2))
 
 # %%
 levels, rng = np.linspace(0.05, 0.95, 19), np.random.default_rng(SEED)
@@ -204,8 +205,7 @@ summary = rk.evaluate.summary(final).set_index("model").loc[order]
 pd.DataFrame(
     {
         rk.plots.label(name): [
-            "-" if np.isnan(mean) else f"{mean:.2f} [{lo:.2f}, {hi:.2f}]"
-            for mean, lo, hi in summary[[name, f"{name}_lo", f"{name}_hi"]].to_numpy()
+            str(rk.stats.Interval(*row)) for row in summary[[name, f"{name}_lo", f"{name}_hi"]].to_numpy()
         ]
         for name in ("gold", "proxy", "kl", "n_tokens", "win_rate_gold", "win_rate_proxy")
     },
@@ -343,8 +343,8 @@ Markdown("\n".join(said))
 #
 # 1. Set `SEED = 1` in the parameters cell and run this chapter again (it makes models of its own). Which of the
 #    sentences above change?
-# 2. Draw `rk.plots.length_against_reward(final)`. Did either method get its reward by length? What would you expect
-#    of a rater who likes long answers?
+# 2. How does `proxy` depend on `n_tokens` (`final.groupby("model")[["proxy", "n_tokens"]].corr()`)? Did either method
+#    get its reward by length? What would you expect of a rater who likes long answers?
 # 3. Split the evaluation by `seen`: facts that the judgments touched, and facts that they never did. Whose gain
 #    carries over?
 

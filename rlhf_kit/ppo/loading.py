@@ -66,7 +66,7 @@ def check_memory(
     if args.max_memory_gib is None and models.device().type == "cpu":
         return
     longest = sorted(prompts["prompt"][:], key=lambda prompt: -len(str(prompt)))[:64]
-    advice = memory.advise(
+    fits, _, sentence = memory.advise(
         model,
         "ppo",
         args.max_memory_gib or memory.device_memory(),
@@ -81,5 +81,5 @@ def check_memory(
         reward_model=reward_model,
         ensemble=reward_models,
     )
-    if not advice.fits:
-        raise ValueError(f"PPO on {model}: {advice.sentence()}\n(PPOConfig's max_memory_gib sets another limit)")
+    if not fits:
+        raise ValueError(f"PPO on {model}: {sentence}\n(PPOConfig's max_memory_gib sets another limit)")
