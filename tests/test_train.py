@@ -1,14 +1,12 @@
-"""rlhf_kit.train at pocket size: SFT, reward model, PPO and DPO in full, LoRA and 4-bit + LoRA, each from the last."""
+"""rlhf_kit.train at pocket size: SFT, reward model and DPO in full, LoRA and 4-bit + LoRA, each from the last."""
 
 from __future__ import annotations
 
-import functools
 import gc
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +19,6 @@ from transformers import PreTrainedTokenizerBase as TokenizerBase
 
 from rlhf_kit import models, train
 from rlhf_kit.models import ModelError
-from rlhf_kit.ppo import PPOConfig, PPOTrainer
 from rlhf_kit.rewards import RewardModel
 from rlhf_kit.train.reward import ItemBatches, ItemRewardTrainer
 
@@ -61,96 +58,46 @@ def raw_scores(directory: str) -> tuple[torch.Tensor, torch.Tensor]:
     return chosen * scale, rejected * scale
 
 
-class Stages(NamedTuple):
-    """Directories of one mode, and what the files of the base and of the SFT model were before."""
-
-    mode: str
-    base: str
-    sft: str
-    reward: str
-    ppo: str
-    dpo: str
-    before: dict[str, dict[str, str]]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tokenizer: TokenizerBase) -> Callable[[str], Stages]:
-    """Stages of a mode, made once."""
-    return functools.cache(lambda mode: make_stages(mode, tmp_path_factory.mktemp(mode), tokenizer))
-
-
-@pytest.fixture(params=MODES)
-def stages(request: pytest.FixtureRequest, made: Callable[[str], Stages]) -> Stages:
-    return made(request.param)
-
-
-def make_stages(mode: str, root: Path, tokenizer: TokenizerBase) -> Stages:
-    """The whole pipeline in one mode: every stage starts from the directory of the one before."""
-    base = save_llama(root / "base", tokenizer)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_each_stage_learns_from_the_directory_of_the_one_before(
+    mode: str, tokenizer: TokenizerBase, tmp_path: Path
+) -> None:
+    base = save_llama(tmp_path / "base", tokenizer)
     before = {base: digest(base)}
     adapter = {} if mode == "full" else {"lora": {"r": 8}, "load_in_4bit": mode == "4bit"}
     settings = COMMON | {"learning_rate": 2e-3 if mode == "full" else 1e-2}
-    sft = train.sft(base, DEMONSTRATIONS, root / "sft", max_steps=10, **adapter, **settings)
+    sft = train.sft(base, DEMONSTRATIONS, tmp_path / "sft", max_steps=10, **adapter, **settings)
     before[sft] = digest(sft)
-    reward = train.reward_model(sft, PREFERENCES, root / "reward", max_steps=8, **settings)
-    args = PPOConfig(
-        output_dir=str(root / "ppo"),
-        max_steps=1,
-        per_device_train_batch_size=8,
-        max_completion_length=8,
-        learning_rate=1e-3,
-    )
-    ppo = PPOTrainer(sft, reward, args, DEMONSTRATIONS.select_columns("prompt"), callbacks=[])
-    values = models.read_score_head(reward) / models.read_notes(reward)["scale"]
-    assert torch.allclose(ppo.roles.value_head.weight, values, atol=1e-6)  # values start from the reward model
-    ppo.train()
-    ppo.save_model()
-    dpo = train.dpo(sft, PREFERENCES, root / "dpo", max_steps=8, beta=0.3, **settings)
-    return Stages(mode, base, sft, reward, str(root / "ppo"), dpo, before)
-
-
-# --- what every stage does -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_each_stage_learned_what_it_was_taught_and_left_its_start_untouched(stages: Stages) -> None:
-    for directory in (stages.sft, stages.reward, stages.dpo):
+    reward = train.reward_model(sft, PREFERENCES, tmp_path / "reward", max_steps=8, **settings)
+    dpo = train.dpo(sft, PREFERENCES, tmp_path / "dpo", max_steps=8, beta=0.3, **settings)
+    for directory in (sft, reward, dpo):
         losses = train.history(directory)["loss"]
         assert losses.iloc[-1] < 0.6 * losses.iloc[0], directory
     taught = DEMONSTRATIONS["completion"][0]
-    assert logprob(stages.sft, taught) > logprob(stages.base, taught) + 5
-    chosen, rejected = raw_scores(stages.reward)
+    assert logprob(sft, taught) > logprob(base, taught) + 5
+    chosen, rejected = raw_scores(reward)
     assert (chosen > rejected).all()
-    margin = {d: logprob(d, CHOSEN[0]) - logprob(d, PREFERENCES["rejected"][0]) for d in (stages.sft, stages.dpo)}
-    assert margin[stages.dpo] > margin[stages.sft] + 1
-    for directory, before in stages.before.items():
-        assert digest(directory) == before
-
-
-@pytest.mark.slow
-def test_the_first_loss_of_sft_is_the_mean_nll_of_the_completions(stages: Stages, tokenizer: TokenizerBase) -> None:
-    """Tokens of the prompt play no part."""
-    base = models.load_causal(stages.base, load_in_4bit=stages.mode == "4bit").eval()
-    total, count = 0.0, 0
+    margins = [logprob(each, CHOSEN[0]) - logprob(each, PREFERENCES["rejected"][0]) for each in (sft, dpo)]
+    assert margins[1] > margins[0] + 1
+    assert all(digest(directory) == files for directory, files in before.items())  # no start is written into
+    # SFT's first loss is the mean NLL of the completions: the prompts play no part.
+    model, total, count = models.load_causal(base, load_in_4bit=mode == "4bit").eval(), 0.0, 0
     for row in DEMONSTRATIONS:
         prompt, completion = tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["completion"])["input_ids"], EOS]
-        total, count = total - naive_logprobs(base, prompt, completion).sum().item(), count + len(completion)
-    assert train.history(stages.sft)["loss"][0] == pytest.approx(total / count, rel=1e-4)
-
-
-@pytest.mark.slow
-def test_adapters_stand_on_the_one_base_and_hold_no_weights_of_it(stages: Stages) -> None:
-    for directory in (stages.sft, stages.reward, stages.ppo, stages.ppo + "/value", stages.dpo):
-        assert models.is_adapter(directory) == (stages.mode != "full")
-        if stages.mode == "full":
-            continue
-        assert models.same_base(directory, stages.base)
-        tensors = load_file(directory + "/adapter_model.safetensors")
-        assert all("lora_" in key or "score" in key for key in tensors)
-        assert all(tensor.dtype == torch.float32 for tensor in tensors.values())  # not cast to bf16 over 4 bits
-        assert models.read_notes(directory)["load_in_4bit"] == (stages.mode == "4bit")
-        found = [path.name for path in Path(directory).glob("**/adapter_config.json")]
-        assert len(found) == (2 if directory == stages.ppo else 1)  # DPO's clone of the reference is not left behind
+        total, count = total - naive_logprobs(model, prompt, completion).sum().item(), count + len(completion)
+    assert train.history(sft)["loss"][0] == pytest.approx(total / count, rel=1e-4)
+    # Adapters stand on the one base and hold no weights of it.
+    for directory in (sft, reward, dpo):
+        assert models.is_adapter(directory) == (mode != "full")
+        if mode != "full":
+            assert models.same_base(directory, base)
+            tensors = load_file(directory + "/adapter_model.safetensors")
+            assert all("lora_" in key or "score" in key for key in tensors)
+            assert all(tensor.dtype == torch.float32 for tensor in tensors.values())  # not cast to bf16 over 4 bits
+            assert models.read_notes(directory)["load_in_4bit"] == (mode == "4bit")
+            # DPO's clone of the reference is not left behind
+            assert len(list(Path(directory).glob("**/adapter_config.json"))) == 1
 
 
 # --- what is saved is what was trained -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from test_train import EOS, PROMPTS, Zoo, logprob, weights
+from test_train import COMMON, EOS, PREFERENCES, PROMPTS, Zoo, logprob, weights
 from tiny import naive_logprobs, save_llama, word_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -25,13 +25,10 @@ from rlhf_kit.train.policies import _rows
 
 ANSWERS = {"completion": [" by the river .", " no ."] * 8, "label": [True, False] * 8}
 JUDGED = Dataset.from_dict({"prompt": [prompt for prompt in PROMPTS for _ in range(2)], **ANSWERS})
-BETTER = [f" {prompt[:9]} it lives ." for prompt in PROMPTS]
-PAIRS = Dataset.from_dict({"prompt": PROMPTS, "chosen": BETTER, "rejected": [" no ."] * 8})
 # Of two lengths, so that batches are padded.
 WORDS = Dataset.from_dict({"prompt": [f"{first} {second}" for first in ("a", "b c d") for second in "cdefghij"]})
 QUIET: dict[str, Any] = {"callbacks": [], "logging_steps": 1}
-TEXTS: dict[str, Any] = QUIET | {"per_device_train_batch_size": 8}
-OFFLINE = {"sft": JUDGED.remove_columns("label"), "dpo": PAIRS, "kto": JUDGED, "reward_model": PAIRS}
+OFFLINE = {"sft": JUDGED.remove_columns("label"), "dpo": PREFERENCES, "kto": JUDGED, "reward_model": PREFERENCES}
 FIRST_LOSS = {"dpo": math.log(2), "kto": 0.5}
 METHODS = [*OFFLINE, "rloo", "grpo", "rejection_sampling"]
 ONLINE: dict[str, Any] = QUIET | {"per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 6}
@@ -71,7 +68,7 @@ class Watch(TrainerCallback):
 def run(method: str, model: str, out: Path, reward: Any = share_of_c, **settings: Any) -> str:
     """Any method on easy data: texts, or prompts of which the share of c is rewarded."""
     if method in OFFLINE:
-        return getattr(train, method)(model, OFFLINE[method], out, **TEXTS | settings)
+        return getattr(train, method)(model, OFFLINE[method], out, **COMMON | settings)
     common = QUIET | {"max_completion_length": 6} if method == "rejection_sampling" else ONLINE
     return getattr(train, method)(model, reward, WORDS, out, **common | settings)
 
@@ -221,13 +218,14 @@ def test_checkpointing_changes_no_sample(zoo: Zoo, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_rejection_sampling_trains_on_the_best_finished_sample_and_shows_it(speaker: str, tmp_path: Path) -> None:
     settings = {"n": 6, "max_completion_length": 12, "max_steps": 1, "seed": 4, "per_device_train_batch_size": 16}
-    out = run("rejection_sampling", speaker, tmp_path / "out", **settings)
+    with pytest.warns(UserWarning, match="of 5 of 16 prompts no completion ended in 12 tokens"):
+        out = run("rejection_sampling", speaker, tmp_path / "out", **settings)
     chosen = pd.read_parquet(Path(out) / "samples.parquet")
     pool = sampling.sample(speaker, WORDS, n=6, max_completion_length=12, seed=4)
     pool = sampling.add_rewards(pool[pool["finished"]], {"reward": share_of_c})
     assert chosen["reward"].tolist() == pool.groupby("prompt_id")["reward"].max().tolist()
     assert chosen["prompt"].tolist() == [WORDS["prompt"][i] for i in chosen["prompt_id"]]
-    assert chosen["finished"].all() and len(train.history(out)) == 1
+    assert chosen["finished"].all() and len(chosen) == 11
     # its first loss, before any step, is the start's mean NLL of exactly these texts
     tokenizer, model = models.load_tokenizer(speaker), models.load_causal(speaker).eval()
     ids = [(tokenizer(row.prompt)["input_ids"], tokenizer(row.completion)["input_ids"]) for row in chosen.itertuples()]
@@ -254,7 +252,7 @@ def test_rejection_sampling_works_on_adapters_and_chats(zoo: Zoo, tmp_path: Path
 @pytest.mark.parametrize("wrong", [lambda row: {"label": True}, lambda row: {"label": "yes" if row["label"] else "no"}])
 def test_kto_refuses_labels_of_one_kind(zoo: Zoo, wrong: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`label` must hold both True .* and False"):
-        train.kto(zoo["full"], JUDGED.map(wrong), tmp_path / "out", **TEXTS)
+        train.kto(zoo["full"], JUDGED.map(wrong), tmp_path / "out", **COMMON)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -293,13 +291,6 @@ def test_what_cannot_be_sampled_is_refused_in_one_sentence(zoo: Zoo, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rejection_sampling_says_how_many_prompts_it_leaves_out(speaker: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"n": 4, "max_completion_length": 1, "max_steps": 1}
-    with pytest.warns(UserWarning, match=r"of \d+ of 16 prompts no completion ended in 1 tokens; these prompts are"):
-        out = run("rejection_sampling", speaker, tmp_path / "out", **settings)
-    assert 0 < len(pd.read_parquet(Path(out) / "samples.parquet")) < 16
-
-
 # --- pretraining -----------------------------------------------------------------------------------------------------
 
 TEXTBOOK = ["the cat sat on the mat .", "the dog sat on the log , and slept ."] * 8
@@ -310,13 +301,15 @@ def trained_tokenizer() -> PreTrainedTokenizerFast:
     return train.train_tokenizer(TEXTBOOK, vocab_size=280)
 
 
-def test_a_trained_tokenizer_round_trips_and_has_distinct_special_tokens(
-    trained_tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_a_trained_tokenizer_and_the_rows_of_long_texts(trained_tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(trained_tokenizer) <= 280 and trained_tokenizer.pad_token_id != trained_tokenizer.eos_token_id
     for text in [*TEXTBOOK[:2], "Ünseen 🦉 text\n\n  here"]:
         assert trained_tokenizer.decode(trained_tokenizer(text).input_ids) == text
-    assert len(trained_tokenizer(TEXTBOOK[0]).input_ids) < len(TEXTBOOK[0])
+    ids = [*trained_tokenizer(TEXTBOOK[0] * 5).input_ids, trained_tokenizer.eos_token_id]
+    assert len(ids) < len(TEXTBOOK[0] * 5)
+    rows = _rows([TEXTBOOK[0] * 5], trained_tokenizer, max_length=16)
+    assert all(len(row) <= 16 for row in rows) and len(rows) > 2
+    assert [token for row in rows for token in row] == ids[: sum(map(len, rows))] and len(ids) - sum(map(len, rows)) < 2
 
 
 def test_pretraining_learns_the_same_from_the_same_seed_and_leaves_a_whole_directory(
@@ -336,10 +329,3 @@ def test_pretraining_learns_the_same_from_the_same_seed_and_leaves_a_whole_direc
     assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     assert model.config.vocab_size == len(tokenizer) and tokenizer.chat_template == trained_tokenizer.chat_template
-
-
-def test_long_texts_go_on_in_further_rows(trained_tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = [*trained_tokenizer(TEXTBOOK[0] * 5).input_ids, trained_tokenizer.eos_token_id]
-    rows = _rows([TEXTBOOK[0] * 5], trained_tokenizer, max_length=16)
-    assert all(len(row) <= 16 for row in rows) and len(rows) > 2
-    assert [token for row in rows for token in row] == ids[: sum(map(len, rows))] and len(ids) - sum(map(len, rows)) < 2

@@ -59,10 +59,7 @@ class ItemRewardTrainer(RewardTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Batches as `ItemBatches` makes them; TRL has dropped over-long rows by now, and kept the column."""
         if self.args.world_size > 1:
-            raise ValueError(
-                "reward_model: batches of whole items cannot be shared out among processes; train in one process, or "
-                "remove the column `item`"
-            )
+            raise ValueError("reward_model: train pairs with a column `item` in one process, or remove the column")
         batches = ItemBatches(self.train_dataset["item"][:], self.args.train_batch_size, self.args.seed)
         loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
@@ -86,8 +83,7 @@ def reward_model(model: ModelPath, dataset: Dataset, out: ModelPath, **options: 
         # The saved model is loaded next: the trained one must not be in memory beside it.
         del trainer
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         again = torch.tensor(RewardModel(folder)(prompts, texts))
         furthest = ((again - own).abs() / own.abs().clamp(min=1)).max().item()
         if not furthest <= tolerance:
