@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tiny import MODES, naive_logprobs, save_llama, word_tokenizer
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, TrainerCallback
@@ -143,16 +143,18 @@ def test_a_reward_model_that_reloads_to_other_scores_is_not_published(
 def test_a_reward_model_is_normalised_when_its_trainer_is_gone(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights are loaded once more to score: those that were trained must not still be held."""
+    """The weights are loaded once more to score, so the trained ones must be gone. `lora` is not written into."""
 
     def held() -> int:
         return sum(isinstance(each, LlamaForSequenceClassification) for each in gc.get_objects())
 
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = lora.to_dict()
     gc.collect()
     before, alive = held(), []
     monkeypatch.setattr("rlhf_kit.train.reward.normalise", lambda *arguments: alive.append(held()))
-    train.reward_model(zoo["full"], PREFERENCES, tmp_path / "reward", max_steps=1, lora={"r": 2})
-    assert alive == [before]
+    train.reward_model(zoo["full"], PREFERENCES, tmp_path / "reward", max_steps=1, lora=lora)
+    assert alive == [before] and lora.to_dict() == settings  # peft notes in a config what it finds
 
 
 @pytest.mark.slow

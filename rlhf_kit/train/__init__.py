@@ -1,9 +1,9 @@
 """Every way to train but PPO, each thin over one of TRL's trainers. Only this folder knows TRL.
 
-Each takes a model directory or hub id and a dataset in TRL's columns, writes the directory `out` and returns its path.
-All take these options, and settings of the trainer's config by its own names (`max_steps`, `learning_rate`, ...):
+A method takes a model directory or hub id and a dataset in TRL's columns, writes the directory `out` and returns its
+path. Its options are the settings of its trainer's config by their own names (`max_steps`, `learning_rate`, ...) and:
 
-    lora           a new adapter's settings (`models.lora_config`); without it, an adapter or all weights are trained
+    lora           settings of a new adapter (`models.lora_config`); without it, all weights or the given adapter train
     load_in_4bit   whether the base is in 4 bits; by default as the given model was trained
     seed           of the order of the data, a new adapter, a score head and samples (default 0)
     callbacks      transformers' callbacks in place of the one that shows progress

@@ -57,10 +57,10 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 def pretrain(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, config: LlamaConfig, out: ModelPath, **options: Any
 ) -> str:
-    """Train a Llama from random weights by cross-entropy (nats per token), so that RLHF can be tried out on a CPU.
+    """Train a small Llama from random weights by cross-entropy (nats per token), so that RLHF runs on a CPU.
 
-    Every text is followed by EOS. A text longer than `config.max_position_embeddings` goes on in a further row. The
-    vocabulary and the special tokens of `config` become those of the tokenizer.
+    EOS follows every text. A text longer than `config.max_position_embeddings` goes on in a further row. The vocabulary
+    and the special tokens of `config` become those of the tokenizer. Settings are those of TrainingArguments.
     """
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config.update({"vocab_size": len(tokenizer), "bos_token_id": None, **special})
@@ -121,9 +121,9 @@ def rloo(model: ModelPath, reward: Reward | ModelPath, prompts: Dataset, out: Mo
     """REINFORCE whose baseline is the mean reward of the prompt's other completions (RLOO, 2402.14740).
 
     Maximises PPO's objective E[r - missing_eos_penalty * unfinished - beta * log(pi / pi_ref)] by the clipped ratio of
-    whole completions; pi_ref is `model`, and the option `missing_eos_penalty` is 1 by default.
-    `per_device_train_batch_size` counts completions, `max_steps` counts optimizer steps. The logged `reward` is less
-    the penalty, `rewards/score/mean` is not; `kl` is a mean over tokens.
+    whole completions; pi_ref is `model`, and the option `missing_eos_penalty` is 1 by default. The setting
+    `per_device_train_batch_size` counts completions, `max_steps` counts optimizer steps. The penalty is taken off the
+    logged `reward`, but not off `rewards/score/mean`; `kl` is a mean over tokens.
     Raises ValueError if the prompts are too few or too long, ModelError if `model` counts positions from its padding.
     """
     return _on_policy("RLOO", trl.RLOOTrainer, trl.RLOOConfig, model, reward, prompts, out, **options)
@@ -163,7 +163,7 @@ def _on_policy(
         learned = reward if callable(reward) else RewardModel(reward)
         columns = [name for name in prompts.column_names if name != "prompt"]
 
-        # TRL calls rewards with more than a reward function here knows of, and reads NaN as "not applicable".
+        # TRL passes more than a reward function of this kit takes, and reads NaN as "not applicable".
         def score(prompts: list[Any], completions: list[Any], **given: Any) -> list[float]:
             known = {name: given[name] for name in columns if name in given}  # TRL itself drops a column `completion`
             return checked(learned(prompts, completions, **known), len(prompts)).tolist()

@@ -27,8 +27,8 @@ CHECKED = 16  # rows whose scores are compared once more after the model was sav
 class ItemBatches:
     """Row numbers in batches of whole items, up to `batch_size` rows each; a bigger item is a batch of its own.
 
-    How many items of which size share a batch is drawn once from the seed, so that every epoch has the same number of
-    batches (Trainer counts them once); which items those are, and the batches' order, are drawn anew each epoch.
+    The seed draws once how many items of which size share a batch, so that every epoch has as many batches (Trainer
+    counts them once). Each epoch draws anew which items those are, and the order of the batches.
     """
 
     def __init__(self, items: Sequence[Any], batch_size: int, seed: int) -> None:
@@ -80,7 +80,7 @@ def reward_model(model: ModelPath, dataset: Dataset, out: ModelPath, **options: 
         trainer = training.trainer(trainer_class, dataset, start=_with_score_head(training))
         fit(trainer, folder)
         prompts, texts, own, tolerance = _own_scores(trainer)
-        # The saved model is loaded next: the trained one must not be in memory beside it.
+        # The saved model is loaded next, and the trained one must not be in memory beside it.
         del trainer
         gc.collect()
         torch.cuda.empty_cache()
