@@ -49,7 +49,7 @@ class Pipeline:
             texts = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
             tokenizer = train.train_tokenizer(texts, shape["vocab_size"])
             config = LlamaConfig(**shape | {"vocab_size": len(tokenizer)})
-            train.pretrain(texts, tokenizer, config, out / "model", self.preset.seed, **settings)
+            train.pretrain(texts, tokenizer, config, out / "model", seed=self.preset.seed, **settings)
 
         return str(self._stage("base", {"shape": shape, **settings}, self._source(), make) / "model")
 

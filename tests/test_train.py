@@ -1,30 +1,24 @@
-"""rlhf_kit.train at pocket size: SFT, reward model, PPO and DPO in full, LoRA and 4-bit + LoRA, each from the last."""
+"""rlhf_kit.train at pocket size: SFT, reward model and DPO in full, LoRA and 4-bit + LoRA, each from the last."""
 
 from __future__ import annotations
 
-import copy
-import functools
 import gc
 import hashlib
-import json
-import math
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from tiny import MODES, in_a_new_process, naive_logprobs, save_llama, word_tokenizer
+from tiny import MODES, naive_logprobs, save_llama, word_tokenizer
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, TrainerCallback
 from transformers import PreTrainedTokenizerBase as TokenizerBase
 
 from rlhf_kit import models, train
 from rlhf_kit.models import ModelError
-from rlhf_kit.ppo import PPOConfig, PPOTrainer
 from rlhf_kit.rewards import RewardModel
 from rlhf_kit.train.reward import ItemBatches, ItemRewardTrainer
 
@@ -35,12 +29,8 @@ PROMPTS = [f"where does the {animal} live ?" for animal in ANIMALS]
 DEMONSTRATIONS = Dataset.from_dict({"prompt": PROMPTS, "completion": [" it lives by the river ."] * 8})
 CHOSEN = [f" the {animal} lives by the river ." for animal in ANIMALS]
 PREFERENCES = Dataset.from_dict({"prompt": PROMPTS, "chosen": CHOSEN, "rejected": [" it lives .", " no ."] * 4})
+MARGINS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 0.25, 0.75]
 COMMON: dict[str, Any] = {"per_device_train_batch_size": 8, "logging_steps": 1, "callbacks": []}
-STAGES: list[tuple[Any, Dataset]] = [
-    (train.sft, DEMONSTRATIONS),
-    (train.dpo, PREFERENCES),
-    (train.reward_model, PREFERENCES),
-]
 
 
 def digest(directory: str) -> dict[str, str]:
@@ -68,133 +58,46 @@ def raw_scores(directory: str) -> tuple[torch.Tensor, torch.Tensor]:
     return chosen * scale, rejected * scale
 
 
-class Stages(NamedTuple):
-    """Directories of one mode, and what the files of the base and of the SFT model were before."""
-
-    mode: str
-    base: str
-    sft: str
-    reward: str
-    ppo: str
-    dpo: str
-    before: dict[str, dict[str, str]]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tokenizer: TokenizerBase) -> Callable[[str], Stages]:
-    """Stages of a mode, made once."""
-    return functools.cache(lambda mode: make_stages(mode, tmp_path_factory.mktemp(mode), tokenizer))
-
-
-@pytest.fixture(params=MODES)
-def stages(request: pytest.FixtureRequest, made: Callable[[str], Stages]) -> Stages:
-    return made(request.param)
-
-
-def make_stages(mode: str, root: Path, tokenizer: TokenizerBase) -> Stages:
-    """The whole pipeline in one mode: every stage starts from the directory of the one before."""
-    base = save_llama(root / "base", tokenizer)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_each_stage_learns_from_the_directory_of_the_one_before(
+    mode: str, tokenizer: TokenizerBase, tmp_path: Path
+) -> None:
+    base = save_llama(tmp_path / "base", tokenizer)
     before = {base: digest(base)}
     adapter = {} if mode == "full" else {"lora": {"r": 8}, "load_in_4bit": mode == "4bit"}
     settings = COMMON | {"learning_rate": 2e-3 if mode == "full" else 1e-2}
-    sft = train.sft(base, DEMONSTRATIONS, root / "sft", max_steps=10, **adapter, **settings)
+    sft = train.sft(base, DEMONSTRATIONS, tmp_path / "sft", max_steps=10, **adapter, **settings)
     before[sft] = digest(sft)
-    reward = train.reward_model(sft, PREFERENCES, root / "reward", max_steps=8, **settings)
-    args = PPOConfig(
-        output_dir=str(root / "ppo"),
-        max_steps=1,
-        per_device_train_batch_size=8,
-        max_completion_length=8,
-        learning_rate=1e-3,
-    )
-    ppo = PPOTrainer(sft, reward, args, DEMONSTRATIONS.select_columns("prompt"), callbacks=[])
-    values = models.read_score_head(reward) / models.read_notes(reward)["scale"]
-    assert torch.allclose(ppo.roles.value_head.weight, values, atol=1e-6)  # values start from the reward model
-    ppo.train()
-    ppo.save_model()
-    dpo = train.dpo(sft, PREFERENCES, root / "dpo", max_steps=8, beta=0.3, **settings)
-    return Stages(mode, base, sft, reward, str(root / "ppo"), dpo, before)
-
-
-# --- what every stage does -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_each_stage_learned_what_it_was_taught_and_left_its_start_untouched(stages: Stages) -> None:
-    for directory in (stages.sft, stages.reward, stages.dpo):
+    reward = train.reward_model(sft, PREFERENCES, tmp_path / "reward", max_steps=8, **settings)
+    dpo = train.dpo(sft, PREFERENCES, tmp_path / "dpo", max_steps=8, beta=0.3, **settings)
+    for directory in (sft, reward, dpo):
         losses = train.history(directory)["loss"]
         assert losses.iloc[-1] < 0.6 * losses.iloc[0], directory
     taught = DEMONSTRATIONS["completion"][0]
-    assert logprob(stages.sft, taught) > logprob(stages.base, taught) + 5
-    chosen, rejected = raw_scores(stages.reward)
+    assert logprob(sft, taught) > logprob(base, taught) + 5
+    chosen, rejected = raw_scores(reward)
     assert (chosen > rejected).all()
-    margin = {d: logprob(d, CHOSEN[0]) - logprob(d, PREFERENCES["rejected"][0]) for d in (stages.sft, stages.dpo)}
-    assert margin[stages.dpo] > margin[stages.sft] + 1
-    for directory, before in stages.before.items():
-        assert digest(directory) == before
-
-
-@pytest.mark.slow
-def test_first_losses_are_the_completions_mean_nll_and_dpos_log_two(stages: Stages, tokenizer: TokenizerBase) -> None:
-    """Prompt tokens play no part in SFT; DPO's reference is the SFT model, not the raw base, which SFT has moved."""
-    base = models.load_causal(stages.base, load_in_4bit=stages.mode == "4bit").eval()
-    total, count = 0.0, 0
+    margins = [logprob(each, CHOSEN[0]) - logprob(each, PREFERENCES["rejected"][0]) for each in (sft, dpo)]
+    assert margins[1] > margins[0] + 1
+    assert all(digest(directory) == files for directory, files in before.items())  # no start is written into
+    # SFT's first loss is the mean NLL of the completions: the prompts play no part.
+    model, total, count = models.load_causal(base, load_in_4bit=mode == "4bit").eval(), 0.0, 0
     for row in DEMONSTRATIONS:
         prompt, completion = tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["completion"])["input_ids"], EOS]
-        total, count = total - naive_logprobs(base, prompt, completion).sum().item(), count + len(completion)
-    assert train.history(stages.sft)["loss"][0] == pytest.approx(total / count, rel=1e-4)
-    first = train.history(stages.dpo).iloc[0]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
-    assert abs(logprob(stages.sft, CHOSEN[0]) - logprob(stages.base, CHOSEN[0])) > 1
-
-
-@pytest.mark.slow
-def test_adapters_stand_on_the_one_base_and_hold_no_weights_of_it(stages: Stages) -> None:
-    for directory in (stages.sft, stages.reward, stages.ppo, stages.ppo + "/value", stages.dpo):
-        assert models.is_adapter(directory) == (stages.mode != "full")
-        if stages.mode == "full":
-            continue
-        assert models.same_base(directory, stages.base)
-        tensors = load_file(directory + "/adapter_model.safetensors")
-        assert all("lora_" in key or "score" in key for key in tensors)
-        assert all(tensor.dtype == torch.float32 for tensor in tensors.values())  # not cast to bf16 over 4 bits
-        assert models.read_notes(directory)["load_in_4bit"] == (stages.mode == "4bit")
-        found = [path.name for path in Path(directory).glob("**/adapter_config.json")]
-        assert len(found) == (2 if directory == stages.ppo else 1)  # DPO's clone of the reference is not left behind
-
-
-SCORES = """
-import json, sys, torch
-torch.set_num_threads(1)
-from rlhf_kit.progress import quiet
-quiet()
-from test_train import scores
-task = json.loads(sys.argv[1])
-print("ANSWERS" + json.dumps([scores(each) for each in task]))
-"""
-
-
-def scores(stages: dict[str, str]) -> dict[str, list[float]]:
-    """Next-token logits of the policies, values and rewards, all read from their directories."""
-    ids = torch.tensor([[300, 301, 302, 303, 304, EOS]])
-    tokens = models.Tokens(ids, torch.ones_like(ids), torch.ones(1, 4, dtype=torch.long))
-    found = {"reward": RewardModel(stages["reward"])(PROMPTS, CHOSEN)}
-    with torch.no_grad():
-        for name in ("sft", "ppo", "dpo"):
-            model = models.load_causal(stages[name]).eval()
-            found[name] = model(input_ids=ids, use_cache=False).logits[0, -1].tolist()
-        roles = models.load_roles(stages["ppo"], value=stages["ppo"] + "/value").eval()
-        found["values"] = roles.values(tokens)[0].tolist()
-    return found
-
-
-@pytest.mark.slow
-def test_a_new_process_gets_the_same_scores_from_every_stage(made: Callable[[str], Stages]) -> None:
-    paths = [{name: getattr(made(mode), name) for name in ("sft", "ppo", "dpo", "reward")} for mode in MODES]
-    here = [scores(each) for each in paths]
-    assert all(len({tuple(found[name]) for name in ("sft", "ppo", "dpo")}) == 3 for found in here)
-    assert in_a_new_process(SCORES, paths) == here
+        total, count = total - naive_logprobs(model, prompt, completion).sum().item(), count + len(completion)
+    assert train.history(sft)["loss"][0] == pytest.approx(total / count, rel=1e-4)
+    # Adapters stand on the one base and hold no weights of it.
+    for directory in (sft, reward, dpo):
+        assert models.is_adapter(directory) == (mode != "full")
+        if mode != "full":
+            assert models.same_base(directory, base)
+            tensors = load_file(directory + "/adapter_model.safetensors")
+            assert all("lora_" in key or "score" in key for key in tensors)
+            assert all(tensor.dtype == torch.float32 for tensor in tensors.values())  # not cast to bf16 over 4 bits
+            assert models.read_notes(directory)["load_in_4bit"] == (mode == "4bit")
+            # DPO's clone of the reference is not left behind
+            assert len(list(Path(directory).glob("**/adapter_config.json"))) == 1
 
 
 # --- what is saved is what was trained -------------------------------------------------------------------------------
@@ -240,52 +143,53 @@ def test_a_reward_model_that_reloads_to_other_scores_is_not_published(
 def test_a_reward_model_is_normalised_when_its_trainer_is_gone(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights are loaded once more to score: those that were trained must not still be held."""
+    """The weights are loaded once more to score, so the trained ones must be gone. `lora` is not written into."""
 
     def held() -> int:
         return sum(isinstance(each, LlamaForSequenceClassification) for each in gc.get_objects())
 
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = lora.to_dict()
     gc.collect()
     before, alive = held(), []
     monkeypatch.setattr("rlhf_kit.train.reward.normalise", lambda *arguments: alive.append(held()))
-    train.reward_model(zoo["full"], PREFERENCES, tmp_path / "reward", max_steps=1, lora={"r": 2})
-    assert alive == [before]
+    train.reward_model(zoo["full"], PREFERENCES, tmp_path / "reward", max_steps=1, lora=lora)
+    assert alive == [before] and lora.to_dict() == settings  # peft notes in a config what it finds
 
 
 @pytest.mark.slow
-def test_chat_rows_train_like_the_same_text(zoo: Zoo, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage, data", [("sft", DEMONSTRATIONS), ("dpo", PREFERENCES), ("reward_model", PREFERENCES)])
+def test_chat_rows_train_like_the_same_text(zoo: Zoo, stage: str, data: Dataset, tmp_path: Path) -> None:
     def chat(row: dict[str, str]) -> dict[str, Any]:
         turns: dict[str, Any] = {"prompt": [{"role": "user", "content": row["prompt"]}]}
         return turns | {name: [{"role": "assistant", "content": row[name][1:]}] for name in row if name != "prompt"}
 
-    for stage, data in STAGES:
-        losses = []
-        for name, rows in (("text", data), ("chat", Dataset.from_list([chat(row) for row in data]))):
-            out = stage(zoo["full"], rows, tmp_path / f"{stage.__name__}-{name}", max_steps=1, **COMMON)
-            losses.append(train.history(out)["loss"].tolist())
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5), stage.__name__
+    losses = []
+    for name, rows in (("text", data), ("chat", Dataset.from_list([chat(row) for row in data]))):
+        out = getattr(train, stage)(zoo["full"], rows, tmp_path / name, max_steps=1, **COMMON)
+        losses.append(train.history(out)["loss"][0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 # --- reward models: the loss, margins, and rankings ------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_loss_of_a_reward_model_and_its_margin(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode, margins", [("full", [0.0] * 8), *((mode, MARGINS) for mode in MODES)])
+def test_the_loss_of_a_reward_model_and_its_margin(zoo: Zoo, mode: str, margins: list[float], tmp_path: Path) -> None:
     """-log sigmoid(r_chosen - r_rejected), 2203.02155, eq. 1, less a margin, 2307.09288, eq. 2, of the saved head.
 
     Bit for bit the start with learning rate 0, over a 4-bit base too, where TRL rounds what it trains to bf16.
     """
-    start, margins = weights(zoo[mode]), torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 0.25, 0.75])
-    for name, rows in (("plain", PREFERENCES), ("margin", PREFERENCES.add_column("margin", margins.tolist()))):
-        out = train.reward_model(zoo[mode], rows, tmp_path / name, max_steps=1, learning_rate=0.0, **COMMON)
-        now = weights(out)
-        assert [key.endswith("score.weight") for key in now.keys() - start.keys()] == [True]
-        assert start.keys() - now.keys() <= {"lm_head.weight"}
-        assert all(torch.equal(now[key], start[key]) for key in start.keys() & now.keys())
-        chosen, rejected = raw_scores(out)
-        asked = margins if name == "margin" else 0.0
-        loss = -torch.nn.functional.logsigmoid(chosen - rejected - asked).mean().item()
-        assert train.history(out)["loss"][0] == pytest.approx(loss, abs=1e-4)
+    start, rows = weights(zoo[mode]), PREFERENCES.add_column("margin", margins) if any(margins) else PREFERENCES
+    out = train.reward_model(zoo[mode], rows, tmp_path / "out", max_steps=1, learning_rate=0.0, **COMMON)
+    now = weights(out)
+    assert [key.endswith("score.weight") for key in now.keys() - start.keys()] == [True]
+    assert start.keys() - now.keys() <= {"lm_head.weight"}
+    assert all(torch.equal(now[key], start[key]) for key in start.keys() & now.keys())
+    chosen, rejected = raw_scores(out)
+    loss = -torch.nn.functional.logsigmoid(chosen - rejected - torch.tensor(margins)).mean().item()
+    assert train.history(out)["loss"][0] == pytest.approx(loss, abs=1e-4)
 
 
 SIZES = {"a": 3, "b": 1, "c": 6, "d": 2, "e": 3, "f": 1, "g": 10, "h": 1, "i": 2}
@@ -294,22 +198,17 @@ ITEMS = [item for k in range(10) for item, size in SIZES.items() if k < size]
 
 def test_batches_hold_whole_items_and_every_row_once_an_epoch() -> None:
     batches = ItemBatches(ITEMS, 6, seed=1)
-    orders = []
-    for epoch in range(4):
-        batches.set_epoch(epoch)
-        order = list(batches)
+    orders = [list(batches) for _ in range(4)]
+    for order in orders:
         assert len(order) == len(batches)  # in every epoch: Trainer counts once
         assert sorted(row for batch in order for row in batch) == list(range(len(ITEMS)))
         for batch in order:
             held = {ITEMS[row] for row in batch}
             assert len(batch) == sum(SIZES[item] for item in held)
             assert len(batch) <= 6 or held == {"g"}
-        orders.append(order)
-    assert len({json.dumps(order) for order in orders}) == 4
+    assert all(orders[i] != orders[j] for i in range(4) for j in range(i))
     again, other = ItemBatches(ITEMS, 6, seed=1), ItemBatches(ITEMS, 6, seed=2)
-    again.set_epoch(3)
-    assert list(again) == orders[3]
-    assert list(other) != orders[0]
+    assert list(again) == orders[0] != list(other)
 
 
 @pytest.mark.slow
@@ -339,7 +238,7 @@ def test_a_reward_model_learns_from_batches_of_whole_items(
             assert all(batch.count(item) == item + 1 for item in set(batch)) and len(batch) <= 6
 
 
-# --- crashes, and TRL itself ----------------------------------------------------------------------------------------
+# --- nothing is published that is not whole and finite ---------------------------------------------------------------
 
 
 def test_nothing_is_under_the_final_name_until_it_is_whole(zoo: Zoo, tmp_path: Path) -> None:
@@ -356,33 +255,12 @@ def test_nothing_is_under_the_final_name_until_it_is_whole(zoo: Zoo, tmp_path: P
     same = PREFERENCES.map(lambda row: {"prompt": "why ?", "chosen": " no .", "rejected": " no ."})
     with pytest.raises(ValueError, match="same score"):  # identical completions cannot be normalised
         train.reward_model(zoo["full"], same, out, max_steps=1, **COMMON)
+    diverging = PREFERENCES.add_column("margin", [float("nan"), *MARGINS[1:]])
+    with pytest.raises(ModelError, match="not finite"):
+        train.reward_model(zoo["full"], diverging, out, max_steps=1, **COMMON)
     assert list(out.parent.iterdir()) == []
     out.mkdir()  # an empty folder is no model, and is no hindrance
     train.sft(zoo["full"], DEMONSTRATIONS, out, max_steps=3, **COMMON)
     frame = train.history(out)
     assert frame.columns[0] == "step" and frame["step"].tolist() == [1, 2, 3] and frame["loss"].notna().all()
     assert models.load_causal(out) is not None and list(out.parent.iterdir()) == [out]
-
-
-def test_lora_settings_are_not_written_into(zoo: Zoo, tmp_path: Path) -> None:
-    """peft notes in a config the modules that it found, and a reward model another task."""
-    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    before = config.to_dict()
-    train.reward_model(zoo["full"], PREFERENCES, tmp_path / "reward", max_steps=1, lora=config, **COMMON)
-    assert config.to_dict() == before
-
-
-def test_canary_trl_patches_a_models_forward(zoo: Zoo, tmp_path: Path) -> None:
-    """Trap: a deepcopy of a model that TRL has held runs the original's weights; so stages hand over directories."""
-    from trl import SFTConfig, SFTTrainer
-
-    model, tokenizer = models.load_causal(zoo["full"], trainable=True), models.load_tokenizer(zoo["full"])
-    args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none", disable_tqdm=True)
-    SFTTrainer(model=model, args=args, train_dataset=DEMONSTRATIONS, processing_class=tokenizer)
-    assert "forward" in vars(model)
-    twin = copy.deepcopy(model)
-    ids = torch.tensor([[300, 301, 302]])
-    with torch.no_grad():
-        before = twin(input_ids=ids).logits
-        model.lm_head.weight.mul_(2.0)
-        assert not torch.equal(twin(input_ids=ids).logits, before)

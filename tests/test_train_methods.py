@@ -1,4 +1,4 @@
-"""What every method of rlhf_kit.train promises, and those that learn from their own samples."""
+"""What every method of rlhf_kit.train promises; those that learn from their own samples; pretraining from scratch."""
 
 from __future__ import annotations
 
@@ -11,32 +11,24 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from test_train import COMMON, EOS, PREFERENCES, PROMPTS, Zoo, logprob, weights
 from tiny import naive_logprobs, save_llama, word_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import TrainerCallback
+from transformers import LlamaConfig, PreTrainedTokenizerFast, TrainerCallback
 
 from rlhf_kit import models, sampling, train
 from rlhf_kit.models.rendering import EOS as END
 from rlhf_kit.models.rendering import PAD, wrap
-from rlhf_kit.ppo import PPOConfig
 from rlhf_kit.rewards import RewardModel
-from rlhf_kit.train.online import LIKE_PPO
+from rlhf_kit.train.policies import _rows
 
-Zoo = dict[str, str]
-EOS = 0
-ANIMALS = ["otter", "owl", "falcon", "newt", "whale", "hare", "fox", "crane"]
-QUESTIONS = [f"where does the {animal} live ?" for animal in ANIMALS]
 ANSWERS = {"completion": [" by the river .", " no ."] * 8, "label": [True, False] * 8}
-JUDGED = Dataset.from_dict({"prompt": [prompt for prompt in QUESTIONS for _ in range(2)], **ANSWERS})
-BETTER = [f" {prompt[:9]} it lives ." for prompt in QUESTIONS]
-PAIRS = Dataset.from_dict({"prompt": QUESTIONS, "chosen": BETTER, "rejected": [" no ."] * 8})
+JUDGED = Dataset.from_dict({"prompt": [prompt for prompt in PROMPTS for _ in range(2)], **ANSWERS})
 # Of two lengths, so that batches are padded.
 WORDS = Dataset.from_dict({"prompt": [f"{first} {second}" for first in ("a", "b c d") for second in "cdefghij"]})
 QUIET: dict[str, Any] = {"callbacks": [], "logging_steps": 1}
-TEXTS: dict[str, Any] = QUIET | {"per_device_train_batch_size": 8}
-OFFLINE = {"sft": JUDGED.remove_columns("label"), "dpo": PAIRS, "kto": JUDGED, "reward_model": PAIRS}
+OFFLINE = {"sft": JUDGED.remove_columns("label"), "dpo": PREFERENCES, "kto": JUDGED, "reward_model": PREFERENCES}
 FIRST_LOSS = {"dpo": math.log(2), "kto": 0.5}
 METHODS = [*OFFLINE, "rloo", "grpo", "rejection_sampling"]
 ONLINE: dict[str, Any] = QUIET | {"per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 6}
@@ -45,11 +37,6 @@ ONLINE: dict[str, Any] = QUIET | {"per_device_train_batch_size": 16, "num_genera
 def share_of_c(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     """The share of a completion's words that are c."""
     return [text.split().count("c") / max(1, len(text.split())) for text in completions]
-
-
-def weights(directory: str) -> dict[str, torch.Tensor]:
-    (file,) = Path(directory).glob("*.safetensors")
-    return load_file(file)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -81,7 +68,7 @@ class Watch(TrainerCallback):
 def run(method: str, model: str, out: Path, reward: Any = share_of_c, **settings: Any) -> str:
     """Any method on easy data: texts, or prompts of which the share of c is rewarded."""
     if method in OFFLINE:
-        return getattr(train, method)(model, OFFLINE[method], out, **TEXTS | settings)
+        return getattr(train, method)(model, OFFLINE[method], out, **COMMON | settings)
     common = QUIET | {"max_completion_length": 6} if method == "rejection_sampling" else ONLINE
     return getattr(train, method)(model, reward, WORDS, out, **common | settings)
 
@@ -109,14 +96,8 @@ def test_the_start_and_the_reference_are_the_given_model(zoo: Zoo, mode: str, me
 @pytest.mark.slow
 def test_kto_raises_what_is_wanted_above_what_is_not(zoo: Zoo, tmp_path: Path) -> None:
     out = run("kto", zoo["full"], tmp_path / "kto", max_steps=8, learning_rate=2e-3)
-    tokenizer = models.load_tokenizer(out)
-    prompt, *answers = (tokenizer(text)["input_ids"] for text in (QUESTIONS[0], " by the river .", " no ."))
-    margins = []
-    for directory in (zoo["full"], out):
-        model = models.load_causal(directory).eval()
-        good, bad = (naive_logprobs(model, prompt, [*ids, EOS]).sum().item() for ids in answers)
-        margins.append(good - bad)
-    assert margins[1] > margins[0] + 2
+    before, after = (logprob(each, " by the river .") - logprob(each, " no .") for each in (zoo["full"], out))
+    assert after > before + 2
     assert train.history(out)["loss"].iloc[-1] < 0.45
 
 
@@ -191,13 +172,6 @@ def test_one_plain_gradient_step_is_that_of_the_objective_by_hand(method: str, t
 # --- sampling inside TRL ---------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_those_of_ppo(tmp_path: Path) -> None:
-    ours = PPOConfig(output_dir=str(tmp_path), use_cpu=True)
-    names = {"beta": "kl_coef", "epsilon": "clip_range"}
-    shared = set(LIKE_PPO) - {"num_generations", "disable_dropout"}
-    assert {name: LIKE_PPO[name] for name in shared} == {name: getattr(ours, names.get(name, name)) for name in shared}
-
-
 @pytest.mark.slow
 def test_the_rewards_inputs_are_what_was_asked_for(zoo: Zoo, tmp_path: Path) -> None:
     """Text or chat, a reward sees what PPO's does: completions without special tokens, and the dataset's columns."""
@@ -207,12 +181,12 @@ def test_the_rewards_inputs_are_what_was_asked_for(zoo: Zoo, tmp_path: Path) -> 
         seen.append((prompts, completions, columns))
         return [float(len(str(text))) for text in completions]
 
-    text = Dataset.from_dict({"prompt": QUESTIONS, "kind": list("abcdefgh"), "completion": [" no ."] * 8})
+    text = Dataset.from_dict({"prompt": PROMPTS, "kind": list("abcdefgh"), "completion": [" no ."] * 8})
     chat = text.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
     for name, prompts in (("text", text), ("chat", chat)):
         train.rloo(zoo["full"], watch, prompts, tmp_path / name, max_steps=1, seed=3, **ONLINE)
     (prompts_text, texts, given), (prompts_chat, chats, _) = seen
-    assert set(given) == {"kind"} and [QUESTIONS["abcdefgh".index(kind)] for kind in given["kind"]] == prompts_text
+    assert set(given) == {"kind"} and [PROMPTS["abcdefgh".index(kind)] for kind in given["kind"]] == prompts_text
     assert all(prompts_text[i] == prompts_text[i - i % 4] for i in range(16)) and len(set(prompts_text)) == 4
     # The template of the tiny tokenizer renders a question as it is, so that the same ids are drawn.
     assert [prompt[0]["content"] for prompt in prompts_chat] == prompts_text
@@ -222,12 +196,9 @@ def test_the_rewards_inputs_are_what_was_asked_for(zoo: Zoo, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["rloo", "grpo"])
-def test_a_reward_models_directory_is_a_reward_and_completions_end_at_eos(
-    zoo: Zoo, method: str, tmp_path: Path
-) -> None:
-    prompts, longer = Dataset.from_dict({"prompt": QUESTIONS}), ONLINE | {"max_completion_length": 24}
-    out = getattr(train, method)(zoo["full"], zoo["full-reward"], prompts, tmp_path / "out", max_steps=1, **longer)
+def test_a_reward_models_directory_is_a_reward_and_completions_end_at_eos(zoo: Zoo, tmp_path: Path) -> None:
+    prompts, longer = Dataset.from_dict({"prompt": PROMPTS}), ONLINE | {"max_completion_length": 24}
+    out = train.grpo(zoo["full"], zoo["full-reward"], prompts, tmp_path / "out", max_steps=1, **longer)
     assert json.loads((Path(out) / "generation_config.json").read_text())["eos_token_id"] in (EOS, [EOS])
     row = train.history(out).iloc[0]
     assert math.isfinite(row["reward"]) and row["completions/mean_terminated_length"] < 24
@@ -247,13 +218,14 @@ def test_checkpointing_changes_no_sample(zoo: Zoo, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_rejection_sampling_trains_on_the_best_finished_sample_and_shows_it(speaker: str, tmp_path: Path) -> None:
     settings = {"n": 6, "max_completion_length": 12, "max_steps": 1, "seed": 4, "per_device_train_batch_size": 16}
-    out = run("rejection_sampling", speaker, tmp_path / "out", **settings)
+    with pytest.warns(UserWarning, match="of 5 of 16 prompts no completion ended in 12 tokens"):
+        out = run("rejection_sampling", speaker, tmp_path / "out", **settings)
     chosen = pd.read_parquet(Path(out) / "samples.parquet")
     pool = sampling.sample(speaker, WORDS, n=6, max_completion_length=12, seed=4)
     pool = sampling.add_rewards(pool[pool["finished"]], {"reward": share_of_c})
     assert chosen["reward"].tolist() == pool.groupby("prompt_id")["reward"].max().tolist()
     assert chosen["prompt"].tolist() == [WORDS["prompt"][i] for i in chosen["prompt_id"]]
-    assert chosen["finished"].all() and len(train.history(out)) == 1
+    assert chosen["finished"].all() and len(chosen) == 11
     # its first loss, before any step, is the start's mean NLL of exactly these texts
     tokenizer, model = models.load_tokenizer(speaker), models.load_causal(speaker).eval()
     ids = [(tokenizer(row.prompt)["input_ids"], tokenizer(row.completion)["input_ids"]) for row in chosen.itertuples()]
@@ -263,13 +235,13 @@ def test_rejection_sampling_trains_on_the_best_finished_sample_and_shows_it(spea
 
 
 @pytest.mark.slow
-def test_rejection_sampling_works_on_adapters_and_chats(zoo: Zoo, mode: str, tmp_path: Path) -> None:
-    chat = Dataset.from_list([{"prompt": [{"role": "user", "content": prompt}]} for prompt in QUESTIONS])
+def test_rejection_sampling_works_on_adapters_and_chats(zoo: Zoo, tmp_path: Path) -> None:
+    chat = Dataset.from_list([{"prompt": [{"role": "user", "content": prompt}]} for prompt in PROMPTS])
     reward = RewardModel(zoo["full-reward"])
     out = train.rejection_sampling(
-        zoo[mode], reward, chat, tmp_path / "out", n=4, max_completion_length=24, max_steps=1, **QUIET
+        zoo["4bit"], reward, chat, tmp_path / "out", n=4, max_completion_length=24, max_steps=1, **QUIET
     )
-    assert models.is_adapter(out) == (mode != "full")
+    assert models.is_adapter(out)
     row = pd.read_parquet(Path(out) / "samples.parquet").iloc[0]
     assert reward([chat["prompt"][row["prompt_id"]]], [row["completion"]]) == pytest.approx([row["reward"]], abs=1e-4)
 
@@ -277,18 +249,10 @@ def test_rejection_sampling_works_on_adapters_and_chats(zoo: Zoo, mode: str, tmp
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rows", "holds"),
-    [
-        (JUDGED.filter(lambda row: row["label"]), "it holds True$"),
-        (JUDGED.remove_columns("label"), "it holds nothing$"),
-        (JUDGED.map(lambda row: {"label": "yes" if row["label"] else "no"}), "'no', 'yes'$"),
-    ],
-)
-def test_kto_refuses_labels_of_one_kind(zoo: Zoo, rows: Dataset, holds: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"`label` must hold both True .* {holds}"):
-        train.kto(zoo["full"], rows, tmp_path / "out", **TEXTS)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("wrong", [lambda row: {"label": True}, lambda row: {"label": "yes" if row["label"] else "no"}])
+def test_kto_refuses_labels_of_one_kind(zoo: Zoo, wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`label` must hold both True .* and False"):
+        train.kto(zoo["full"], JUDGED.map(wrong), tmp_path / "out", **COMMON)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -300,7 +264,7 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(zoo: Zoo, method: str
     taken.mkdir()
     (taken / "precious").write_text("weights")
     for path in (taken, taken / "precious"):
-        with pytest.raises(FileExistsError, match=f"{path.name}: is there already.*name another `out` or delete it"):
+        with pytest.raises(FileExistsError, match=f"{path.name}: is there already.*name another `out`"):
             run(method, zoo["full"], path, reward=never)
     with pytest.raises(models.ModelError, match="is an adapter already"):
         run(method, zoo["lora"], out, reward=never, lora={})
@@ -309,29 +273,59 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(zoo: Zoo, method: str
     with pytest.raises(TypeError, match="learning_rat"):
         run(method, zoo["full"], out, reward=never, learning_rat=1.0)
     if method != "rejection_sampling":
-        with pytest.raises(models.ModelError, match="4-bit weights cannot be trained"):
+        with pytest.raises(ValueError, match="4-bit weights cannot be trained|purely quantized"):
             run(method, zoo["full"], out, reward=never, load_in_4bit=True)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["taken", "taken/precious"]
 
 
-@pytest.mark.parametrize("method", ["rloo", "grpo"])
-def test_what_cannot_be_sampled_is_refused_in_one_sentence(zoo: Zoo, method: str, tmp_path: Path) -> None:
-    train_it, out = getattr(train, method), tmp_path / "out"
+def test_what_cannot_be_sampled_is_refused_in_one_sentence(zoo: Zoo, tmp_path: Path) -> None:
+    out = tmp_path / "out"
     with pytest.raises(ValueError, match="2 prompts are fewer than the 4 of one batch"):
-        train_it(zoo["words"], share_of_c, WORDS.select([0, 1]), out, **ONLINE)
-    with pytest.raises(ValueError, match="no column 'prompt'; it has text"):
-        train_it(zoo["words"], share_of_c, WORDS.rename_column("prompt", "text"), out, **ONLINE)
+        train.rloo(zoo["words"], share_of_c, WORDS.select([0, 1]), out, **ONLINE)
     with pytest.raises(ValueError, match="exceed the model's 64 positions"):
-        run(method, zoo["words"], out, max_completion_length=63)
+        run("rloo", zoo["words"], out, max_completion_length=63)
     with pytest.raises(models.ModelError, match="counts positions from the start of the padding"):
-        run(method, zoo["gpt2"], out)
+        run("rloo", zoo["gpt2"], out)
     with pytest.raises(ValueError, match="gave \\[16\\] values for 16 completions, 16 of them not finite"):
-        train_it(zoo["words"], lambda prompts, completions: [math.nan] * len(prompts), WORDS, out, **ONLINE)
+        train.rloo(zoo["words"], lambda prompts, completions: [math.nan] * len(prompts), WORDS, out, **ONLINE)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rejection_sampling_says_how_many_prompts_it_leaves_out(speaker: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"n": 4, "max_completion_length": 1, "max_steps": 1}
-    with pytest.warns(UserWarning, match=r"of \d+ of 16 prompts no completion ended in 1 tokens; these prompts are"):
-        out = run("rejection_sampling", speaker, tmp_path / "out", **settings)
-    assert 0 < len(pd.read_parquet(Path(out) / "samples.parquet")) < 16
+# --- pretraining -----------------------------------------------------------------------------------------------------
+
+TEXTBOOK = ["the cat sat on the mat .", "the dog sat on the log , and slept ."] * 8
+
+
+@pytest.fixture(scope="module")
+def trained_tokenizer() -> PreTrainedTokenizerFast:
+    return train.train_tokenizer(TEXTBOOK, vocab_size=280)
+
+
+def test_a_trained_tokenizer_and_the_rows_of_long_texts(trained_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert len(trained_tokenizer) <= 280 and trained_tokenizer.pad_token_id != trained_tokenizer.eos_token_id
+    for text in [*TEXTBOOK[:2], "Ünseen 🦉 text\n\n  here"]:
+        assert trained_tokenizer.decode(trained_tokenizer(text).input_ids) == text
+    ids = [*trained_tokenizer(TEXTBOOK[0] * 5).input_ids, trained_tokenizer.eos_token_id]
+    assert len(ids) < len(TEXTBOOK[0] * 5)
+    rows = _rows([TEXTBOOK[0] * 5], trained_tokenizer, max_length=16)
+    assert all(len(row) <= 16 for row in rows) and len(rows) > 2
+    assert [token for row in rows for token in row] == ids[: sum(map(len, rows))] and len(ids) - sum(map(len, rows)) < 2
+
+
+def test_pretraining_learns_the_same_from_the_same_seed_and_leaves_a_whole_directory(
+    trained_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    few = QUIET | {"max_steps": 30, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    outs = []
+    for number, seed in enumerate((0, 0, 1)):
+        config = LlamaConfig(max_position_embeddings=64, **sizes)
+        outs.append(train.pretrain(TEXTBOOK, trained_tokenizer, config, tmp_path / str(number), seed=seed, **few))
+    losses = train.history(outs[0])["loss"]
+    assert len(losses) == 30 and losses.iloc[-1] < 0.5 * losses.iloc[0]
+    one, again, other = map(weights, outs)
+    assert same(one, again) and not same(one, other)
+    model, tokenizer = models.load_causal(outs[0]), models.load_tokenizer(outs[0])
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert model.config.vocab_size == len(tokenizer) and tokenizer.chat_template == trained_tokenizer.chat_template

@@ -1,23 +1,23 @@
-"""Every way to train but PPO: thin over TRL's trainers, and every contact with TRL is in this folder.
+"""Every way to train but PPO, each thin over one of TRL's trainers. Only this folder knows TRL.
 
-Each function takes a model directory or hub id and a dataset in TRL's columns, writes a model directory and returns its
-path. Settings not named here go to the trainer's config by its own names (`max_steps`, `learning_rate`, ...).
+A method takes a model directory or hub id and a dataset in TRL's columns, writes the directory `out` and returns its
+path. Its options are the settings of its trainer's config by their own names (`max_steps`, `learning_rate`, ...) and:
+
+    lora           settings of a new adapter (`models.lora_config`); without it, all weights or the given adapter train
+    load_in_4bit   whether the base is in 4 bits; by default as the given model was trained
+    seed           of the order of the data, a new adapter, a score head and samples (default 0)
+    callbacks      transformers' callbacks in place of the one that shows progress
+
+FileExistsError if `out` holds anything, ModelError if the model cannot be trained so, TypeError for an unknown option.
 """
 
 from __future__ import annotations
 
-import os
+from trl import DPOConfig, RewardConfig, SFTConfig
 
-# TRL reports every trainer to the hub unless told otherwise; a research kit should not.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-from trl import DPOConfig, RewardConfig, SFTConfig  # noqa: E402
-
-from rlhf_kit.train.common import history  # noqa: E402
-from rlhf_kit.train.offline import dpo, kto, sft  # noqa: E402
-from rlhf_kit.train.online import grpo, rejection_sampling, rloo  # noqa: E402
-from rlhf_kit.train.pretrain import pretrain, train_tokenizer  # noqa: E402
-from rlhf_kit.train.reward import reward_model  # noqa: E402
+from rlhf_kit.train.common import history
+from rlhf_kit.train.policies import dpo, grpo, kto, pretrain, rejection_sampling, rloo, sft, train_tokenizer
+from rlhf_kit.train.reward import reward_model
 
 __all__ = ["DPOConfig", "RewardConfig", "SFTConfig", "history", "pretrain", "train_tokenizer"]
 __all__ += ["dpo", "grpo", "kto", "rejection_sampling", "reward_model", "rloo", "sft"]

@@ -1,8 +1,9 @@
-"""What every function of this room does: refuse before it trains, train in fp32, and publish only a whole directory."""
+"""What all functions of this folder share: refuse before training, train in fp32, publish only a whole directory."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,100 +11,91 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from rlhf_kit import models
+from rlhf_kit.files import replacing
 from rlhf_kit.models import Lora, Model, ModelPath
 from rlhf_kit.progress import ProgressCallback
 
 
-@dataclass
-class Request:
-    """The arguments that all functions share; `label` names the run in its progress, `settings` go to the config."""
-
-    label: str
-    model: ModelPath
-    out: ModelPath
-    lora: Lora | None
-    load_in_4bit: bool | None
-    seed: int
-    callbacks: list[TrainerCallback] | None
-    settings: dict[str, Any]
+@contextmanager
+def new_directory(out: ModelPath) -> Iterator[Path]:
+    """Yield a temporary name that becomes `out` at the end; FileExistsError if `out` holds anything already."""
+    if Path(out).is_file() or any(Path(out).glob("*")):
+        raise FileExistsError(f"{out}: is there already, and is not overwritten; name another `out` or delete it")
+    with replacing(out) as folder:
+        yield folder
 
 
-def refuse_existing(out: ModelPath) -> None:
-    """FileExistsError if `out` holds anything already."""
-    if Path(out).is_file() or (Path(out).is_dir() and any(Path(out).iterdir())):
-        raise FileExistsError(
-            f"{out}: is there already; a trained model is never overwritten, so name another `out` or delete it"
-        )
+class Training:
+    """One use of one of the trainers; its options are checked before any weights are loaded."""
 
+    def __init__(
+        self,
+        label: str,
+        config_class: type[Any],
+        model: ModelPath,
+        folder: Path,
+        lora: Lora | None = None,
+        load_in_4bit: bool | None = None,
+        seed: int = 0,
+        callbacks: list[TrainerCallback] | None = None,
+        **settings: Any,
+    ) -> None:
+        if models.is_adapter(model) and lora is not None:
+            raise models.ModelError(f"{model}: is an adapter already, and is trained on as it is; leave `lora` out")
+        self.model, self.lora, self.load_in_4bit, self.seed = model, lora, load_in_4bit, seed
+        self.callbacks = [ProgressCallback(label)] if callbacks is None else callbacks
+        self.tokenizer = models.load_tokenizer(model)
+        self.tokenizer.padding_side = "right"
+        on_gpu = torch.cuda.is_available()
+        defaults: dict[str, Any] = {
+            "seed": seed,
+            "bf16": on_gpu,
+            "use_cpu": not on_gpu,
+            "gradient_checkpointing": False,
+            "logging_steps": 10,
+            "logging_nan_inf_filter": False,  # it would show a loss that is not finite as a harmless number
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "log_level": "error",
+        }
+        self.args = config_class(output_dir=str(folder), **(defaults | settings))
 
-def arguments(config: type[Any], folder: Path, seed: int, settings: dict[str, Any]) -> Any:
-    """A trainer's config with this kit's defaults, `settings` taking precedence."""
-    on_gpu = torch.cuda.is_available()
-    defaults: dict[str, Any] = {
-        "seed": seed,
-        "bf16": on_gpu,
-        "use_cpu": not on_gpu,
-        "gradient_checkpointing": False,
-        "logging_steps": 10,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "log_level": "error",
-    }
-    return config(output_dir=str(folder), **(defaults | settings))
+    def trainer(self, trainer_class: type[Trainer], dataset: Dataset, start: Model | None = None, **more: Any) -> Any:
+        """The trainer, with what it trains in fp32: in bf16 small updates would be rounded away.
 
-
-def prepare(request: Request, config: type[Any], folder: Path, **defaults: Any) -> tuple[PreTrainedTokenizerBase, Any]:
-    """The tokenizer and TRL's config; FileExistsError if `out` is taken, ModelError for an adapter on an adapter."""
-    refuse_existing(request.out)
-    if models.is_adapter(request.model) and request.lora is not None:
-        raise models.ModelError(f"{request.model}: is an adapter already, and is trained on as it is; leave `lora` out")
-    tokenizer = models.load_tokenizer(request.model)
-    tokenizer.padding_side = "right"
-    return tokenizer, arguments(config, folder, request.seed, defaults | request.settings)
-
-
-def load_trainable(request: Request) -> Model:
-    """The model, to train whole or by its adapter; with `lora` it is frozen, because a new adapter is trained."""
-    return models.load_causal(request.model, request.load_in_4bit, trainable=request.lora is None)
-
-
-def make_trainer(
-    trainer_class: type[Trainer],
-    request: Request,
-    args: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    start: Model | None = None,
-    **more: Any,
-) -> Trainer:
-    """One of TRL's trainers, with what it trains in fp32: in bf16 small updates would be rounded away.
-
-    Without a `start`, TRL makes the reference, which must be `request.model` as it was. Full weights go in as a path:
-    TRL loads the reference from it again. An adapter goes in loaded: TRL clones it as the reference. If TRL only
-    switched the adapter off, the reference would be the raw base, not the SFT model.
-    """
-    as_path = request.lora is None and not models.is_adapter(request.model) and not request.load_in_4bit
-    given: Any = start or (str(request.model) if as_path else load_trainable(request))
-    exact = {}
-    if getattr(given, "is_loaded_in_4bit", False):  # TRL rounds what it trains to bf16, so it would leave its reference
-        exact = {name: p.detach().clone() for name, p in given.named_parameters() if p.requires_grad}
-    callbacks = [ProgressCallback(request.label)] if request.callbacks is None else request.callbacks
-    common = {"args": args, "train_dataset": dataset, "processing_class": tokenizer, "callbacks": callbacks}
-    trainer = trainer_class(model=given, **common, **more)
-    for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = exact.get(name, parameter.data).float()
-    return trainer
+        The reference of the methods that have one must be `self.model` as it was. Full weights go in as a path: TRL
+        loads the reference from it again. An adapter goes in loaded: TRL clones it as the reference. If TRL only
+        switched the adapter off, the reference would be the raw base, not the SFT model.
+        """
+        full = self.lora is None and not models.is_adapter(self.model) and not self.load_in_4bit
+        given: Any = str(self.model)
+        if not full or not hasattr(self.args, "beta"):  # beta is the weight of a reference
+            given = start or models.load_causal(self.model, self.load_in_4bit, trainable=self.lora is None)
+        exact = {}
+        if getattr(given, "is_loaded_in_4bit", False):  # TRL rounds what it trains to bf16, unlike its reference
+            exact = {name: p.detach().clone() for name, p in given.named_parameters() if p.requires_grad}
+        if self.lora is not None and not isinstance(given, PeftModel):
+            more["peft_config"] = models.lora_config(self.lora)
+        common = {"args": self.args, "processing_class": self.tokenizer, "callbacks": self.callbacks}
+        trainer = trainer_class(model=given, train_dataset=dataset, **common, **more)
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = exact.get(name, parameter.data).float()
+        return trainer
 
 
 def fit(trainer: Trainer, folder: Path) -> None:
-    """Train, and write the model, its tokenizer and its history to `folder`."""
+    """Train, and write the model, its tokenizer and its history; ModelError if a trained weight is not finite."""
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    if not all(weight.isfinite().all() for weight in trainer.model.parameters() if weight.requires_grad):
+        raise models.ModelError(
+            "training ended in weights that are not finite, so nothing is saved; look for NaN in the dataset and in "
+            "the given model, or lower learning_rate"
+        )
     # With adapters, TRL leaves the reference's clone in the model: only the trained adapter is written.
     trained = {"selected_adapters": ["default"]} if isinstance(trainer.model, PeftModel) else {}
     trainer.model.save_pretrained(folder, **trained)
@@ -114,6 +106,5 @@ def fit(trainer: Trainer, folder: Path) -> None:
 
 def history(model: ModelPath) -> pd.DataFrame:
     """What a trained model's trainer logged: a row per logging step, `step` first."""
-    state = pd.read_json(Path(model) / "trainer_state.json", typ="series")
-    rows = pd.DataFrame([row for row in state["log_history"] if "loss" in row])
-    return rows[["step", *(column for column in rows.columns if column != "step")]]
+    logged = TrainerState.load_from_json(str(Path(model) / "trainer_state.json")).log_history
+    return pd.DataFrame([row for row in logged if "loss" in row]).set_index("step").reset_index()
