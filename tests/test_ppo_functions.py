@@ -25,6 +25,11 @@ from rlhf_kit.ppo.maths import (
 LENGTHS = [4, 1, 6, 3]
 
 
+def alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the processes where there is one."""
+    return tensor
+
+
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
     """Random rollouts (float64) of unequal lengths, zero where there is no token."""
@@ -45,14 +50,12 @@ def naive_gae(rewards: list[float], values: list[float], gamma: float, lam: floa
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (1.0, 1.0), (0.9, 0.8), (1.0, 0.0), (0.0, 0.5)])
 def test_gae_equals_the_naive_double_loop(batch: dict[str, torch.Tensor], gamma: float, lam: float) -> None:
-    advantages, returns = gae(batch["rewards"], batch["values"], batch["mask"], gamma, lam)
+    garbage = batch["values"] + 1e6 * (1 - batch["mask"])  # values behind the end play no part
+    advantages, returns = gae(batch["rewards"], garbage, batch["mask"], gamma, lam)
+    assert torch.allclose(returns, advantages + batch["values"], atol=1e-12)
     for row, n in enumerate(LENGTHS):
         rewards, values = batch["rewards"][row, :n].tolist(), batch["values"][row, :n].tolist()
-        expected = naive_gae(rewards, values, gamma, lam)
-        assert advantages[row, :n].tolist() == pytest.approx(expected, abs=1e-12)
-        assert returns[row, :n].tolist() == pytest.approx(
-            [a + v for a, v in zip(expected, values, strict=True)], abs=1e-12
-        )
+        assert advantages[row, :n].tolist() == pytest.approx(naive_gae(rewards, values, gamma, lam), abs=1e-12)
         assert (advantages[row, n:] == 0).all() and (returns[row, n:] == 0).all()
 
 
@@ -64,11 +67,9 @@ def test_gae_by_hand() -> None:
 
 
 def test_with_lambda_and_gamma_one_advantage_plus_value_is_the_reward_to_go(batch: dict[str, torch.Tensor]) -> None:
-    advantages, returns = gae(batch["rewards"], batch["values"], batch["mask"], 1.0, 1.0)
+    advantages, _ = gae(batch["rewards"], batch["values"], batch["mask"], 1.0, 1.0)
     to_go = batch["rewards"].flip(1).cumsum(1).flip(1) * batch["mask"]
-    assert torch.allclose(advantages + batch["values"], to_go, atol=1e-12) and torch.allclose(
-        returns, to_go, atol=1e-12
-    )
+    assert torch.allclose(advantages + batch["values"], to_go, atol=1e-12)
 
 
 def test_extra_padding_changes_nothing(batch: dict[str, torch.Tensor]) -> None:
@@ -77,50 +78,32 @@ def test_extra_padding_changes_nothing(batch: dict[str, torch.Tensor]) -> None:
     def everything(b: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         rewards = token_rewards(b["scores"], b["logprobs"], b["reference"], b["mask"].long(), 0.3)
         advantages, returns = gae(rewards, b["values"], b["mask"], 0.99, 0.9)
-        return [rewards, advantages, returns, whiten(advantages, b["mask"])]
+        return [rewards, advantages, returns, whiten(advantages, b["mask"], alone)]
 
     for short, long in zip(everything(batch), everything(padded), strict=True):
         assert torch.allclose(long[:, :6], short, atol=1e-14) and (long[:, 6:] == 0).all()
 
 
-def test_values_behind_the_end_play_no_part(batch: dict[str, torch.Tensor]) -> None:
-    garbage = batch["values"] + 1e6 * (1 - batch["mask"])
-    for ours, clean in zip(
-        gae(batch["rewards"], garbage, batch["mask"], 0.99, 0.9),
-        gae(batch["rewards"], batch["values"], batch["mask"], 0.99, 0.9),
-        strict=True,
-    ):
-        assert torch.equal(ours, clean)
-
-
 def test_whitening_is_masked(batch: dict[str, torch.Tensor]) -> None:
     garbage = batch["values"] + 1e6 * (1 - batch["mask"])
-    white = whiten(garbage, batch["mask"])
+    white = whiten(garbage, batch["mask"], alone)
     real = white[batch["mask"].bool()]
     assert real.mean().item() == pytest.approx(0, abs=1e-9)
     assert real.var(unbiased=False).item() == pytest.approx(1, abs=1e-6)
     assert (white[~batch["mask"].bool()] == 0).all()
-    assert torch.allclose(white, whiten(batch["values"], batch["mask"]), atol=1e-9)
+    assert torch.allclose(white, whiten(batch["values"], batch["mask"], alone), atol=1e-9)
+    assert (whiten(torch.full((2, 2), 3.0), torch.ones(2, 2), alone) == 0).all()  # equal advantages: 0, not NaN
 
 
-def test_whitening_keeps_equal_advantages_at_zero_and_finite() -> None:
-    assert (whiten(torch.full((2, 2), 3.0), torch.ones(2, 2)) == 0).all()
-
-
-def test_the_score_lands_on_the_last_real_token_once(batch: dict[str, torch.Tensor]) -> None:
-    zeros = torch.zeros_like(batch["logprobs"])
-    rewards = token_rewards(batch["scores"], zeros, zeros, batch["mask"].long(), 0.3)
-    expected = zeros.clone()
+def test_the_score_lands_on_the_last_real_token_and_the_kl_is_charged_once(batch: dict[str, torch.Tensor]) -> None:
+    rewards = token_rewards(batch["scores"], batch["logprobs"], batch["reference"], batch["mask"].long(), 0.3)
+    bonus = rewards + 0.3 * (batch["logprobs"] - batch["reference"])  # what is paid beside the KL charge
+    expected = torch.zeros_like(rewards)
     for row, n in enumerate(LENGTHS):
         expected[row, n - 1] = batch["scores"][row]
-    assert torch.equal(rewards, expected)
-
-
-def test_kl_is_charged_once_so_that_rewards_sum_to_score_minus_kl(batch: dict[str, torch.Tensor]) -> None:
-    rewards = token_rewards(batch["scores"], batch["logprobs"], batch["reference"], batch["mask"].long(), 0.3)
+    assert torch.allclose(bonus, expected, atol=1e-12) and (rewards[batch["mask"] == 0] == 0).all()
     kl = (batch["logprobs"] - batch["reference"]).sum(1)
     assert torch.allclose(rewards.sum(1), batch["scores"] - 0.3 * kl, atol=1e-12)
-    assert (rewards[batch["mask"] == 0] == 0).all()
 
 
 def test_rewards_by_hand_and_the_sign_of_k1() -> None:
@@ -128,9 +111,7 @@ def test_rewards_by_hand_and_the_sign_of_k1() -> None:
     logprobs, reference = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.5, 0.5]]).log()
     rewards = token_rewards(torch.tensor([2.0]), logprobs, reference, torch.ones(1, 2).long(), 0.1)
     assert rewards[0].tolist() == pytest.approx([-0.1 * math.log(1.6), 2.0 - 0.1 * math.log(0.4)], abs=1e-6)
-    assert (0.8 * math.log(1.6) + 0.2 * math.log(0.4)) == pytest.approx(
-        0.19274, abs=1e-5
-    )  # KL(policy || reference) > 0
+    assert 0.8 * math.log(1.6) + 0.2 * math.log(0.4) > 0  # KL(policy || reference)
 
 
 @pytest.mark.parametrize(
@@ -167,11 +148,8 @@ def test_the_clipped_value_loss_by_hand(value: float, old: float, target: float,
 
 def test_explained_variance() -> None:
     returns, mask = torch.tensor([[1.0, 2.0, 77.0], [4.0, 7.0, 5.0]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert explained_variance(returns, returns, mask).item() == pytest.approx(1)
-    assert explained_variance(torch.full_like(returns, 3.0), returns, mask).item() == pytest.approx(0, abs=1e-6)
-    real = torch.tensor([1.0, 2.0, 4.0, 7.0, 5.0])
-    half = explained_variance(returns / 2, returns, mask).item()
-    assert half == pytest.approx(1 - ((real / 2).var() / real.var()).item(), abs=1e-6)
+    for values, expected in ((returns, 1.0), (torch.full_like(returns, 3.0), 0.0), (returns / 2, 0.75)):
+        assert explained_variance(values, returns, mask, alone).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -189,50 +167,30 @@ def test_the_adaptive_kl_coefficient_by_hand(kl: float, expected: float) -> None
 
 def test_partition_covers_each_row_once_in_minibatches_of_like_length() -> None:
     lengths = torch.tensor([3, 9, 1, 7, 7, 2, 8, 5, 4, 6])
-    torch.manual_seed(0)
-    first, second = partition(lengths, 3, 2), partition(lengths, 3, 2)
-    for minibatches in (first, second):
-        assert [sum(map(len, minibatch)) for minibatch in minibatches] == [4, 3, 3]
-        assert all(len(micro) <= 2 for minibatch in minibatches for micro in minibatch)
-        assert sorted(row for m in minibatches for micro in m for row in micro.tolist()) == list(range(10))
-        for minibatch in minibatches:
-            ordered = [length for micro in minibatch for length in lengths[micro].tolist()]
-            assert ordered == sorted(ordered, reverse=True)
-    assert str(first) != str(second)  # another shuffle each epoch
-
-
-def test_the_micro_batch_size_never_changes_which_rows_share_a_minibatch() -> None:
-    lengths = torch.tensor([3, 9, 1, 7, 7, 2, 8, 5, 4, 6])
     groups = []
-    for size in (1, 4, 100):
-        torch.manual_seed(1)
-        groups.append([sorted(row for micro in m for row in micro.tolist()) for m in partition(lengths, 3, size)])
-    assert groups[0] == groups[1] == groups[2]
-
-
-def test_a_batch_smaller_than_num_minibatches_still_has_a_row_in_each() -> None:
-    assert [len(minibatch) for minibatch in partition(torch.tensor([3, 4]), 5, 8)] == [1, 1]
+    for seed, size in ((0, 2), (0, 4), (0, 100), (1, 2)):
+        torch.manual_seed(seed)
+        minibatches = partition(lengths, 3, size)
+        assert [sum(map(len, minibatch)) for minibatch in minibatches] == [4, 3, 3]
+        assert all(len(micro) <= size for minibatch in minibatches for micro in minibatch)
+        rows = [torch.cat(minibatch) for minibatch in minibatches]
+        assert sorted(torch.cat(rows).tolist()) == list(range(10))
+        assert all(lengths[each].tolist() == sorted(lengths[each].tolist(), reverse=True) for each in rows)
+        groups.append([sorted(each.tolist()) for each in rows])
+    assert groups[0] == groups[1] == groups[2] != groups[3]  # micro-batches never change who shares a minibatch
+    assert [len(minibatch) for minibatch in partition(torch.tensor([3, 4]), 5, 8)] == [1, 1]  # fewer rows than that
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be above 0, got 0"),
-        ({"max_completion_length": -1}, "max_completion_length must be above 0"),
-        ({"ppo_epochs": 0}, "ppo_epochs must be above 0"),
-        ({"micro_batch_size": 0}, "micro_batch_size must be above 0"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"clip_range": 0.0}, "clip_range must be above 0"),
-        ({"kl_horizon": 0}, "kl_horizon must be above 0"),
         ({"adaptive_kl_target": 0.0}, "adaptive_kl_target must be above 0"),
-        ({"early_stop_kl": -1.0}, "early_stop_kl must be above 0"),
         ({"kl_coef": -0.1}, "kl_coef must not be negative"),
-        ({"gamma": -0.1}, "gamma must lie between 0 and 1"),
-        ({"gamma": 1.1}, "gamma must lie between 0 and 1"),
         ({"gae_lambda": 1.1}, "gae_lambda must lie between 0 and 1"),
-        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must not be negative"),
+        ({"fp16": True}, "fp16 overflows in the probability ratio"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must stay 1; set micro_batch_size"),
-        ({"num_minibatches": 9, "per_device_train_batch_size": 8}, "num_minibatches=9 exceeds"),
+        ({"num_minibatches": 9, "per_device_train_batch_size": 8}, "num_minibatches exceeds"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_name(settings: dict[str, Any], says: str, tmp_path: Any) -> None:
