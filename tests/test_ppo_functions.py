@@ -12,7 +12,6 @@ from peft import LoraConfig
 
 from rlhf_kit.ppo import PPOConfig
 from rlhf_kit.ppo.maths import (
-    adapt_kl_coef,
     explained_variance,
     gae,
     partition,
@@ -53,35 +52,13 @@ def test_gae_equals_the_naive_double_loop(batch: dict[str, torch.Tensor], gamma:
     garbage = batch["values"] + 1e6 * (1 - batch["mask"])  # values behind the end play no part
     advantages, returns = gae(batch["rewards"], garbage, batch["mask"], gamma, lam)
     assert torch.allclose(returns, advantages + batch["values"], atol=1e-12)
+    if gamma == lam == 1:
+        reward_to_go = batch["rewards"].flip(1).cumsum(1).flip(1) * batch["mask"]
+        assert torch.allclose(returns, reward_to_go, atol=1e-12)
     for row, n in enumerate(LENGTHS):
         rewards, values = batch["rewards"][row, :n].tolist(), batch["values"][row, :n].tolist()
         assert advantages[row, :n].tolist() == pytest.approx(naive_gae(rewards, values, gamma, lam), abs=1e-12)
         assert (advantages[row, n:] == 0).all() and (returns[row, n:] == 0).all()
-
-
-def test_gae_by_hand() -> None:
-    """Rewards 0, 1; values 0.5, 0.25; gamma = lambda = 0.5: delta = -0.375, 0.75; A = -0.375 + 0.25 * 0.75, 0.75."""
-    tensors = (torch.tensor([row]) for row in ([0.0, 1.0], [0.5, 0.25], [1.0, 1.0]))
-    advantages, returns = gae(*tensors, gamma=0.5, gae_lambda=0.5)
-    assert advantages.tolist() == [[-0.1875, 0.75]] and returns.tolist() == [[0.3125, 1.0]]
-
-
-def test_with_lambda_and_gamma_one_advantage_plus_value_is_the_reward_to_go(batch: dict[str, torch.Tensor]) -> None:
-    advantages, _ = gae(batch["rewards"], batch["values"], batch["mask"], 1.0, 1.0)
-    to_go = batch["rewards"].flip(1).cumsum(1).flip(1) * batch["mask"]
-    assert torch.allclose(advantages + batch["values"], to_go, atol=1e-12)
-
-
-def test_extra_padding_changes_nothing(batch: dict[str, torch.Tensor]) -> None:
-    padded = {name: torch.nn.functional.pad(t, (0, 3)) if t.dim() == 2 else t for name, t in batch.items()}
-
-    def everything(b: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        rewards = token_rewards(b["scores"], b["logprobs"], b["reference"], b["mask"].long(), 0.3)
-        advantages, returns = gae(rewards, b["values"], b["mask"], 0.99, 0.9)
-        return [rewards, advantages, returns, whiten(advantages, b["mask"], alone)]
-
-    for short, long in zip(everything(batch), everything(padded), strict=True):
-        assert torch.allclose(long[:, :6], short, atol=1e-14) and (long[:, 6:] == 0).all()
 
 
 def test_whitening_is_masked(batch: dict[str, torch.Tensor]) -> None:
@@ -111,13 +88,11 @@ def test_rewards_by_hand_and_the_sign_of_k1() -> None:
     logprobs, reference = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.5, 0.5]]).log()
     rewards = token_rewards(torch.tensor([2.0]), logprobs, reference, torch.ones(1, 2).long(), 0.1)
     assert rewards[0].tolist() == pytest.approx([-0.1 * math.log(1.6), 2.0 - 0.1 * math.log(0.4)], abs=1e-6)
-    assert 0.8 * math.log(1.6) + 0.2 * math.log(0.4) > 0  # KL(policy || reference)
 
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "expected", "slope"),
     [
-        (1.0, 2.0, -2.0, -2.0),
         (1.1, 2.0, -2.2, -2.0),  # inside the range: plain
         (1.5, 2.0, -2.4, 0.0),  # good already and more likely: nothing more to gain
         (0.5, 2.0, -1.0, -2.0),  # good but less likely: pulled back
@@ -150,19 +125,6 @@ def test_explained_variance() -> None:
     returns, mask = torch.tensor([[1.0, 2.0, 77.0], [4.0, 7.0, 5.0]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
     for values, expected in ((returns, 1.0), (torch.full_like(returns, 3.0), 0.0), (returns / 2, 0.75)):
         assert explained_variance(values, returns, mask, alone).item() == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("kl", "expected"),
-    [
-        (6.0, 0.1),  # on target
-        (12.0, 0.1 * (1 + 0.2 * 64 / 1000)),  # far above: the error is clipped to +0.2
-        (6.6, 0.1 * (1 + 0.1 * 64 / 1000)),
-        (0.0, 0.1 * (1 - 0.2 * 64 / 1000)),
-    ],
-)
-def test_the_adaptive_kl_coefficient_by_hand(kl: float, expected: float) -> None:
-    assert adapt_kl_coef(0.1, kl, target=6.0, completions=64, horizon=1000) == pytest.approx(expected, rel=1e-12)
 
 
 def test_partition_covers_each_row_once_in_minibatches_of_like_length() -> None:

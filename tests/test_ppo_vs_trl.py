@@ -27,13 +27,17 @@ import compare  # noqa: E402
 import watch  # noqa: E402
 
 NEEDS_PEER = pytest.mark.skipif(not compare.PYTHONS[compare.TRL].exists(), reason="TRL 1.12 is not there: make peer")
+PROMPTS = ["hello , may i ask you something ?", "what does the otter eat ?", "may i ?"]
+COMPLETIONS = [" the otter eats fish .", " fish .", " you may ."]
 
 
 @pytest.fixture
-def zoo(zoo: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """The zoo with reward models of its own, for these tests write notes into them."""
-    own = ("full-reward", "lora-reward")
-    return zoo | {name: str(shutil.copytree(zoo[name], tmp_path / "zoo" / name)) for name in own}
+def reward_models(zoo: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """A full reward model and an adapter, normalised."""
+    found = {kind: str(shutil.copytree(zoo[f"{kind}-reward"], tmp_path / kind)) for kind in ("full", "lora")}
+    for path in found.values():
+        models.write_notes(path, shift=0.5, scale=2.0)
+    return found
 
 
 def checkpoint(model: str, step: int, kl: float, rewards: list[float], seed: int = 0) -> pd.DataFrame:
@@ -50,12 +54,10 @@ def test_rewards_at_a_kl_lie_between_the_checkpoints_that_bracket_it() -> None:
     """sqrt(0.25) is a quarter of the way from sqrt(0.16) to sqrt(0.64): 0.5 of 0.4 to 0.8."""
     parts = [("SFT", 0, 0.0, [0.0, 0.0]), ("A", 5, 0.16, [1.0, 2.0]), ("A", 9, 0.64, [2.0, 6.0])]
     rows = pd.concat(checkpoint(*part) for part in parts)
-    found = compare.at_kl(rows, 0.25).set_index("prompt_id")
-    assert found["proxy"].tolist() == pytest.approx([1.25, 3.0])
-    assert found["gold"].tolist() == pytest.approx([12.5, 30.0])
-    assert compare.at_kl(rows, 0.04)["proxy"].tolist() == pytest.approx([0.5, 1.0])  # half-way from the SFT model
-    assert compare.at_kl(rows, 0.64)["proxy"].tolist() == pytest.approx([2.0, 6.0])  # on a checkpoint
-    assert compare.at_kl(rows, 0.0)["proxy"].tolist() == pytest.approx([0.0, 0.0])
+    for kl, expected in ((0.25, [1.25, 3.0]), (0.04, [0.5, 1.0]), (0.64, [2.0, 6.0]), (0.0, [0.0, 0.0])):
+        found = compare.at_kl(rows, kl).set_index("prompt_id")
+        assert found["proxy"].tolist() == pytest.approx(expected)
+        assert found["gold"].tolist() == pytest.approx([10 * each for each in expected])
 
 
 def test_a_checkpoint_that_another_beats_at_less_kl_is_not_on_the_frontier() -> None:
@@ -69,64 +71,51 @@ def test_a_checkpoint_that_another_beats_at_less_kl_is_not_on_the_frontier() -> 
         compare.at_kl(rows, 0.9)
 
 
-def both_models(kit: float, trl: float) -> pd.DataFrame:
-    """Two seeds; at KL 1 the kit's rewards are `kit` and TRL's, which went on to KL 4, `trl`, on every prompt."""
-    parts = []
-    for seed in (0, 1):
-        parts.append(checkpoint("SFT", 0, 0.0, [0.0] * 3, seed))
-        parts.append(checkpoint(compare.KIT, 5, 1.0, [kit] * 3, seed))
-        parts.append(checkpoint(compare.TRL, 5, 1.0, [trl] * 3, seed))
-        parts.append(checkpoint(compare.TRL, 9, 4.0, [trl + 3] * 3, seed))
-    return pd.concat(parts, ignore_index=True)
-
-
-@pytest.mark.parametrize("kit, trl, verdict", [(1.0, 1.0, "met"), (1.0, 1.1, "not met")])
+@pytest.mark.parametrize(("kit", "trl", "verdict"), [(1.0, 1.0, "met"), (1.0, 1.1, "not met")])
 def test_the_verdict_on_rewards_is_that_of_equal_kl_and_not_of_the_end(kit: float, trl: float, verdict: str) -> None:
-    table = compare.reward_table(both_models(kit, trl), kl_coef=0.2).set_index("quantity")
+    """Two seeds; at KL 1 the kit's rewards are `kit` and TRL's, which went on to KL 4, `trl`, on every prompt."""
+    points = [("SFT", 0, 0.0, 0.0), (compare.KIT, 5, 1.0, kit), (compare.TRL, 5, 1.0, trl)]
+    points.append((compare.TRL, 9, 4.0, trl + 3))
+    parts = [checkpoint(name, step, kl, [each] * 3, seed) for seed in (0, 1) for name, step, kl, each in points]
+    table = compare.reward_table(pd.concat(parts, ignore_index=True), kl_coef=0.2).set_index("quantity")
     equal = table.loc["proxy at equal KL"]
     assert (equal["kit"], equal["trl"]) == (pytest.approx(kit), pytest.approx(trl))
     assert (equal["value"], equal["lo"], equal["hi"]) == (pytest.approx(kit - trl),) * 3
     assert equal["verdict"] == verdict
     assert table.loc["the equal KL [nats/sequence]", "kit"] == pytest.approx(1.0)
-    at_the_end = table.loc["proxy at the end"]
-    assert at_the_end["trl"] == pytest.approx(trl + 3) and at_the_end["bar"] == ""
+    assert table.loc["proxy at the end", "trl"] == pytest.approx(trl + 3)
     assert table.loc["proxy - kl_coef KL at the end", "trl"] == pytest.approx(trl + 3 - 0.2 * 4.0)
 
 
-def costs(kit: list[float], trl: list[float], copies: tuple[float, float] = (1.0, 3.0)) -> pd.DataFrame:
-    rows = []
-    for mode in ("full", "lora"):
-        for name, seconds, held in ((compare.KIT, kit, copies[0]), (compare.TRL, trl, copies[1])):
-            for seed, each in enumerate(seconds):
-                known = {"model": name, "mode": mode, "seed": seed}
-                rows.append(known | {"seconds per update": each, "copies of the base": held})
-    return pd.DataFrame(rows)
-
-
 @pytest.mark.parametrize(
-    "kit, verdict",
-    [([1.0, 1.8], "met"), ([1.0, 2.4], "not met"), ([2.4, 2.4], "not met"), ([1.0], "no interval: more seeds")],
+    ("kit", "copies", "seconds_verdict", "copies_verdict"),
+    [
+        ([1.0, 1.8], (1.0, 3.0), "met", "met"),
+        ([1.0, 2.4], (2.0, 3.0), "not met", "not met"),
+        ([2.4, 2.4], (1.0, 2.0), "not met", "not met"),
+        ([1.0], (1.06, 3.0), "no interval: more seeds", "not met"),
+    ],
 )
-def test_the_ratio_of_seconds_is_paired_by_seed_and_judged_by_its_upper_end(kit: list[float], verdict: str) -> None:
+def test_seconds_are_paired_by_seed_and_judged_by_the_upper_end_and_copies_are_one_against_three(
+    kit: list[float], copies: tuple[float, float], seconds_verdict: str, copies_verdict: str
+) -> None:
     """Of TRL's 2 and 4 seconds: (1/2 + 1.8/4) / 2 = 0.475, at most 0.5; (1/2 + 2.4/4) / 2 = 0.55."""
     trl = [2.0, 4.0][: len(kit)]
-    table = compare.cost_table(costs(kit, trl)).set_index(["mode", "quantity"])
-    row = table.loc[("full", "seconds per update")]
-    ratios = [a / b for a, b in zip(kit, trl, strict=True)]
+    rows = [
+        {"model": name, "mode": mode, "seed": seed, "seconds per update": each, "copies of the base": held}
+        for mode in ("full", "lora")
+        for name, seconds, held in ((compare.KIT, kit, copies[0]), (compare.TRL, trl, copies[1]))
+        for seed, each in enumerate(seconds)
+    ]
+    table = compare.cost_table(pd.DataFrame(rows)).set_index(["mode", "quantity"])
+    row, ratios = table.loc[("full", "seconds per update")], [a / b for a, b in zip(kit, trl, strict=True)]
     assert row["value"] == pytest.approx(sum(ratios) / len(ratios))
-    assert row["verdict"] == verdict
     if len(kit) > 1:
         assert (row["lo"], row["hi"]) == (pytest.approx(min(ratios)), pytest.approx(max(ratios)))
-    assert table.loc[("lora", "seconds per update"), "bar"] == ""
-
-
-@pytest.mark.parametrize(
-    "copies, verdict", [((1.0, 3.0), "met"), ((2.0, 3.0), "not met"), ((1.0, 2.0), "not met"), ((1.06, 3.0), "not met")]
-)
-def test_the_bar_on_copies_is_one_against_three(copies: tuple[float, float], verdict: str) -> None:
-    table = compare.cost_table(costs([1.0], [2.0], copies)).set_index(["mode", "quantity"])
-    assert table.loc[("lora", "copies of the base"), "verdict"] == verdict
-    assert table.loc[("full", "copies of the base"), "verdict"] == ""
+    verdicts = table["verdict"].to_dict()
+    assert verdicts.pop(("full", "seconds per update")) == seconds_verdict
+    assert verdicts.pop(("lora", "copies of the base")) == copies_verdict
+    assert set(verdicts.values()) == {""}
 
 
 def test_weights_are_counted_by_storage_and_adapters_apart() -> None:
@@ -141,25 +130,6 @@ def test_weights_are_counted_by_storage_and_adapters_apart() -> None:
     assert len(adapted) == 2
 
 
-# Both sides as the driver runs them, on two-layer models -------------------------------------------------------------
-
-SETTINGS = {
-    "max_steps": 3, "seed": 0, "per_device_train_batch_size": 8, "ppo_epochs": 2, "num_minibatches": 2,
-    "max_completion_length": 6, "temperature": 1.0, "missing_eos_penalty": 1.0, "kl_coef": 0.1, "gamma": 1.0,
-    "gae_lambda": 0.95, "clip_range": 0.2, "value_clip_range": 0.2, "vf_coef": 0.1, "learning_rate": 1e-3,
-    "adam_epsilon": 1e-5, "max_grad_norm": 1.0,
-    "threads": 1, "micro_batch_size": 2, "save_every": 2, "lora_r": 4, "lora_alpha": 8,
-}  # fmt: skip
-
-
-def test_the_settings_of_a_run_are_those_of_the_preset() -> None:
-    preset = compare.presets.preset("pocket", 3)
-    settings = compare.ppo_settings(preset, "full", updates=7, threads=1, micro_batch_size=16)
-    assert set(settings) == {*SETTINGS, "mode"}
-    given = {**preset.sampling, **preset.ppo, "seed": 3, "max_steps": 7, "micro_batch_size": 16}
-    assert all(settings[name] == value for name, value in given.items() if name in SETTINGS)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode"),
@@ -169,11 +139,19 @@ def test_the_settings_of_a_run_are_those_of_the_preset() -> None:
         pytest.param(compare.TRL, "lora", marks=NEEDS_PEER),
     ],
 )
-def test_a_side_trains_saves_and_says_what_it_took(tmp_path: Path, zoo: dict[str, str], name: str, mode: str) -> None:
-    """One copy of the base per role in full. With LoRA TRL holds policy, value and reward model."""
-    models.write_notes(zoo["full-reward"], shift=0.5, scale=2.0)
+def test_a_side_trains_saves_and_says_what_it_took(
+    tmp_path: Path, zoo: dict[str, str], reward_models: dict[str, str], name: str, mode: str
+) -> None:
+    """As the driver runs it. In full there is one copy of the base per role; with LoRA TRL holds three, the kit two.
+
+    (The reward model has weights of its own here.)
+    """
+    preset = compare.presets.preset("pocket", 3)
+    settings = compare.ppo_settings(preset, mode, updates=3, threads=1, micro_batch_size=2)
+    assert settings["seed"] == 3 and settings["learning_rate"] == preset.ppo["learning_rate"]
+    settings |= {"per_device_train_batch_size": 8, "max_completion_length": 6, "save_every": 2}
     prompts = [row["prompt"] for row in pocket.prompts(pocket.world(), "train")][:20]
-    run = compare.train_policy(tmp_path, name, SETTINGS | {"mode": mode}, zoo["full"], zoo["full-reward"], prompts)
+    run = compare.train_policy(tmp_path, name, settings, zoo["full"], reward_models["full"], prompts)
     assert [step for step, _ in compare.checkpoints(run.directory)] == [2, 3]
     assert len(json.loads((run.directory / "prompts.json").read_text())) == 16
     metrics = pd.read_csv(run.directory / "metrics.csv")
@@ -183,25 +161,17 @@ def test_a_side_trains_saves_and_says_what_it_took(tmp_path: Path, zoo: dict[str
     start, end = models.load_causal(zoo["full"]), models.load_causal(run.directory / "checkpoint-3")
     ids = torch.arange(2, 12).unsqueeze(0)
     assert not torch.equal(start(input_ids=ids).logits, end(input_ids=ids).logits)
-    took = compare.cost(run, sum(each.nbytes for each in start.parameters()))
+    whole = sum(each.nbytes for each in start.parameters())
     # An untied base here: value and reward models have no output head.
-    shares = [each.nbytes for each in models.load_backbone(zoo["full"]).parameters()]
-    headless = sum(shares) / sum(each.nbytes for each in start.parameters())
+    headless = sum(each.nbytes for each in models.load_backbone(zoo["full"]).parameters()) / whole
     expected = 2 + 2 * headless if mode == "full" else 1 + (1 if name == compare.KIT else 2) * headless
-    assert took["copies of the base"] == pytest.approx(expected, abs=0.01)
+    assert compare.cost(run, whole)["copies of the base"] == pytest.approx(expected, abs=0.01)
 
 
-PROMPTS = ["hello , may i ask you something ?", "what does the otter eat ?", "may i ?"]
-COMPLETIONS = [" the otter eats fish .", " fish .", " you may ."]
-
-
-@pytest.mark.slow
-def test_the_merged_reward_model_scores_as_its_adapter_does(tmp_path: Path, zoo: dict[str, str]) -> None:
-    models.write_notes(zoo["lora-reward"], shift=0.5, scale=2.0)
-    compare.merge_reward_model(Path(zoo["lora-reward"]), tmp_path / "merged")
-    adapter, merged = (RewardModel(path)(PROMPTS, COMPLETIONS) for path in (zoo["lora-reward"], tmp_path / "merged"))
-    assert merged == pytest.approx(adapter, abs=1e-4)
-    assert len({round(each, 3) for each in merged}) == 3
+def test_the_merged_reward_model_scores_as_its_adapter_does(tmp_path: Path, reward_models: dict[str, str]) -> None:
+    compare.merge_reward_model(Path(reward_models["lora"]), tmp_path / "merged")
+    adapter, merged = (RewardModel(path)(PROMPTS, COMPLETIONS) for path in (reward_models["lora"], tmp_path / "merged"))
+    assert merged == pytest.approx(adapter, abs=1e-4) and len({round(each, 3) for each in merged}) == 3
 
 
 PEERS_REWARDS = """
@@ -219,16 +189,14 @@ print("ANSWERS" + json.dumps(rewards))
 
 @pytest.mark.slow
 @NEEDS_PEER
-def test_trl_optimises_the_reward_that_the_kit_does(zoo: dict[str, str]) -> None:
+def test_trl_optimises_the_reward_that_the_kit_does(reward_models: dict[str, str]) -> None:
     """Of completions that ended: shift and scale are in the head, and the score is that of the EOS."""
-    models.write_notes(zoo["full-reward"], shift=0.5, scale=2.0)
-    tokenizer = models.load_tokenizer(zoo["full-reward"])
-    assert tokenizer.pad_token_id == 1
+    path = reward_models["full"]
+    tokenizer = models.load_tokenizer(path)
     pairs = zip(PROMPTS, COMPLETIONS, strict=True)
     rows = [tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"] for prompt, completion in pairs]
-    argument = json.dumps([str(FOLDER), zoo["full-reward"], rows])
-    command = [str(compare.PYTHONS[compare.TRL]), "-c", PEERS_REWARDS, argument]
+    command = [str(compare.PYTHONS[compare.TRL]), "-c", PEERS_REWARDS, json.dumps([str(FOLDER), path, rows])]
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
     assert ran.returncode == 0, ran.stderr
     theirs = json.loads(ran.stdout.split("ANSWERS")[1])
-    assert theirs == pytest.approx(RewardModel(zoo["full-reward"])(PROMPTS, COMPLETIONS), abs=1e-5)
+    assert theirs == pytest.approx(RewardModel(path)(PROMPTS, COMPLETIONS), abs=1e-5)
