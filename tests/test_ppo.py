@@ -17,11 +17,13 @@ from transformers import TrainerCallback
 
 from rlhf_kit import models
 from rlhf_kit.ppo import PPOConfig, PPOTrainer, Trajectory
+from rlhf_kit.ppo.alarms import Alarms
 from rlhf_kit.rewards import RewardModel
 
 gc.freeze()  # each training ends with a garbage collection, which need not search all that was imported
 Zoo = dict[str, str]
 Tensors = dict[str, torch.Tensor]
+Pairs = list[tuple[list[int], list[int]]]  # token ids of prompts and completions
 EOS = 0
 CLOSE = 2e-5  # see test_models.py
 PROMPTS = [
@@ -35,12 +37,8 @@ PROMPTS = [
     "does the falcon like to eat leaves ?",
 ]
 ALL = [torch.arange(len(PROMPTS))]  # as one micro-batch
-DEMONSTRATIONS = Dataset.from_dict(
-    {
-        "prompt": ["where does the otter live ?", "why ?", "what food does the owl like ?"],
-        "completion": [" the otter lives by the river .", " mice .", " it likes to eat mice ."],
-    }
-)
+ANSWERS = [" the otter lives by the river .", " mice .", " it likes to eat mice ."]
+DEMONSTRATIONS = Dataset.from_dict({"prompt": PROMPTS[:3], "completion": ANSWERS})
 FULL_AND_LORA = pytest.mark.parametrize("mode", ["full", "lora"])
 
 
@@ -90,7 +88,7 @@ def scored(zoo: Zoo, request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
     return trainer, *rolled_out(trainer), request.param
 
 
-def pairs_of(tokens: models.Tokens) -> list[tuple[list[int], list[int]]]:
+def pairs_of(tokens: models.Tokens) -> Pairs:
     """(prompt, completion) ids of each row, read off the masks."""
     width = tokens.completion_mask.shape[1]
     return [
@@ -100,7 +98,7 @@ def pairs_of(tokens: models.Tokens) -> list[tuple[list[int], list[int]]]:
 
 
 def naive(
-    policy: str, reference: str, pairs: list[tuple[list[int], list[int]]], temperature: float
+    policy: str, reference: str, pairs: Pairs, temperature: float
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Log-probs under policy and reference, and entropies, of each token of each row."""
     ours, theirs = (models.load_causal(path).eval() for path in (policy, reference))
@@ -123,9 +121,7 @@ def loss_gradients(trainer: PPOTrainer, trajectory: Trajectory, minibatch: list[
     return gradients(trainer, lambda: trainer.accumulate_gradient(trajectory, minibatch))
 
 
-def naive_gradients(
-    path: str, pairs: list[tuple[list[int], list[int]]], loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> tuple[float, Tensors]:
+def naive_gradients(path: str, pairs: Pairs, loss: Callable[..., torch.Tensor]) -> tuple[float, Tensors]:
     """The mean over tokens of loss(logits, ids), and its gradient in a policy that is loaded alone, row by row."""
     alone = models.load_causal(path, trainable=True).eval()
     total = torch.zeros(())
@@ -349,9 +345,7 @@ def test_the_ptx_gradient_is_the_gradient_of_the_demonstrations_nll(zoo: Zoo, mo
 
 
 @FULL_AND_LORA
-def test_every_one_of_updates_times_epochs_times_minibatches_steps_is_clipped(
-    zoo: Zoo, mode: str, tmp_path: Path
-) -> None:
+def test_every_optimizer_step_is_counted_and_clipped(zoo: Zoo, mode: str, tmp_path: Path) -> None:
     for norm, made in ((1e9, 1), (0.05, 2)):
         steps = Steps()
         sizes = {"max_steps": made, "ppo_epochs": 2, "num_minibatches": 3}
@@ -368,7 +362,7 @@ def test_every_one_of_updates_times_epochs_times_minibatches_steps_is_clipped(
         ("4bit", "off"), ("4bit", "reentrant"),
     ],
 )  # fmt: skip
-def test_the_first_ratio_is_one_every_trainable_parameter_moves_and_every_frozen_one_is_bit_identical(
+def test_the_first_ratio_is_one_and_only_what_is_trainable_moves(
     zoo: Zoo, mode: str, checkpointing: str, tmp_path: Path
 ) -> None:
     way: dict[str, Any] = {"gradient_checkpointing_kwargs": {"use_reentrant": checkpointing == "reentrant"}}
@@ -435,9 +429,7 @@ EVERYTHING: dict[str, Any] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "k"), [("full", 1), ("lora", 1), ("4bit", 2)])
-def test_resume_at_update_k_is_bit_exact_with_the_uninterrupted_run(
-    zoo: Zoo, mode: str, k: int, tmp_path: Path
-) -> None:
+def test_resume_is_bit_exact_with_the_uninterrupted_run(zoo: Zoo, mode: str, k: int, tmp_path: Path) -> None:
     """In the middle (k = 1) and at the end (k = 2) of an epoch of the prompts."""
     settings = EVERYTHING | {"max_steps": k + 1}
     whole = make(zoo, mode, tmp_path / "run", **settings, save_strategy="steps", save_steps=k)
@@ -468,14 +460,24 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(zoo: Zoo, tmp
 
 
 @FULL_AND_LORA
-def test_evaluate_changes_nothing(zoo: Zoo, mode: str, tmp_path: Path) -> None:
-    few: dict[str, Any] = {"eval_dataset": Dataset.from_list(rows_of(PROMPTS[:3])), "per_device_eval_batch_size": 2}
-    few |= {"ppo_epochs": 1, "num_minibatches": 1}
+def test_evaluation_changes_nothing_and_its_means_are_over_rows_and_tokens(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+    """Against loops over all completions, drawn in batches of unequal size."""
+    few: dict[str, Any] = {"eval_dataset": Dataset.from_list(rows_of(PROMPTS[:5])), "per_device_eval_batch_size": 3}
+    few |= {"ppo_epochs": 1, "num_minibatches": 1, "ref_model": zoo[f"{mode}-other"]}
     quiet = make(zoo, mode, tmp_path, **few)
+    sampled, rollout = [], quiet.rollout
+    quiet.rollout = lambda rows: sampled.append(rollout(rows)) or sampled[-1]
     quiet.roles.train()
     state, before = torch.get_rng_state(), weights(quiet)
     first = quiet.evaluate()
     assert torch.equal(state, torch.get_rng_state()) and same(before, weights(quiet)) and quiet.roles.training
+    pairs = [pair for tokens in sampled for pair in pairs_of(tokens)]
+    rows = naive(zoo[mode], zoo[f"{mode}-other"], pairs, 1.0)
+    entropies = torch.cat([entropies for _, _, entropies in rows])
+    kl = sum((ours - theirs).sum().item() for ours, theirs, _ in rows) / 5
+    expected = {"eval_kl": kl, "eval_entropy": entropies.mean().item(), "eval_completion_length": len(entropies) / 5}
+    assert {name: first[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+
     torch.manual_seed(99)
     assert quiet.evaluate() == first  # the same random numbers each time
     quiet.train()
@@ -483,22 +485,6 @@ def test_evaluate_changes_nothing(zoo: Zoo, mode: str, tmp_path: Path) -> None:
     evaluated.train()
     assert len([row for row in evaluated.state.log_history if "eval_reward" in row]) == 2
     assert same(weights(quiet), weights(evaluated)) and updates(quiet) == updates(evaluated)
-
-
-def test_evaluation_means_are_over_rows_and_tokens_not_over_batches(zoo: Zoo, tmp_path: Path) -> None:
-    """Against loops over all completions, drawn in batches of unequal size."""
-    dataset = Dataset.from_list(rows_of(PROMPTS[:7]))
-    options = {"per_device_eval_batch_size": 3, "ref_model": zoo["full-other"]}
-    trainer = make(zoo, "full", tmp_path, eval_dataset=dataset, **options)
-    sampled, rollout = [], trainer.rollout
-    trainer.rollout = lambda rows: sampled.append(rollout(rows)) or sampled[-1]
-    metrics = trainer.evaluate()
-    rows = naive(zoo["full"], zoo["full-other"], [pair for tokens in sampled for pair in pairs_of(tokens)], 1.0)
-    entropies = torch.cat([entropies for _, _, entropies in rows])
-    assert len(rows) == 7 and len(entropies) < 7 * 6
-    kl = sum((ours - theirs).sum().item() for ours, theirs, _ in rows) / 7
-    expected = {"eval_kl": kl, "eval_entropy": entropies.mean().item(), "eval_completion_length": len(entropies) / 7}
-    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(zoo: Zoo, tmp_path: Path) -> None:
@@ -569,13 +555,34 @@ def test_rewards_get_the_other_columns_and_chat_prompts_give_the_same_run(zoo: Z
     assert same(weights(text), weights(chat))
 
 
+@pytest.mark.slow
+def test_a_policy_paid_for_one_word_sets_the_alarms_off(
+    zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"kl_coef": 0.0, "missing_eos_penalty": 0.0, "max_steps": 8, "learning_rate": 1e-2}
+    settings |= {"max_completion_length": 12, "ppo_epochs": 4, "micro_batch_size": 16, "num_minibatches": 1}
+    settings |= {"per_device_train_batch_size": 16, "value_model": None}
+
+    def pays_for_one_word(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
+        return [float(text.split().count("c")) for text in completions]
+
+    trainer = make(zoo, "words", tmp_path, pays_for_one_word, ["a", "b"] * 8, **settings)
+    trainer.train()
+    assert len(trainer.samples) == 16
+    raised = {row["alarm"] for row in trainer.state.log_history if "alarm" in row}
+    assert {"kl", "entropy", "repetition", "unfinished"} <= raised
+    printed = capsys.readouterr().out.splitlines()
+    [repeating] = [i for i, line in enumerate(printed) if "repeat themselves" in line]
+    assert printed[repeating].startswith("  PPO alarm at update") and "c c c c c" in printed[repeating + 1]
+    trainer.remove_callback(Alarms)
+    assert not [c for c in trainer.callback_handler.callbacks if isinstance(c, Alarms)]
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_is_not_applied_and_the_last_good_checkpoint_is_named(
-    zoo: Zoo, tmp_path: Path, what: str
-) -> None:
+def test_a_gradient_that_is_not_finite_is_not_applied(zoo: Zoo, tmp_path: Path, what: str) -> None:
     class Break(TrainerCallback):
         """Spoils the value head, or only its gradient, after the first update."""
 

@@ -1,4 +1,4 @@
-"""The formulas of rlhf_kit.ppo on hand numbers and against naive loops."""
+"""The formulas and the alarms of rlhf_kit.ppo on hand numbers and against naive loops."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import math
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerState
 
 from rlhf_kit.ppo import PPOConfig
+from rlhf_kit.ppo.alarms import Alarms, check, repetition
 from rlhf_kit.ppo.maths import (
     explained_variance,
     gae,
@@ -22,11 +25,7 @@ from rlhf_kit.ppo.maths import (
 )
 
 LENGTHS = [4, 1, 6, 3]
-
-
-def alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over the processes where there is one."""
-    return tensor
+ALONE = torch.nn.Identity()  # the sum over the processes where there is one
 
 
 @pytest.fixture
@@ -63,13 +62,13 @@ def test_gae_equals_the_naive_double_loop(batch: dict[str, torch.Tensor], gamma:
 
 def test_whitening_is_masked(batch: dict[str, torch.Tensor]) -> None:
     garbage = batch["values"] + 1e6 * (1 - batch["mask"])
-    white = whiten(garbage, batch["mask"], alone)
+    white = whiten(garbage, batch["mask"], ALONE)
     real = white[batch["mask"].bool()]
     assert real.mean().item() == pytest.approx(0, abs=1e-9)
     assert real.var(unbiased=False).item() == pytest.approx(1, abs=1e-6)
     assert (white[~batch["mask"].bool()] == 0).all()
-    assert torch.allclose(white, whiten(batch["values"], batch["mask"], alone), atol=1e-9)
-    assert (whiten(torch.full((2, 2), 3.0), torch.ones(2, 2), alone) == 0).all()  # equal advantages: 0, not NaN
+    assert torch.allclose(white, whiten(batch["values"], batch["mask"], ALONE), atol=1e-9)
+    assert (whiten(torch.full((2, 2), 3.0), torch.ones(2, 2), ALONE) == 0).all()  # equal advantages: 0, not NaN
 
 
 def test_the_score_lands_on_the_last_real_token_and_the_kl_is_charged_once(batch: dict[str, torch.Tensor]) -> None:
@@ -124,7 +123,7 @@ def test_the_clipped_value_loss_by_hand(value: float, old: float, target: float,
 def test_explained_variance() -> None:
     returns, mask = torch.tensor([[1.0, 2.0, 77.0], [4.0, 7.0, 5.0]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
     for values, expected in ((returns, 1.0), (torch.full_like(returns, 3.0), 0.0), (returns / 2, 0.75)):
-        assert explained_variance(values, returns, mask, alone).item() == pytest.approx(expected, abs=1e-6)
+        assert explained_variance(values, returns, mask, ALONE).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_partition_covers_each_row_once_in_minibatches_of_like_length() -> None:
@@ -166,3 +165,59 @@ def test_a_config_with_lora_is_written_as_json(lora: Any, tmp_path: Any) -> None
     written = json.loads(args.to_json_string())["lora"]
     assert written["r"] == 4 and args.lora is lora  # the setting itself stays as it was given
     assert isinstance(lora, dict) or written["target_modules"] == ["k_proj", "q_proj"]
+
+
+# --- alarms ----------------------------------------------------------------------------------------------------------
+
+HEALTHY = {
+    "kl": 0.5, "entropy": 1.0, "completion_length": 10.0, "repetition": 0.1, "disagreement": 0.2, "value_loss": 0.1,
+    "unfinished": 0.05,
+}  # fmt: skip
+
+
+def test_a_healthy_run_raises_nothing() -> None:
+    assert not list(check([HEALTHY] * 20))
+    assert not list(check([{k: v for k, v in HEALTHY.items() if k != "disagreement"}]))
+    early = [HEALTHY] * 4 + [HEALTHY | {"value_loss": 99.0}]
+    assert not list(check(early)), "value loss needs a few updates to compare with"
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "beyond", "inside", "words"),
+    [
+        ("kl", "kl", 10.1, 9.9, "10.1 nats per sequence"),
+        ("entropy", "entropy", 0.29, 0.31, "from 1.00 to 0.29"),
+        ("length", "completion_length", 20.1, 19.9, "from 10 to 20"),
+        ("length", "completion_length", 4.9, 5.1, "from 10 to 5"),
+        ("repetition", "repetition", 0.36, 0.34, "36% of completions"),
+        ("disagreement", "disagreement", 0.41, 0.39, "from 0.20 to 0.41"),
+        ("value_loss", "value_loss", 1.01, 0.99, "was 0.1"),
+        ("unfinished", "unfinished", 0.31, 0.29, "31% of completions"),
+    ],
+)
+def test_each_alarm_goes_off_beyond_its_limit(name: str, metric: str, beyond: float, inside: float, words: str) -> None:
+    [(found, message, _)] = check([HEALTHY] * 6 + [HEALTHY | {metric: beyond}])
+    assert found == name and words in message and ": " in message  # what is seen, then what to try
+    assert not list(check([HEALTHY] * 6 + [HEALTHY | {metric: inside}]))
+
+
+@pytest.mark.parametrize(
+    ("text", "share"), [("", 0), ("a b c d", 0), ("a b c a b c", 0.5), ("a a a a a", 1), ("x a b c a b c y", 2 / 6)]
+)
+def test_repetition_is_the_share_of_runs_of_three_words_that_occur_again(text: str, share: float) -> None:
+    assert repetition(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("length", "worst"), [(99.0, "a long one"), (1.0, "short")])
+def test_an_alarm_shows_its_worst_samples_every_ten_updates(
+    length: float, worst: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = {"prompt": ["?"] * 4, "completion": ["short", "a b", "a b c", "a long one"], "n_tokens": [1, 2, 3, 4]}
+    alarms, state = Alarms(lambda: pd.DataFrame(samples)), TrainerState()
+    for state.global_step in range(1, 24):
+        changed = {"completion_length": length} if state.global_step > 1 else {}
+        state.log_history.append(HEALTHY | changed | {"loss": 0.0})
+        alarms.on_loss(state, {})
+    assert [row["step"] for row in state.log_history if row.get("alarm") == "length"] == [2, 12, 22]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 * 4 and worst in said[1]  # each with three samples

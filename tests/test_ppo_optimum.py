@@ -78,9 +78,7 @@ def assert_optimal(trained: torch.nn.Module, path: str, prompts: list[str], comp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("length", "updates", "fresh_adapter"), [(1, 25, False), (1, 25, True), (2, 80, False)])
-def test_ppo_reaches_the_enumerated_optimum(
-    zoo: Zoo, length: int, updates: int, fresh_adapter: bool, tmp_path: Path
-) -> None:
+def test_ppo_reaches_the_optimum(zoo: Zoo, length: int, updates: int, fresh_adapter: bool, tmp_path: Path) -> None:
     """Three prompts with one token, and one prompt with two."""
     prompts = PROMPTS if length == 1 else PROMPTS[:1]
     settings: dict[str, Any] = {"per_device_train_batch_size": 384, "micro_batch_size": 384, "ppo_epochs": 2}
@@ -152,9 +150,7 @@ def test_the_surrogates_gradient_at_ratio_one_is_the_true_gradient(with_values: 
 
 
 @pytest.mark.parametrize("fresh_adapter", [False, True])
-def test_the_trainers_gradient_is_the_true_gradient_of_the_objective(
-    zoo: Zoo, fresh_adapter: bool, tmp_path: Path
-) -> None:
+def test_the_trainers_gradient_is_the_true_gradient(zoo: Zoo, fresh_adapter: bool, tmp_path: Path) -> None:
     """Every completion of two tokens as one minibatch, each advantage weighted by pi(y), through PPOTrainer's own loss.
 
     The model's log-probs are in float32: agreement to 1e-5 of the largest gradient.

@@ -67,16 +67,8 @@ def test_stages_chain_onto_one_base(zoo: Zoo, tmp_path: Path) -> None:
     assert models.base_of(tmp_path / "ppo" / "model") == zoo["full"]
 
 
-def test_in_full_the_same_interface_stands_on_separate_models(zoo: Zoo, tmp_path: Path) -> None:
-    trainer = make(zoo, "full", tmp_path, reward=zoo["full-reward"])
-    assert set(trainer.roles.parts) == {"policy", "reference", "value"} and len(trainer.roles.models) == 3
-    assert isinstance(trainer.reward, RewardModel)
-
-
 @ADAPTERS
-def test_a_reward_on_the_shared_base_scores_and_trains_as_one_that_stands_alone(
-    zoo: Zoo, mode: str, rewards: Zoo, tmp_path: Path
-) -> None:
+def test_a_reward_on_the_shared_base_acts_as_one_alone(zoo: Zoo, mode: str, rewards: Zoo, tmp_path: Path) -> None:
     """With the reward as a fourth adapter an update is the one that a separate reward model gives, bit for bit."""
     alone = RewardModel(rewards[f"{mode}-0"])
     expected = alone(PROMPTS, TEXTS)
@@ -94,18 +86,14 @@ def test_a_reward_on_the_shared_base_scores_and_trains_as_one_that_stands_alone(
     assert list(trainer.samples["reward"]) == pytest.approx(alone(list(trainer.samples["prompt"]), texts))
 
 
-def test_a_reward_on_another_base_or_in_another_precision_keeps_its_own_weights(
-    zoo: Zoo, rewards: Zoo, tmp_path: Path
-) -> None:
+def test_a_reward_on_another_base_keeps_its_own_weights(zoo: Zoo, rewards: Zoo, tmp_path: Path) -> None:
     for other in (zoo["full-reward"], rewards["4bit-0"]):
         trainer = make(zoo, "lora", tmp_path, reward=other)
         assert set(trainer.roles.parts) == {"policy", "reference", "value"}
         assert trainer.rewards(rows_of(PROMPTS), rolled_out(trainer)[0].tokens)["reward"].notna().all()
 
 
-def test_an_ensemble_combines_models_and_functions_and_reports_their_disagreement(
-    zoo: Zoo, rewards: Zoo, tmp_path: Path
-) -> None:
+def test_an_ensemble_holds_models_and_functions(zoo: Zoo, rewards: Zoo, tmp_path: Path) -> None:
     members = [RewardModel(rewards["lora-0"]), RewardModel(rewards["lora-1"]), vowels]
     each = torch.tensor([member(PROMPTS, TEXTS) for member in members])
     smallest = make(zoo, "lora", tmp_path, reward=Ensemble(members, "min"), max_steps=1)
@@ -132,7 +120,7 @@ def test_bf16_is_honoured_and_heads_stay_in_fp32(zoo: Zoo, tmp_path: Path) -> No
     assert updates(trainer)[0]["first_ratio_deviation"] == 0
 
 
-def test_a_run_that_would_not_fit_is_refused_before_anything_is_loaded_and_a_knob_named(
+def test_a_run_that_would_not_fit_is_refused_before_it_loads(
     zoo: Zoo, rewards: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = {"micro_batch_size": 8, "optim": "adamw_torch"}

@@ -1,7 +1,4 @@
-"""experiments/ppo_vs_trl: its numbers on numbers by hand, and both sides run at tiny size as the driver runs them.
-
-TRL's side needs the environment of `make peer`; where there is none its run is skipped, and only that.
-"""
+"""experiments/ppo_vs_trl and experiments/ppo_speed: what guards their numbers, on numbers by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -18,26 +16,18 @@ import torch
 
 from rlhf_kit import models
 from rlhf_kit.rewards import RewardModel
-from rlhf_kit.tasks import pocket
 
-FOLDER = Path(__file__).resolve().parent.parent / "experiments" / "ppo_vs_trl"
-sys.path.insert(0, str(FOLDER))  # the scripts find each other beside them, as they do when they are run
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+sys.path[:0] = [str(EXPERIMENTS), str(EXPERIMENTS / "ppo_vs_trl")]  # as when a script of that folder is run
 
 import compare  # noqa: E402
+import ppo_speed  # noqa: E402
 import watch  # noqa: E402
 
-NEEDS_PEER = pytest.mark.skipif(not compare.PYTHONS[compare.TRL].exists(), reason="TRL 1.12 is not there: make peer")
 PROMPTS = ["hello , may i ask you something ?", "what does the otter eat ?", "may i ?"]
 COMPLETIONS = [" the otter eats fish .", " fish .", " you may ."]
 
-
-@pytest.fixture
-def reward_models(zoo: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """A full reward model and an adapter, normalised."""
-    found = {kind: str(shutil.copytree(zoo[f"{kind}-reward"], tmp_path / kind)) for kind in ("full", "lora")}
-    for path in found.values():
-        models.write_notes(path, shift=0.5, scale=2.0)
-    return found
+# --- beside TRL ------------------------------------------------------------------------------------------------------
 
 
 def checkpoint(model: str, step: int, kl: float, rewards: list[float], seed: int = 0) -> pd.DataFrame:
@@ -96,7 +86,7 @@ def test_the_verdict_on_rewards_is_that_of_equal_kl_and_not_of_the_end(kit: floa
         ([1.0], (1.06, 3.0), "no interval: more seeds", "not met"),
     ],
 )
-def test_seconds_are_paired_by_seed_and_judged_by_the_upper_end_and_copies_are_one_against_three(
+def test_verdicts_on_seconds_and_on_copies(
     kit: list[float], copies: tuple[float, float], seconds_verdict: str, copies_verdict: str
 ) -> None:
     """Of TRL's 2 and 4 seconds: (1/2 + 1.8/4) / 2 = 0.475, at most 0.5; (1/2 + 2.4/4) / 2 = 0.55."""
@@ -130,48 +120,26 @@ def test_weights_are_counted_by_storage_and_adapters_apart() -> None:
     assert len(adapted) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [
-        (compare.KIT, "lora"),
-        pytest.param(compare.TRL, "full", marks=NEEDS_PEER),
-        pytest.param(compare.TRL, "lora", marks=NEEDS_PEER),
-    ],
-)
-def test_a_side_trains_saves_and_says_what_it_took(
-    tmp_path: Path, zoo: dict[str, str], reward_models: dict[str, str], name: str, mode: str
-) -> None:
-    """As the driver runs it. In full there is one copy of the base per role; with LoRA TRL holds three, the kit two.
-
-    (The reward model has weights of its own here.)
-    """
+def test_both_sides_are_given_the_settings_of_the_preset() -> None:
     preset = compare.presets.preset("pocket", 3)
-    settings = compare.ppo_settings(preset, mode, updates=3, threads=1, micro_batch_size=2)
-    assert settings["seed"] == 3 and settings["learning_rate"] == preset.ppo["learning_rate"]
-    settings |= {"per_device_train_batch_size": 8, "max_completion_length": 6, "save_every": 2}
-    prompts = [row["prompt"] for row in pocket.prompts(pocket.world(), "train")][:20]
-    run = compare.train_policy(tmp_path, name, settings, zoo["full"], reward_models["full"], prompts)
-    assert [step for step, _ in compare.checkpoints(run.directory)] == [2, 3]
-    assert len(json.loads((run.directory / "prompts.json").read_text())) == 16
-    metrics = pd.read_csv(run.directory / "metrics.csv")
-    assert metrics["update"].tolist() == [1, 2, 3]
-    assert metrics.notna().all(axis=None) and (metrics["seconds"] > 0).all()
-    assert metrics["kl"][0] == pytest.approx(0.0, abs=1e-5)
-    start, end = models.load_causal(zoo["full"]), models.load_causal(run.directory / "checkpoint-3")
-    ids = torch.arange(2, 12).unsqueeze(0)
-    assert not torch.equal(start(input_ids=ids).logits, end(input_ids=ids).logits)
-    whole = sum(each.nbytes for each in start.parameters())
-    # An untied base here: value and reward models have no output head.
-    headless = sum(each.nbytes for each in models.load_backbone(zoo["full"]).parameters()) / whole
-    expected = 2 + 2 * headless if mode == "full" else 1 + (1 if name == compare.KIT else 2) * headless
-    assert compare.cost(run, whole)["copies of the base"] == pytest.approx(expected, abs=0.01)
+    settings = compare.ppo_settings(preset, "full", updates=7, threads=1, micro_batch_size=16)
+    given = {**preset.sampling, **preset.ppo, "seed": 3, "max_steps": 7, "micro_batch_size": 16}
+    assert all(settings[name] == value for name, value in given.items() if name in settings)
+    assert {"learning_rate", "kl_coef", "max_completion_length"} <= settings.keys() & given.keys()
 
 
-def test_the_merged_reward_model_scores_as_its_adapter_does(tmp_path: Path, reward_models: dict[str, str]) -> None:
-    compare.merge_reward_model(Path(reward_models["lora"]), tmp_path / "merged")
-    adapter, merged = (RewardModel(path)(PROMPTS, COMPLETIONS) for path in (reward_models["lora"], tmp_path / "merged"))
-    assert merged == pytest.approx(adapter, abs=1e-4) and len({round(each, 3) for each in merged}) == 3
+def normalised(source: str, out: Path) -> str:
+    """A copy of a reward model with a shift and a scale."""
+    shutil.copytree(source, out)
+    models.write_notes(out, shift=0.5, scale=2.0)
+    return str(out)
+
+
+def test_the_merged_reward_model_scores_as_its_adapter_does(tmp_path: Path, zoo: dict[str, str]) -> None:
+    adapter, merged = normalised(zoo["lora-reward"], tmp_path / "adapter"), tmp_path / "merged"
+    compare.merge_reward_model(Path(adapter), merged)
+    expected, found = (RewardModel(path)(PROMPTS, COMPLETIONS) for path in (adapter, merged))
+    assert found == pytest.approx(expected, abs=1e-4) and len({round(each, 3) for each in found}) == 3
 
 
 PEERS_REWARDS = """
@@ -188,15 +156,80 @@ print("ANSWERS" + json.dumps(rewards))
 
 
 @pytest.mark.slow
-@NEEDS_PEER
-def test_trl_optimises_the_reward_that_the_kit_does(reward_models: dict[str, str]) -> None:
+@pytest.mark.skipif(not compare.PYTHONS[compare.TRL].exists(), reason="TRL 1.12 is not there: make peer")
+def test_trl_optimises_the_reward_that_the_kit_does(tmp_path: Path, zoo: dict[str, str]) -> None:
     """Of completions that ended: shift and scale are in the head, and the score is that of the EOS."""
-    path = reward_models["full"]
+    path = normalised(zoo["full-reward"], tmp_path / "reward")
     tokenizer = models.load_tokenizer(path)
     pairs = zip(PROMPTS, COMPLETIONS, strict=True)
     rows = [tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"] for prompt, completion in pairs]
-    command = [str(compare.PYTHONS[compare.TRL]), "-c", PEERS_REWARDS, json.dumps([str(FOLDER), path, rows])]
+    command = [
+        str(compare.PYTHONS[compare.TRL]),
+        "-c",
+        PEERS_REWARDS,
+        json.dumps([str(EXPERIMENTS / "ppo_vs_trl"), path, rows]),
+    ]
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
     assert ran.returncode == 0, ran.stderr
     theirs = json.loads(ran.stdout.split("ANSWERS")[1])
     assert theirs == pytest.approx(RewardModel(path)(PROMPTS, COMPLETIONS), abs=1e-5)
+
+
+# --- where the seconds go --------------------------------------------------------------------------------------------
+
+
+def table(ours: float, growth: float, one_pass: float) -> pd.DataFrame:
+    shares = [{"table": "shares", "mode": "full", "rollouts": 8, "length": 16, "seconds": 2.0, ppo_speed.OURS: ours}]
+    points = [(n, 16, n**growth) for n in (16, 64)] + [(32, n, float(n)) for n in (8, 64)]
+    rows = [{"table": "growth", "rollouts": n, "length": k, "seconds": s, "peak_gib": s} for n, k, s in points]
+    passes = [
+        {"table": "one pass", "mode": mode, "seconds": s, "apart": 0.0}
+        for mode, s in (("one pass", one_pass), ("two passes", 1.0))
+    ]
+    return pd.DataFrame([*shares, *rows, *passes])
+
+
+def test_verdicts_on_hand_numbers() -> None:
+    good = ppo_speed.verdicts(table(ours=0.3, growth=1.0, one_pass=0.8))
+    assert good[0].startswith("full: 15.0% of 2.00 s") and good[1].startswith("seconds against rollouts: exponent 1.00")
+    assert all(line.endswith(": met") for line in good[:5]) and "(worth its code)" in good[5]
+    bad = ppo_speed.verdicts(table(ours=0.31, growth=1.2, one_pass=1.0))
+    assert [line.endswith("not met") for line in bad[:5]] == [True, True, True, False, False]
+    assert "(not worth its code)" in bad[5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "LoRA"])
+def test_each_roles_forward_pass_is_counted_as_one(mode: str, tmp_path: Path) -> None:
+    """A known delay in every decoder adds to "forward", and not to the kit's own code."""
+    base, delay = ppo_speed.random_base(tmp_path / "base"), 0.02
+    trainer = ppo_speed.make(base, tmp_path, {"mode": mode, "rollouts": 2, "length": 2}, 1)
+    decoders = {models.decoder(module) for module, _ in trainer.roles.parts.values()}
+    calls = []
+    watch = ppo_speed.Stopwatch(trainer)
+
+    def slower(*_: object) -> None:
+        calls.append(watch.depth)
+        time.sleep(delay)
+
+    for decoder in decoders:
+        decoder.register_forward_pre_hook(slower)
+    trainer.train()
+    watch.stop()
+    outside_generate = sum(depth == 1 for depth in calls)
+    [update] = watch.updates
+    assert outside_generate >= 3 + 2 * 4 * 2  # three roles scored, two optimised in each of eight steps
+    assert update["forward"] >= delay * outside_generate
+    assert update[ppo_speed.OURS] < delay * outside_generate / 2
+
+
+@pytest.mark.slow
+def test_the_parts_sum_to_an_updates_seconds_and_one_pass_computes_what_two_do(tmp_path: Path) -> None:
+    base = ppo_speed.random_base(tmp_path / "base")
+    parts = ["generate", "forward", "backward", "optimizer step", ppo_speed.OURS]
+    found = ppo_speed.timed(base, tmp_path, {"mode": "full", "rollouts": 2, "length": 4}, 1)
+    assert all(found[part] > 0 for part in parts)
+    assert sum(found[part] for part in parts) == pytest.approx(found["seconds"], rel=1e-6)
+    assert found["peak_gib"] > 0.001
+    passes = ppo_speed.one_pass(base, 1)
+    assert [row["mode"] for row in passes] == ["two passes", "one pass"] and passes[0]["apart"] < 1e-5
