@@ -202,22 +202,22 @@ def test_verdicts_on_hand_numbers() -> None:
 @pytest.mark.parametrize("mode", ["full", "LoRA"])
 def test_each_roles_forward_pass_is_counted_as_one(mode: str, tmp_path: Path) -> None:
     """A known delay in every decoder adds to "forward", and not to the kit's own code."""
-    base, delay = ppo_speed.random_base(tmp_path / "base"), 0.02
+    base, delay = ppo_speed.random_base(tmp_path / "base"), 0.05
     trainer = ppo_speed.make(base, tmp_path, {"mode": mode, "rollouts": 2, "length": 2}, 1)
     decoders = {models.decoder(module) for module, _ in trainer.roles.parts.values()}
     calls = []
-    watch = ppo_speed.Stopwatch(trainer)
+    stopwatch = ppo_speed.Stopwatch(trainer)
 
     def slower(*_: object) -> None:
-        calls.append(watch.depth)
+        calls.append(stopwatch.depth)
         time.sleep(delay)
 
     for decoder in decoders:
         decoder.register_forward_pre_hook(slower)
     trainer.train()
-    watch.stop()
+    stopwatch.stop()
     outside_generate = sum(depth == 1 for depth in calls)
-    [update] = watch.updates
+    [update] = stopwatch.updates
     assert outside_generate >= 3 + 2 * 4 * 2  # three roles scored, two optimised in each of eight steps
     assert update["forward"] >= delay * outside_generate
     assert update[ppo_speed.OURS] < delay * outside_generate / 2

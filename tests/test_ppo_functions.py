@@ -14,15 +14,7 @@ from transformers import TrainerState
 
 from rlhf_kit.ppo import PPOConfig
 from rlhf_kit.ppo.alarms import Alarms, check, repetition
-from rlhf_kit.ppo.maths import (
-    explained_variance,
-    gae,
-    partition,
-    policy_loss,
-    token_rewards,
-    value_loss,
-    whiten,
-)
+from rlhf_kit.ppo.maths import explained_variance, gae, partition, policy_loss, token_rewards, value_loss, whiten
 
 LENGTHS = [4, 1, 6, 3]
 ALONE = torch.nn.Identity()  # the sum over the processes where there is one
