@@ -1,7 +1,7 @@
 """Where does the time of a PPO update go, and how do time and memory grow with rollouts and with length?
 
     python experiments/ppo_speed.py                 # the pocket base's shape; about ten minutes of a core
-    python experiments/ppo_speed.py --quick         # seconds: what the tests run
+    python experiments/ppo_speed.py --quick         # a minute: two sizes and one update of each
 
 Three tables in one run, on whatever device is there, with random weights so that completions run to their full length:
   shares   seconds of an update in generate, forward, backward and optimizer step; the rest is this kit's own code

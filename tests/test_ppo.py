@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from tiny import in_a_new_process, layout, naive_logits, naive_logprobs, save_reward, word_tokenizer
+from tiny import layout, naive_logits, naive_logprobs, save_reward, word_tokenizer
 from transformers import TrainerCallback
 
 from rlhf_kit import models
 from rlhf_kit.ppo import PPOConfig, PPOTrainer, Trajectory
+from rlhf_kit.ppo.alarms import Alarms
 from rlhf_kit.rewards import RewardModel
 
+gc.freeze()  # each training ends with a garbage collection, which need not search all that was imported
 Zoo = dict[str, str]
+Tensors = dict[str, torch.Tensor]
+Pairs = list[tuple[list[int], list[int]]]  # token ids of prompts and completions
 EOS = 0
 CLOSE = 2e-5  # see test_models.py
 PROMPTS = [
@@ -32,13 +36,9 @@ PROMPTS = [
     "when does the owl wake ?",
     "does the falcon like to eat leaves ?",
 ]
-CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-DEMONSTRATIONS = Dataset.from_dict(
-    {
-        "prompt": ["where does the otter live ?", "why ?", "what food does the owl like ?"],
-        "completion": [" the otter lives by the river .", " mice .", " it likes to eat mice ."],
-    }
-)
+ALL = [torch.arange(len(PROMPTS))]  # as one micro-batch
+ANSWERS = [" the otter lives by the river .", " mice .", " it likes to eat mice ."]
+DEMONSTRATIONS = Dataset.from_dict({"prompt": PROMPTS[:3], "completion": ANSWERS})
 FULL_AND_LORA = pytest.mark.parametrize("mode", ["full", "lora"])
 
 
@@ -53,59 +53,42 @@ def make(
 ) -> PPOTrainer:
     """A trainer with values that are not zero; settings of PPOConfig and of PPOTrainer by their names."""
     names = ("eval_dataset", "ref_model", "value_model", "processing_class", "callbacks", "ptx_dataset")
-    given = {name: settings.pop(name) for name in names if name in settings}
-    kind = settings.pop("kind", PPOTrainer)
+    others = {"value_model": zoo.get(f"{mode}-reward"), "callbacks": []}
+    others |= {name: settings.pop(name) for name in names if name in settings}
     sizes = {"per_device_train_batch_size": 8, "num_minibatches": 2, "ppo_epochs": 2, "micro_batch_size": 3}
     defaults = {"max_steps": 2, "max_completion_length": 6, "learning_rate": 1e-3, **sizes}
     args = PPOConfig(output_dir=str(out), **defaults | settings)
-    dataset = Dataset.from_dict({"prompt": prompts, "number": list(range(len(prompts)))})
-    others = {"value_model": zoo.get(f"{mode}-reward"), "callbacks": []} | given
-    return kind(zoo[mode], reward, args, dataset, **others)
+    return PPOTrainer(zoo[mode], reward, args, Dataset.from_list(rows_of(prompts)), **others)
 
 
 def rows_of(prompts: list[Any]) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "number": number} for number, prompt in enumerate(prompts)]
 
 
-class Scored(NamedTuple):
-    """A trainer and one scored batch of all its prompts, with the minibatches it was scored in."""
-
-    trainer: PPOTrainer
-    trajectory: Trajectory
-    minibatches: list[list[torch.Tensor]]
-    metrics: dict[str, float]
-
-
-def rolled_out(trainer: PPOTrainer, seed: int = 0) -> Scored:
-    torch.manual_seed(seed)
+def rolled_out(trainer: PPOTrainer) -> tuple[Trajectory, list[list[torch.Tensor]], dict[str, float]]:
+    """One scored batch of all its prompts, the minibatches that it was scored in, and its metrics."""
+    torch.manual_seed(0)
     trainer.roles.eval()
     rows = rows_of(trainer.train_dataset["prompt"][:])
     tokens = trainer.rollout(rows)
     minibatches = trainer.partition(tokens)
     trajectory, metrics = trainer.make_trajectory(rows, tokens, minibatches)
-    return Scored(trainer, trajectory, minibatches, metrics)
+    return trajectory, minibatches, metrics
 
 
-@pytest.fixture(scope="module")
-def scored_by_mode(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scored]:
-    """For tests that change no weights: the reference is another model, and every coefficient is in use."""
+@pytest.fixture(scope="module", params=["full", "lora", "4bit"])
+def scored(zoo: Zoo, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(trainer, *rolled_out(trainer), mode), for tests that change no weights.
 
-    @cache
-    def scored(mode: str) -> Scored:
-        settings: dict[str, Any] = {"kl_coef": 0.2, "missing_eos_penalty": 0.5, "entropy_coef": 0.05}
-        settings |= {"temperature": 0.8, "gamma": 1.0, "gae_lambda": 1.0}
-        out = tmp_path_factory.mktemp(mode)
-        return rolled_out(make(zoo, mode, out, ref_model=zoo[f"{mode}-other"], **settings))
-
-    return scored
+    The reference is another model, and every coefficient is in use.
+    """
+    settings: dict[str, Any] = {"kl_coef": 0.2, "missing_eos_penalty": 0.5, "entropy_coef": 0.05, "gae_lambda": 1.0}
+    settings |= {"temperature": 0.8, "ref_model": zoo[f"{request.param}-other"]}
+    trainer = make(zoo, request.param, tmp_path_factory.mktemp(request.param), **settings)
+    return trainer, *rolled_out(trainer), request.param
 
 
-@pytest.fixture
-def scored(scored_by_mode: Callable[[str], Scored], mode: str) -> Scored:
-    return scored_by_mode(mode)
-
-
-def pairs_of(tokens: models.Tokens) -> list[tuple[list[int], list[int]]]:
+def pairs_of(tokens: models.Tokens) -> Pairs:
     """(prompt, completion) ids of each row, read off the masks."""
     width = tokens.completion_mask.shape[1]
     return [
@@ -114,217 +97,181 @@ def pairs_of(tokens: models.Tokens) -> list[tuple[list[int], list[int]]]:
     ]
 
 
-def gradients(trainer: PPOTrainer, trajectory: Trajectory, minibatch: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def naive(
+    policy: str, reference: str, pairs: Pairs, temperature: float
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Log-probs under policy and reference, and entropies, of each token of each row."""
+    ours, theirs = (models.load_causal(path).eval() for path in (policy, reference))
+    rows = []
+    for pair in pairs:
+        p = (naive_logits(ours, *pair) / temperature).softmax(-1)
+        both = (naive_logprobs(model, *pair, temperature) for model in (ours, theirs))
+        rows.append((*both, -(p * p.log()).sum(-1)))
+    return rows
+
+
+def gradients(trainer: PPOTrainer, call: Callable[[], Any]) -> Tensors:
+    """The gradient that a call leaves in policy and value, and nothing else does."""
     trainer.roles.zero_grad(set_to_none=True)
-    trainer.accumulate_gradient(trajectory, minibatch)
+    call()
     return {name: p.grad.clone() for name, p in trainer.roles.trainable_parameters() if p.grad is not None}
 
 
-def gradients_alone(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Gradients of a policy that was loaded alone, by the names that they have in the roles."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {f"policy.{name}".replace(".default.", ".policy."): gradient for name, gradient in found.items()}
+def loss_gradients(trainer: PPOTrainer, trajectory: Trajectory, minibatch: list[torch.Tensor]) -> Tensors:
+    return gradients(trainer, lambda: trainer.accumulate_gradient(trajectory, minibatch))
 
 
-def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+def naive_gradients(path: str, pairs: Pairs, loss: Callable[..., torch.Tensor]) -> tuple[float, Tensors]:
+    """The mean over tokens of loss(logits, ids), and its gradient in a policy that is loaded alone, row by row."""
+    alone = models.load_causal(path, trainable=True).eval()
+    total = torch.zeros(())
+    for prompt, completion in pairs:
+        logits = alone(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        total = total + loss(logits, torch.tensor(completion))
+    mean = total / sum(len(completion) for _, completion in pairs)
+    mean.backward()
+    found = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    return mean.item(), {f"policy.{name}".replace(".default.", ".policy."): g for name, g in found.items()}
+
+
+def weights(trainer: PPOTrainer) -> Tensors:
     return {name: p.detach().clone() for name, p in trainer.roles.trainable_parameters()}
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+def same(a: Tensors, b: Tensors) -> bool:
     assert a.keys() == b.keys() and a
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], relative: float) -> None:
+def close(a: Tensors, b: Tensors, relative: float) -> None:
     """Within `relative` of each tensor's largest entry; fp32 leaves 1e-6 of the largest of all where terms cancel."""
-    assert a.keys() == b.keys() and a
+    assert a.keys() <= b.keys() and a
     floor = 1e-6 * max(tensor.abs().max().item() for tensor in a.values())
     for name in a:
         assert (a[name] - b[name]).abs().max() <= relative * a[name].abs().max() + floor, name
 
 
 def updates(trainer: PPOTrainer) -> list[dict[str, float]]:
-    return [row for row in trainer.state.log_history if "loss" in row]
-
-
-def comparable(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What is logged of each update, but for the seconds."""
+    rows = [row for row in trainer.state.log_history if "loss" in row]
     return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in rows]
 
 
 class Steps(TrainerCallback):
-    """Counts the optimizer steps that change something, with the gradient norm each was given."""
+    """Notes the gradient norm of each optimizer step that changes something."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self.norms: list[float] = []
         optimizer.optimizer.register_step_pre_hook(self.record)
 
     def record(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        squares = [p.grad.double().square().sum() for p in parameters if p.grad is not None]
-        if squares:
-            self.norms.append(float(torch.stack(squares).sum().sqrt()))
+        given = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if given:
+            self.norms.append(torch.nn.utils.get_total_norm(given).item())
 
 
-class Recording(PPOTrainer):
-    """Keeps the totals of every minibatch and the tokens of every rollout."""
-
-    def rollout(self, rows: list[Any]) -> models.Tokens:
-        tokens = super().rollout(rows)
-        self.sampled = [*getattr(self, "sampled", []), *pairs_of(tokens)]
-        return tokens
-
-    def accumulate_gradient(self, trajectory: Trajectory, minibatch: list[torch.Tensor]) -> torch.Tensor:
-        totals = super().accumulate_gradient(trajectory, minibatch)
-        self.totals = [*getattr(self, "totals", []), totals]
-        return totals
+# --- log-probs, rewards and masks -----------------------------------------------------------------------------------
 
 
-# --- log-probs and ratios --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_ratio_is_one_on_every_token_of_the_first_minibatch(
-    zoo: Zoo, mode: str, checkpointing: bool, tmp_path: Path
-) -> None:
-    trainer = make(zoo, mode, tmp_path, gradient_checkpointing=checkpointing, temperature=0.8, ppo_epochs=1)
-    trainer.train()
-    assert [row["first_ratio_deviation"] < 1e-6 for row in updates(trainer)] == [True, True]
-    assert all(row["approx_kl"] > 1e-8 for row in updates(trainer))  # and it moves after that
-    recomputing = [m for m in trainer.roles.modules() if getattr(m, "gradient_checkpointing", False)]
-    assert bool(recomputing) == checkpointing
-
-
-def test_rollout_logprobs_equal_the_naive_loop(zoo: Zoo, mode: str, scored: Scored) -> None:
-    trajectory = scored.trajectory
-    policy, reference = (models.load_causal(zoo[name]).eval() for name in (mode, f"{mode}-other"))
-    pairs = pairs_of(trajectory.tokens)
+def test_every_number_of_a_rollout_equals_loops_over_the_real_tokens(zoo: Zoo, scored: Any) -> None:
+    """With gamma = lambda = 1 the first return is the sum of the rewards: score - kl_coef * KL."""
+    trainer, trajectory, _, metrics, mode = scored
+    pairs, real = pairs_of(trajectory.tokens), trajectory.tokens.completion_mask.bool()
+    tokenizer = trainer.processing_class
+    assert [prompt for prompt, _ in pairs] == [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     assert EOS in pairs[4][0][1:]  # an EOS inside a prompt is attended as any other token
-    for row, (prompt, completion) in enumerate(pairs):
-        assert prompt == scored.trainer.processing_class(PROMPTS[row])["input_ids"]
-        n = len(completion)
-        for ours, model in ((trajectory.logprobs, policy), (trajectory.reference_logprobs, reference)):
-            assert torch.allclose(ours[row, :n], naive_logprobs(model, prompt, completion, 0.8), atol=CLOSE)
-            assert (ours[row, n:] == 0).all()
-        assert (trajectory.values[row, n:] == 0).all()
+    rows = naive(zoo[mode], zoo[f"{mode}-other"], pairs, 0.8)
+    for row, (ours, theirs, _) in enumerate(rows):
+        assert torch.allclose(trajectory.logprobs[row, : len(ours)], ours, atol=CLOSE)
+        assert torch.allclose(trajectory.reference_logprobs[row, : len(ours)], theirs, atol=CLOSE)
+    assert all((part[~real] == 0).all() for part in trajectory[1:] if part.dim() == 2)
 
-
-def test_with_learning_rate_zero_the_ratio_stays_one_in_all_epochs(zoo: Zoo, mode: str, tmp_path: Path) -> None:
-    trainer: Any = make(zoo, mode, tmp_path, learning_rate=0.0, ppo_epochs=3, max_steps=1, kind=Recording)
-    before = weights(trainer)
-    trainer.train()
-    assert len(trainer.totals) == 3 * 2
-    for _, _, _, approx_kl, clip_fraction, deviation in trainer.totals:
-        assert deviation < CLOSE and abs(approx_kl) < 1e-9 and clip_fraction == 0
-    assert same(before, weights(trainer))
-
-
-@pytest.mark.parametrize(
-    ("mode", "fresh_adapter"), [("full", False), ("lora", False), ("4bit", False), ("lora", True), ("4bit", True)]
-)
-def test_policy_equal_to_reference_gives_a_kl_of_exactly_zero(
-    zoo: Zoo, mode: str, fresh_adapter: bool, tmp_path: Path
-) -> None:
-    new = {"lora": {"r": 4}, "load_in_4bit": mode == "4bit", "value_model": None} if fresh_adapter else {}
-    trainer = make(zoo, "full" if fresh_adapter else mode, tmp_path, ppo_epochs=1, num_minibatches=1, **new)
-    _, trajectory, _, metrics = rolled_out(trainer)
-    assert torch.equal(trajectory.logprobs, trajectory.reference_logprobs) and trajectory.logprobs.abs().max() > 1
-    assert metrics["kl"] == 0.0
-    trainer.train()
-    first, second = updates(trainer)
-    assert first["kl"] == 0.0 and second["kl"] != 0.0
-
-
-# --- masks -----------------------------------------------------------------------------------------------------------
-
-
-def test_tokens_after_eos_get_no_gradient(scored: Scored) -> None:
-    """Whatever stands behind an EOS: gradients are equal to the last bit."""
-    tokens = scored.trajectory.tokens
-    garbage, behind = tokens.input_ids.clone(), tokens.completion_mask == 0
-    assert behind.any()
-    garbage[:, -behind.shape[1] :][behind] = 444
-    other = scored.trajectory._replace(tokens=tokens._replace(input_ids=garbage))
-    for minibatch in scored.minibatches:
-        expected = gradients(scored.trainer, scored.trajectory, minibatch)
-        assert same(expected, gradients(scored.trainer, other, minibatch))
-
-
-def test_an_empty_completion_is_valid(scored: Scored) -> None:
-    tokens = layout([([300, 301], [EOS]), ([302], [303, 304, EOS]), ([305], [EOS])], 1, [EOS])
-    trajectory, metrics = scored.trainer.make_trajectory(rows_of(PROMPTS[:3]), tokens, [[torch.arange(3)]])
-    assert trajectory.tokens.completion_mask.sum(1).tolist() == [1, 3, 1] and metrics["unfinished"] == 0
-    expected = trajectory.scores[0] - 0.2 * (trajectory.logprobs[0, 0] - trajectory.reference_logprobs[0, 0])
-    assert trajectory.returns[0].tolist() == pytest.approx([expected.item(), 0, 0], abs=1e-6)
-    gradient = gradients(scored.trainer, trajectory, [torch.tensor([0, 2])])
-    assert gradient and all(g.isfinite().all() for g in gradient.values())
-
-
-def test_rewards_sum_to_score_minus_kl_and_every_reported_mean_is_masked(zoo: Zoo, mode: str, scored: Scored) -> None:
-    """Against loops over the real tokens of each row; with gamma = lambda = 1 the first return sums the rewards."""
-    trajectory, metrics = scored.trajectory, scored.metrics
-    policy, reference = (models.load_causal(zoo[name]).eval() for name in (mode, f"{mode}-other"))
-    kls, entropies, lengths, unfinished, texts = [], [], [], [], []
-    for prompt, completion in pairs_of(trajectory.tokens):
-        assert EOS not in completion[:-1]
-        ours, theirs = (naive_logprobs(model, prompt, completion, 0.8) for model in (policy, reference))
-        kls.append((ours - theirs).sum().item())
-        p = (naive_logits(policy, prompt, completion) / 0.8).softmax(-1)
-        entropies += (-(p * p.log()).sum(-1)).tolist()
-        lengths.append(len(completion))
-        unfinished.append(completion[-1] != EOS)
-        texts.append(scored.trainer.processing_class.decode([token for token in completion if token > 1]))
-    assert True in unfinished and False in unfinished
-    rewards = vowels([], texts)
+    completions = [completion for _, completion in pairs]
+    unfinished = [completion[-1] != EOS for completion in completions]
+    assert True in unfinished and False in unfinished and all(EOS not in y[:-1] for y in completions)
+    rewards = vowels([], [tokenizer.decode([token for token in y if token > 1]) for y in completions])
     scores = [r - 0.5 * cut for r, cut in zip(rewards, unfinished, strict=True)]  # the penalty, on these rows only
     assert trajectory.scores.tolist() == pytest.approx(scores, abs=1e-6)
+    kls = [(ours - theirs).sum().item() for ours, theirs, _ in rows]
     objectives = [score - 0.2 * kl for score, kl in zip(scores, kls, strict=True)]
     assert trajectory.returns[:, 0].tolist() == pytest.approx(objectives, abs=1e-4)
+    values, returns = trajectory.values[real], trajectory.returns[real]
     expected = {
         "reward": sum(rewards) / 8,
         "kl": sum(kls) / 8,
         "objective": sum(objectives) / 8,
-        "entropy": sum(entropies) / len(entropies),
-        "completion_length": sum(lengths) / 8,
+        "entropy": torch.cat([entropies for _, _, entropies in rows]).mean().item(),
+        "completion_length": sum(map(len, completions)) / 8,
         "unfinished": sum(unfinished) / 8,
         "kl_coef": 0.2,
+        "explained_variance": 1 - ((returns - values).var() / returns.var()).item(),
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-4)
-    real = trajectory.tokens.completion_mask.bool()
-    values, returns = trajectory.values[real], trajectory.returns[real]
-    explained = 1 - ((returns - values).var() / returns.var()).item()
-    assert metrics["explained_variance"] == pytest.approx(explained, abs=1e-4)
+    frame = trainer.samples  # the last rollouts can be read as a frame
+    assert list(frame["prompt"]) == PROMPTS and list(frame["finished"]) == [not cut for cut in unfinished]
+    assert frame["kl"].tolist() == pytest.approx(kls, abs=1e-4) and frame["n_tokens"].tolist() == real.sum(1).tolist()
 
-    # Its log-probs are those of the whole prompt: test_rollout_logprobs_and_values_equal_the_naive_loop.
+
+@FULL_AND_LORA
+def test_with_learning_rate_zero_the_ratio_stays_one_in_all_epochs(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+    trainer = make(zoo, mode, tmp_path, learning_rate=0.0, max_steps=1)
+    before, totals, accumulate = weights(trainer), [], trainer.accumulate_gradient
+    trainer.accumulate_gradient = lambda *given: totals.append(accumulate(*given)) or totals[-1]
+    trainer.train()
+    assert len(totals) == 2 * 2
+    for _, _, _, approx_kl, clip_fraction, deviation in totals:
+        assert deviation < CLOSE and abs(approx_kl) < 1e-9 and clip_fraction == 0
+    assert same(before, weights(trainer))
+
+
+def test_tokens_after_eos_get_no_gradient(scored: Any) -> None:
+    """Whatever stands behind an EOS: gradients are equal to the last bit."""
+    trainer, trajectory, minibatches, *_ = scored
+    garbage, behind = trajectory.tokens.input_ids.clone(), trajectory.tokens.completion_mask == 0
+    assert behind.any()
+    garbage[:, -behind.shape[1] :][behind] = 444
+    other = trajectory._replace(tokens=trajectory.tokens._replace(input_ids=garbage))
+    for minibatch in minibatches:
+        assert same(loss_gradients(trainer, trajectory, minibatch), loss_gradients(trainer, other, minibatch))
+
+
+def test_an_empty_completion_is_valid(scored: Any) -> None:
+    trainer = scored[0]
+    tokens = layout([([300, 301], [EOS]), ([302], [303, 304, EOS]), ([305], [EOS])], 1, [EOS])
+    trajectory, metrics = trainer.make_trajectory(rows_of(PROMPTS[:3]), tokens, [[torch.arange(3)]])
+    assert trajectory.tokens.completion_mask.sum(1).tolist() == [1, 3, 1] and metrics["unfinished"] == 0
+    expected = trajectory.scores[0] - 0.2 * (trajectory.logprobs[0, 0] - trajectory.reference_logprobs[0, 0])
+    assert trajectory.returns[0].tolist() == pytest.approx([expected.item(), 0, 0], abs=1e-6)
+    found = loss_gradients(trainer, trajectory, [torch.tensor([0, 2])])
+    assert found and all(gradient.isfinite().all() for gradient in found.values())
 
 
 def test_pad_equal_to_eos_and_several_stop_tokens(zoo: Zoo, tmp_path: Path) -> None:
     tokenizer = models.load_tokenizer(zoo["words"])
     tokenizer.pad_token = tokenizer.eos_token
     trainer = make(zoo, "words", tmp_path, prompts=["a c", "b d e", "a"] * 8, processing_class=tokenizer)
-    trainer.stop_ids = [EOS, 10]
-    trainer.policy.generation_config.eos_token_id = [EOS, 10]
-    _, trajectory, _, metrics = rolled_out(trainer)
+    trainer.stop_ids = trainer.policy.generation_config.eos_token_id = [EOS, 10]
+    trajectory, _, metrics = rolled_out(trainer)
     completions = [completion for _, completion in pairs_of(trajectory.tokens)]
     assert {completion[-1] for completion in completions} >= {EOS, 10}
     assert all(not {EOS, 10} & set(completion[:-1]) for completion in completions)
-    unfinished = [completion[-1] not in (EOS, 10) for completion in completions]
-    assert all(len(completion) == 6 for completion, open_ in zip(completions, unfinished, strict=True) if open_)
-    assert metrics["unfinished"] == pytest.approx(sum(unfinished) / len(unfinished))
-    # The EOS itself is trained although it is the pad token: its log-prob moves with the gradient.
+    cut = [completion[-1] not in (EOS, 10) for completion in completions]
+    assert all(len(completion) == 6 for completion, unfinished in zip(completions, cut, strict=True) if unfinished)
+    assert metrics["unfinished"] == pytest.approx(sum(cut) / len(cut))
+    # The EOS is trained although it is the pad token: its log-prob moves with the gradient.
     ended = next(row for row, completion in enumerate(completions) if completion[-1] == EOS)
-    last = len(completions[ended]) - 1
     only = torch.zeros_like(trajectory.advantages)
-    only[ended, last] = 1.0
-    gradient = gradients(trainer, trajectory._replace(advantages=only), [torch.tensor([ended])])
-    assert gradient["policy.lm_head.weight"][EOS].abs().max() > 0
+    only[ended, len(completions[ended]) - 1] = 1.0
+    found = loss_gradients(trainer, trajectory._replace(advantages=only), [torch.tensor([ended])])
+    assert found["policy.lm_head.weight"][EOS].abs().max() > 0
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
 
 
-def test_losses_and_approximate_kl_on_hand_numbers(scored: Scored, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_and_approximate_kl_on_hand_numbers(scored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every ratio 2 or 1/2, every value one below its return: k3 = r - 1 - log r, clip fraction 1, losses by hand."""
-    trainer, trajectory, minibatches, _ = scored
+    trainer, trajectory, minibatches, *_ = scored
     monkeypatch.setattr(trainer.args, "entropy_coef", 0.0)
     mask = trajectory.tokens.completion_mask
     one = trajectory._replace(advantages=mask.float(), returns=(trajectory.values + 1) * mask)
@@ -334,133 +281,127 @@ def test_losses_and_approximate_kl_on_hand_numbers(scored: Scored, monkeypatch: 
         totals = trainer.accumulate_gradient(t, minibatches[0]).tolist()
         expected = [surrogate + 0.1 * 0.5, surrogate, 0.5, ratio - 1 - math.log(ratio), 1.0, abs(ratio - 1)]
         assert totals == pytest.approx(expected, abs=1e-4)
-    for scale in (1e-4, 1e-2, 1.0):
-        moved = trajectory._replace(logprobs=(trajectory.logprobs + scale * torch.randn(mask.shape)) * mask)
-        assert trainer.accumulate_gradient(moved, minibatches[0])[3] > 0  # k3 is never negative
+    moved = trajectory._replace(logprobs=(trajectory.logprobs + 1e-4 * torch.randn(mask.shape)) * mask)
+    assert trainer.accumulate_gradient(moved, minibatches[0])[3] > 0  # k3 is never negative
 
 
-def test_loss_and_gradient_do_not_depend_on_the_micro_batch_size(scored: Scored) -> None:
-    trainer, trajectory, _, _ = scored
-    rows = torch.tensor([5, 0, 7, 2, 3])
-    assert len(set(trajectory.tokens.completion_mask.sum(1)[rows].tolist())) > 1
-    results = [
-        (gradients(trainer, trajectory, cut), trainer.accumulate_gradient(trajectory, cut))
-        for cut in ([rows], list(rows.split(1)), list(rows.split(2)))
-    ]
-    for gradient, totals in results[1:]:
-        close(results[0][0], gradient, relative=2e-5)
-        assert torch.allclose(totals[:5], results[0][1][:5], atol=1e-6)
-
-
-def test_extra_padding_changes_no_total_and_no_gradient(scored: Scored) -> None:
-    trainer, narrow, _, metrics = scored
+def test_loss_and_gradient_depend_neither_on_the_micro_batches_nor_on_padding(scored: Any) -> None:
+    trainer, narrow, _, metrics, _ = scored
     wide_tokens = layout(pairs_of(narrow.tokens), pad=1, stops=[EOS], left=4, right=5)
-    everything = [torch.arange(8)]
-    wide, wide_metrics = trainer.make_trajectory(rows_of(PROMPTS), wide_tokens, [everything])
+    wide, wide_metrics = trainer.make_trajectory(rows_of(PROMPTS), wide_tokens, [ALL])
     assert wide_metrics == pytest.approx(metrics, abs=1e-5)
-    close(gradients(trainer, narrow, everything), gradients(trainer, wide, everything), relative=1e-4)
-    a, b = (trainer.accumulate_gradient(t, everything)[:5] for t in (narrow, wide))
-    assert torch.allclose(a, b, atol=1e-5)
+    rows = torch.tensor([5, 0, 7, 2, 3])
+    assert len(set(narrow.tokens.completion_mask.sum(1)[rows].tolist())) > 1
+    found, totals = loss_gradients(trainer, narrow, [rows]), trainer.accumulate_gradient(narrow, [rows])[:5]
+    for trajectory, size, relative, absolute in (
+        (narrow, 1, 2e-5, 1e-6),
+        (narrow, 2, 2e-5, 1e-6),
+        (wide, 5, 1e-4, 1e-5),
+    ):
+        cut = list(rows.split(size))
+        close(found, loss_gradients(trainer, trajectory, cut), relative)
+        assert torch.allclose(trainer.accumulate_gradient(trajectory, cut)[:5], totals, atol=absolute)
 
 
 def test_the_entropy_bonus_is_the_gradient_of_the_mean_token_entropy(zoo: Zoo, tmp_path: Path) -> None:
     trainer = make(zoo, "full", tmp_path, entropy_coef=0.7, vf_coef=0.0)
-    _, trajectory, minibatches, _ = rolled_out(trainer)
+    trajectory, _, _ = rolled_out(trainer)
     flat = trajectory._replace(advantages=torch.zeros_like(trajectory.advantages))
-    minibatch = minibatches[0]
-    ours = gradients(trainer, flat, minibatch)
-    alone = models.load_causal(zoo["full"], trainable=True).eval()
-    total, count = torch.zeros(()), 0
-    for row in torch.cat(minibatch).tolist():
-        prompt, completion = pairs_of(trajectory.tokens)[row]
-        logits = alone(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        p = logits.softmax(-1)
-        total, count = total - (p * p.log()).sum(), count + len(completion)
-    (-0.7 * total / count).backward()
-    expected = gradients_alone(alone)
-    close(expected, {name: ours[name] for name in expected}, relative=1e-4)
+
+    def negative_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return 0.7 * (logits.softmax(-1) * logits.log_softmax(-1)).sum()
+
+    _, expected = naive_gradients(zoo["full"], pairs_of(trajectory.tokens), negative_entropy)
+    close(expected, loss_gradients(trainer, flat, ALL), relative=1e-4)
+
+
+def test_the_ptx_gradient_is_the_gradient_of_the_demonstrations_nll(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+    trainer = make(zoo, mode, tmp_path, ptx_coef=0.3, ptx_dataset=DEMONSTRATIONS, micro_batch_size=2, temperature=0.5)
+    torch.manual_seed(5)
+    drawn = torch.randint(3, (5,)).tolist()
+    assert len(set(drawn)) > 1
+    encoded = [[trainer.processing_class(t)["input_ids"] for t in DEMONSTRATIONS[row].values()] for row in drawn]
+
+    def nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return 0.3 * torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
+
+    mean, expected = naive_gradients(zoo[mode], [(x, [*y, EOS]) for x, y in encoded], nll)
+    torch.manual_seed(5)
+    close(expected, gradients(trainer, lambda: trainer.accumulate_ptx_gradient(5)), relative=1e-4)
+
+    # The gradient and the loss of a minibatch of as many rows are its own and these.
+    trajectory, _, _ = rolled_out(trainer)
+    losses, found = [], []
+    for trainer.args.ptx_coef in (0.3, 0.0):
+        torch.manual_seed(5)
+        found.append(loss_gradients(trainer, trajectory, [torch.arange(3), torch.arange(3, 5)]))
+        torch.manual_seed(5)
+        losses.append(trainer.accumulate_gradient(trajectory, [torch.arange(3), torch.arange(3, 5)])[0].item())
+    assert losses[0] - losses[1] == pytest.approx(mean, abs=1e-5)
+    close(expected, {name: found[0][name] - found[1][name] for name in expected}, relative=1e-3)
 
 
 # --- the optimizer ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("epochs", "minibatches", "micro"), [(1, 1, 8), (2, 3, 1), (3, 2, 64)])
-def test_optimizer_steps_are_updates_times_epochs_times_minibatches(
-    zoo: Zoo, tmp_path: Path, epochs: int, minibatches: int, micro: int
-) -> None:
-    steps = Steps()
-    sizes = {"ppo_epochs": epochs, "num_minibatches": minibatches, "micro_batch_size": micro}
-    trainer = make(zoo, "full", tmp_path, callbacks=[steps], **sizes)
-    trainer.train()
-    assert len(steps.norms) == 2 * epochs * minibatches
-    assert [row["minibatches"] for row in updates(trainer)] == [epochs * minibatches] * 2
-    assert trainer.state.global_step == 2
-
-
 @FULL_AND_LORA
-def test_the_gradient_norm_is_clipped_in_every_step(zoo: Zoo, mode: str, tmp_path: Path) -> None:
-    free, clipped = Steps(), Steps()
-    for steps, norm in ((free, 1e9), (clipped, 0.05)):
-        make(zoo, mode, tmp_path, callbacks=[steps], max_grad_norm=norm, max_steps=1).train()
-    assert len(free.norms) == len(clipped.norms) == 4 and min(free.norms) > 0.1
-    assert clipped.norms == pytest.approx([0.05] * 4, rel=1e-3)
+def test_every_optimizer_step_is_counted_and_clipped(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+    for norm, made in ((1e9, 1), (0.05, 2)):
+        steps = Steps()
+        sizes = {"max_steps": made, "ppo_epochs": 2, "num_minibatches": 3}
+        trainer = make(zoo, mode, tmp_path, callbacks=[steps], max_grad_norm=norm, **sizes)
+        trainer.train()
+        assert len(steps.norms) == made * 2 * 3 and [row["minibatches"] for row in updates(trainer)] == [6] * made
+        assert min(steps.norms) > 0.1 if norm > 1 else steps.norms == pytest.approx([0.05] * 12, rel=1e-3)
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "reentrant", "not reentrant"])
-def test_every_trainable_parameter_moves_and_every_frozen_one_is_bit_identical(
+@pytest.mark.parametrize(
+    ("mode", "checkpointing"),
+    [
+        ("full", "off"), ("full", "not reentrant"), ("lora", "off"), ("lora", "reentrant"), ("lora", "not reentrant"),
+        ("4bit", "off"), ("4bit", "reentrant"),
+    ],
+)  # fmt: skip
+def test_the_first_ratio_is_one_and_only_what_is_trainable_moves(
     zoo: Zoo, mode: str, checkpointing: str, tmp_path: Path
 ) -> None:
-    way = {"gradient_checkpointing_kwargs": {"use_reentrant": checkpointing == "reentrant"}}
-    trainer = make(zoo, mode, tmp_path, gradient_checkpointing=checkpointing != "off", max_steps=1, **way)
-    _, trajectory, minibatches, _ = rolled_out(trainer)
-    gradient = gradients(trainer, trajectory, [torch.cat(minibatches[0])])
-    assert gradient.keys() == weights(trainer).keys()
-    assert not [name for name, g in gradient.items() if g.abs().max() == 0]
-    trainer.roles.zero_grad(set_to_none=True)
-
+    way: dict[str, Any] = {"gradient_checkpointing_kwargs": {"use_reentrant": checkpointing == "reentrant"}}
+    way |= {"gradient_checkpointing": checkpointing != "off", "temperature": 0.8, "num_minibatches": 1}
+    trainer = make(zoo, mode, tmp_path, max_steps=1, **way)
     trainable = weights(trainer)
-    learning = {id(p) for _, p in trainer.roles.trainable_parameters()}
+    learning = {id(p) for p in trainer.roles.learning}
     frozen = [(p, p.detach().clone()) for p in trainer.roles.parameters() if id(p) not in learning]
     frozen += [(b, b.detach().clone()) for b in trainer.roles.buffers()]
     assert frozen
     trainer.train()
+    recomputing = [m for m in trainer.roles.modules() if getattr(m, "gradient_checkpointing", False)]
+    assert bool(recomputing) == (checkpointing != "off")
+    [update] = updates(trainer)
+    assert update["kl"] == 0.0  # the reference is the policy's start
+    assert update["first_ratio_deviation"] < 1e-6 and update["approx_kl"] > 1e-8  # and it moves after that
     assert not [name for name, p in trainer.roles.trainable_parameters() if torch.equal(p, trainable[name])]
     assert all(torch.equal(now, before) for now, before in frozen)
-
     held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     assert len(held) == len(learning) and {id(p) for p in held} == learning
 
     trainer.roles.eval()  # the reference has not moved with the policy
     prompt, completion = [300, 301, 302], [303, 304]
     tokens = layout([(prompt, completion)], 1, [EOS])
-    start = naive_logprobs(models.load_causal(zoo[mode]).eval(), prompt, completion)
+    start = naive_logprobs(models.load_causal(zoo[mode]).eval(), prompt, completion, 0.8)
     with torch.no_grad():
         policy, reference = (trainer.logprobs(role, tokens)[0][0] for role in ("policy", "reference"))
     assert torch.allclose(reference, start, atol=CLOSE) and (policy - start).abs().max() > 100 * CLOSE
 
 
-@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-def test_8bit_adam_is_an_option(zoo: Zoo, tmp_path: Path) -> None:
-    trainer = make(zoo, "full", tmp_path, optim="paged_adamw_8bit", max_steps=1)
-    before = weights(trainer)
-    trainer.train()
-    states = {id(p): state for p, state in trainer.optimizer.state.items()}
-    moments = {name: states[id(p)]["state1"].dtype for name, p in trainer.roles.trainable_parameters()}
-    assert moments["policy.model.layers.0.mlp.up_proj.weight"] == torch.uint8
-    assert all(torch.isfinite(p).all() for p in trainer.roles.parameters())
-    assert not any(torch.equal(before[name], p) for name, p in trainer.roles.trainable_parameters())
-
-
-@FULL_AND_LORA
-def test_early_stop_kl_ends_an_update_without_the_step_that_was_too_far(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+def test_early_stop_kl_ends_an_update_without_the_step_that_was_too_far(zoo: Zoo, tmp_path: Path) -> None:
     """A stop at minibatch m is the same run as m - 1 epochs of one minibatch each."""
     common = {"max_steps": 1, "num_minibatches": 1, "learning_rate": 0.02, "weight_decay": 0.1}
     steps = Steps()
-    stopped = make(zoo, mode, tmp_path, ppo_epochs=8, early_stop_kl=0.01, callbacks=[steps], **common)
+    stopped = make(zoo, "full", tmp_path, ppo_epochs=8, early_stop_kl=0.01, callbacks=[steps], **common)
     stopped.train()
     seen = int(updates(stopped)[0]["minibatches"])
     assert 2 <= seen < 8 and len(steps.norms) == seen - 1
-    short = make(zoo, mode, tmp_path, ppo_epochs=seen - 1, **common)
+    short = make(zoo, "full", tmp_path, ppo_epochs=seen - 1, **common)
     short.train()
     assert same(weights(stopped), weights(short))
 
@@ -478,216 +419,100 @@ def test_adaptive_kl_coefficient_in_a_run(zoo: Zoo, tmp_path: Path) -> None:
     assert min(kls) < 0.05 < max(kls)  # it was steered both down and up
 
 
-def test_the_ptx_gradient_is_the_hand_computed_nll_gradient(zoo: Zoo, mode: str, tmp_path: Path) -> None:
-    trainer = make(zoo, mode, tmp_path, ptx_coef=0.3, ptx_dataset=DEMONSTRATIONS, micro_batch_size=2, temperature=0.5)
-    torch.manual_seed(5)
-    drawn = torch.randint(3, (5,)).tolist()
-    assert len(set(drawn)) > 1
-    trainer.roles.zero_grad(set_to_none=True)
-    torch.manual_seed(5)
-    nll = trainer.accumulate_ptx_gradient(5)
-    ours = {name: p.grad.clone() for name, p in trainer.roles.trainable_parameters() if p.grad is not None}
-
-    alone = models.load_causal(zoo[mode], trainable=True).eval()
-    total, count = torch.zeros(()), 0
-    for row in drawn:
-        prompt, completion = (
-            trainer.processing_class(DEMONSTRATIONS[row][name])["input_ids"] for name in ("prompt", "completion")
-        )
-        completion = [*completion, EOS]
-        logits = alone(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="sum")
-        count += len(completion)
-    (0.3 * total / count).backward()
-    assert nll == pytest.approx((total / count).item(), abs=1e-5)
-    close(gradients_alone(alone), ours, relative=1e-4)
-
-    # The gradient and the loss of a minibatch of as many rows are its own and these.
-    _, trajectory, _, _ = rolled_out(trainer)
-    both, own = [], []
-    for coefficient, found in ((0.3, both), (0.0, own)):
-        trainer.args.ptx_coef = coefficient
-        trainer.roles.zero_grad(set_to_none=True)
-        torch.manual_seed(5)
-        found.append(trainer.accumulate_gradient(trajectory, [torch.arange(3), torch.arange(3, 5)])[0].item())
-        found.append({name: p.grad.clone() for name, p in trainer.roles.trainable_parameters() if name in ours})
-    assert both[0] - own[0] == pytest.approx(0.3 * nll, abs=1e-5)
-    close({name: both[1][name] - own[1][name] for name in ours}, ours, relative=1e-3)
-
-
 # --- the system ------------------------------------------------------------------------------------------------------
 
 EVERYTHING: dict[str, Any] = {
-    "max_steps": 3,
-    "adaptive_kl_target": 0.02,
-    "kl_horizon": 40,
-    "entropy_coef": 0.01,
-    "ptx_coef": 0.1,
-    "ptx_dataset": DEMONSTRATIONS,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 2,
-    "per_device_train_batch_size": 4,
-}
+    "adaptive_kl_target": 0.02, "kl_horizon": 40, "entropy_coef": 0.01, "ptx_coef": 0.1, "ptx_dataset": DEMONSTRATIONS,
+    "lr_scheduler_type": "cosine", "warmup_steps": 2, "per_device_train_batch_size": 4,
+}  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "k"), [("full", 1), ("full", 2), ("lora", 1), ("4bit", 2)])
-def test_resume_at_update_k_is_bit_exact_with_the_uninterrupted_run(
-    zoo: Zoo, mode: str, k: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("mode", "k"), [("full", 1), ("lora", 1), ("4bit", 2)])
+def test_resume_is_bit_exact_with_the_uninterrupted_run(zoo: Zoo, mode: str, k: int, tmp_path: Path) -> None:
     """In the middle (k = 1) and at the end (k = 2) of an epoch of the prompts."""
-    whole = make(zoo, mode, tmp_path / "run", **EVERYTHING, save_strategy="steps", save_steps=k)
+    settings = EVERYTHING | {"max_steps": k + 1}
+    whole = make(zoo, mode, tmp_path / "run", **settings, save_strategy="steps", save_steps=k)
     whole.train()
-    resumed = make(zoo, mode, tmp_path / "resumed", **EVERYTHING)
+    resumed = make(zoo, mode, tmp_path / "resumed", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{k}"))
     assert same(weights(whole), weights(resumed))
-    assert comparable(updates(resumed)) == comparable(updates(whole)) and len(updates(whole)) == 3
+    assert updates(resumed) == updates(whole) and len(updates(whole)) == k + 1
     assert resumed.kl_coef == whole.kl_coef != PPOConfig.kl_coef
     states = [t.optimizer.state_dict()["state"] for t in (whole, resumed)]
     assert all(torch.equal(states[0][i][name], states[1][i][name]) for i in states[0] for name in states[0][i])
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(zoo: Zoo, tmp_path: Path) -> None:
+    """A new adapter is drawn from the seed too, and starts as the identity."""
     runs = []
-    for seed in (3, 3, 4):
+    for seed, lora in ((3, {"r": 4}), (3, models.lora_config({"r": 4})), (4, {"r": 4})):
         torch.manual_seed(len(runs))  # whatever happened before
-        trainer = make(zoo, "full", tmp_path, **EVERYTHING | {"max_steps": 1, "warmup_steps": 0}, seed=seed)
+        settings = EVERYTHING | {"max_steps": 1, "warmup_steps": 0, "lora": lora, "value_model": None}
+        trainer = make(zoo, "full", tmp_path, **settings, seed=seed)
+        start = weights(trainer)
         torch.rand(1 + len(runs))  # and in between
         trainer.train()
-        runs.append((weights(trainer), comparable(updates(trainer))))
-    assert same(runs[0][0], runs[1][0]) and runs[0][1] == runs[1][1]
-    assert not same(runs[0][0], runs[2][0])
-
-
-def test_a_fresh_adapter_is_drawn_from_the_seed(zoo: Zoo, tmp_path: Path) -> None:
-    drawn = []
-    for seed, lora in ((3, {"r": 4}), (3, models.lora_config({"r": 4})), (4, {"r": 4})):
-        torch.manual_seed(len(drawn))
-        drawn.append(weights(make(zoo, "full", tmp_path, lora=lora, value_model=None, seed=seed)))
-    assert same(drawn[0], drawn[1]) and not same(drawn[0], drawn[2])
+        assert updates(trainer)[0]["kl"] == 0.0
+        runs.append((start, weights(trainer), updates(trainer)))
+    assert same(runs[0][0], runs[1][0]) and same(runs[0][1], runs[1][1]) and runs[0][2] == runs[1][2]
+    assert not same(runs[0][0], runs[2][0]) and not same(runs[0][1], runs[2][1])
 
 
 @FULL_AND_LORA
-def test_evaluate_changes_nothing(zoo: Zoo, mode: str, tmp_path: Path) -> None:
-    dataset = Dataset.from_list(rows_of(PROMPTS[:5]))
-    trainer = make(zoo, mode, tmp_path, eval_dataset=dataset, per_device_eval_batch_size=2)
-    trainer.roles.train()
-    state, before = torch.get_rng_state(), weights(trainer)
-    first = trainer.evaluate()
-    assert torch.equal(state, torch.get_rng_state()) and same(before, weights(trainer)) and trainer.roles.training
-    torch.manual_seed(99)
-    assert trainer.evaluate() == first  # the same random numbers each time
+def test_evaluation_changes_nothing_and_its_means_are_over_rows_and_tokens(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+    """Against loops over all completions, drawn in batches of unequal size."""
+    few: dict[str, Any] = {"eval_dataset": Dataset.from_list(rows_of(PROMPTS[:5])), "per_device_eval_batch_size": 3}
+    few |= {"ppo_epochs": 1, "num_minibatches": 1, "ref_model": zoo[f"{mode}-other"]}
+    quiet = make(zoo, mode, tmp_path, **few)
+    sampled, rollout = [], quiet.rollout
+    quiet.rollout = lambda rows: sampled.append(rollout(rows)) or sampled[-1]
+    quiet.roles.train()
+    state, before = torch.get_rng_state(), weights(quiet)
+    first = quiet.evaluate()
+    assert torch.equal(state, torch.get_rng_state()) and same(before, weights(quiet)) and quiet.roles.training
+    pairs = [pair for tokens in sampled for pair in pairs_of(tokens)]
+    rows = naive(zoo[mode], zoo[f"{mode}-other"], pairs, 1.0)
+    entropies = torch.cat([entropies for _, _, entropies in rows])
+    kl = sum((ours - theirs).sum().item() for ours, theirs, _ in rows) / 5
+    expected = {"eval_kl": kl, "eval_entropy": entropies.mean().item(), "eval_completion_length": len(entropies) / 5}
+    assert {name: first[name] for name in expected} == pytest.approx(expected, abs=1e-4)
 
-    quiet = make(zoo, mode, tmp_path, ppo_epochs=1)
+    torch.manual_seed(99)
+    assert quiet.evaluate() == first  # the same random numbers each time
     quiet.train()
-    each_step = {"eval_strategy": "steps", "eval_steps": 1}
-    evaluated = make(zoo, mode, tmp_path, ppo_epochs=1, eval_dataset=dataset, **each_step)
+    evaluated = make(zoo, mode, tmp_path, eval_strategy="steps", eval_steps=1, **few)
     evaluated.train()
     assert len([row for row in evaluated.state.log_history if "eval_reward" in row]) == 2
-    assert same(weights(quiet), weights(evaluated))
-    assert comparable(updates(quiet)) == comparable(updates(evaluated))
+    assert same(weights(quiet), weights(evaluated)) and updates(quiet) == updates(evaluated)
 
 
-def test_evaluation_means_are_over_rows_and_tokens_not_over_batches(zoo: Zoo, tmp_path: Path) -> None:
-    """Against loops over all completions, drawn in batches of unequal size."""
-
-    dataset = Dataset.from_list(rows_of(PROMPTS[:7]))
-    options = {"per_device_eval_batch_size": 3, "ref_model": zoo["full-other"], "kind": Recording}
-    trainer: Any = make(zoo, "full", tmp_path, eval_dataset=dataset, **options)
-    metrics = trainer.evaluate()
-    policy, reference = (models.load_causal(zoo[name]).eval() for name in ("full", "full-other"))
-    kls, entropies = [], []
-    for prompt, completion in trainer.sampled:
-        log_ratio = naive_logprobs(policy, prompt, completion) - naive_logprobs(reference, prompt, completion)
-        kls.append(log_ratio.sum().item())
-        p = naive_logits(policy, prompt, completion).softmax(-1)
-        entropies += (-(p * p.log()).sum(-1)).tolist()
-    assert len(kls) == 7 and len(entropies) < 7 * 6
-    assert metrics["eval_kl"] == pytest.approx(sum(kls) / 7, abs=1e-4)
-    assert metrics["eval_entropy"] == pytest.approx(sum(entropies) / len(entropies), abs=1e-4)
-    assert metrics["eval_completion_length"] == pytest.approx(len(entropies) / 7)
-
-
-@FULL_AND_LORA
-def test_the_best_checkpoint_is_loaded_at_the_end(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_loaded_at_the_end(zoo: Zoo, tmp_path: Path) -> None:
     evaluations = iter([1.0, 3.0, 2.0])
 
     def rising_then_falling(prompts: list[str], completions: list[str], number: list[int], **_: Any) -> list[float]:
-        if number == [-1]:  # the evaluation row
-            return [next(evaluations)]
-        return vowels(prompts, completions)
+        return [next(evaluations)] if number == [-1] else vowels(prompts, completions)  # -1: the evaluation row
 
-    dataset = Dataset.from_list([{"prompt": PROMPTS[0], "number": -1}])
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "ppo_epochs": 1}
-    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "greater_is_better": True}
-    trainer = make(zoo, mode, tmp_path, reward=rising_then_falling, eval_dataset=dataset, max_steps=3, **settings)
+    settings: dict[str, Any] = {"eval_dataset": Dataset.from_list([{"prompt": PROMPTS[0], "number": -1}])}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "ppo_epochs": 1}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "max_steps": 3}
+    trainer = make(zoo, "full", tmp_path, reward=rising_then_falling, greater_is_better=True, **settings)
     trainer.train()
     assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-2") and trainer.state.best_metric == 3.0
     now = weights(trainer)
-    trainer.roles.load(tmp_path / "checkpoint-2")
-    assert same(now, weights(trainer))
-    trainer.roles.load(tmp_path / "checkpoint-3")
-    assert not same(now, weights(trainer))
-
-
-RELOAD = """
-import json, sys, torch
-torch.set_num_threads(1)
-from rlhf_kit import models
-from rlhf_kit.progress import quiet
-quiet()
-answers = {}
-for name, path in json.loads(sys.argv[1]).items():
-    ids = torch.tensor([[300, 301, 302, 303, 304, 0]])
-    tokens = models.Tokens(ids, torch.ones_like(ids), torch.ones(1, 4, dtype=torch.long))
-    roles = models.load_roles(path, value=path + "/value").eval()
-    with torch.no_grad():
-        logits = models.load_causal(path).eval()(input_ids=ids, use_cache=False).logits
-        answers[name] = {
-            "logits": logits[0, -1].tolist(),
-            "logprobs": models.completion_logprobs(roles.use("policy"), tokens)[0].tolist(),
-            "values": roles.values(tokens).tolist(),
-            "stops": models.stop_ids(models.load_causal(path), models.load_tokenizer(path)),
-        }
-print("ANSWERS" + json.dumps(answers))
-"""
-
-
-@pytest.mark.slow
-def test_saved_and_loaded_in_a_new_process_gives_equal_logits_and_values(zoo: Zoo, tmp_path: Path) -> None:
-    ids = torch.tensor([[300, 301, 302, 303, 304, 0]])
-    tokens = models.Tokens(ids, torch.ones_like(ids), torch.ones(1, 4, dtype=torch.long))
-    expected, paths = {}, {}
-    for mode in ("full", "lora", "4bit"):
-        trainer = make(zoo, mode, tmp_path / mode, learning_rate=1e-2, max_steps=1)
-        trainer.train()
-        trainer.save_model()
-        trainer.roles.eval()
-        with torch.no_grad():
-            values = trainer.roles.values(tokens)
-            policy = trainer.roles.use("policy")
-            expected[mode] = {
-                "logits": policy(input_ids=ids, use_cache=False).logits[0, -1].tolist(),
-                "logprobs": models.completion_logprobs(policy, tokens)[0].tolist(),
-                "values": values.tolist(),
-                "stops": [EOS],
-            }
-        paths[mode] = str(tmp_path / mode)
-        saved = json.loads((tmp_path / mode / "generation_config.json").read_text())
-        assert saved["eos_token_id"] in (EOS, [EOS])
-    assert in_a_new_process(RELOAD, paths) == expected
+    for step, best in ((2, True), (3, False)):
+        trainer.roles.load(tmp_path / f"checkpoint-{step}")
+        assert same(now, weights(trainer)) == best
 
 
 def test_the_saved_generation_config_has_eos_although_the_model_had_none(zoo: Zoo, tmp_path: Path) -> None:
     base = models.load_causal(zoo["words"])
-    base.generation_config.eos_token_id = None
-    base.config.eos_token_id = None
+    base.generation_config.eos_token_id = base.config.eos_token_id = None
     base.save_pretrained(tmp_path / "mute")
     word_tokenizer().save_pretrained(tmp_path / "mute")
-    mute = json.loads((tmp_path / "mute" / "generation_config.json").read_text())
-    assert mute.get("eos_token_id") is None
-    trainer = make(zoo | {"mute": str(tmp_path / "mute")}, "mute", tmp_path / "out", prompts=["a c", "b"] * 4)
-    assert any(completion[-1] == EOS for _, completion in pairs_of(rolled_out(trainer).trajectory.tokens))
+    assert not json.loads((tmp_path / "mute" / "generation_config.json").read_text()).get("eos_token_id")
+    trainer = make({"mute": str(tmp_path / "mute")}, "mute", tmp_path / "out", prompts=["a c", "b"] * 4)
+    assert any(completion[-1] == EOS for _, completion in pairs_of(rolled_out(trainer)[0].tokens))
     trainer.save_model()
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] in (EOS, [EOS])
 
@@ -696,7 +521,7 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text_the_same(zoo: Zoo
     """The reward model has the words' tokenizer, the policy pocket's: the rewards are those of the texts."""
     reward = RewardModel(save_reward(tmp_path / "reward", zoo["words"], word_tokenizer()))
     trainer = make(zoo, "full", tmp_path, reward=reward, value_model=None, missing_eos_penalty=0.0)
-    trajectory = rolled_out(trainer).trajectory
+    trajectory, _, _ = rolled_out(trainer)
     tokenizer = trainer.processing_class
     texts = [tokenizer.decode([token for token in y if token > 1]) for _, y in pairs_of(trajectory.tokens)]
     alone = [reward([x], [y])[0] for x, y in zip(PROMPTS, texts, strict=True)]
@@ -706,11 +531,10 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text_the_same(zoo: Zoo
 
 def test_values_start_from_a_reward_model_that_fits(zoo: Zoo, mode: str, tmp_path: Path) -> None:
     reward = zoo[f"{mode}-reward"]
-    given = make(zoo, mode, tmp_path, reward=reward, value_model=None)  # as a directory
-    explicit = make(zoo, mode, tmp_path, value_model=reward)
-    a, b = rolled_out(given).trajectory, rolled_out(explicit).trajectory
-    assert torch.equal(a.tokens.input_ids, b.tokens.input_ids)
-    assert torch.equal(a.values, b.values) and a.values.abs().max() > 0.1
+    given, _, _ = rolled_out(make(zoo, mode, tmp_path, reward=reward, value_model=None))  # as a directory
+    explicit, _, _ = rolled_out(make(zoo, mode, tmp_path, value_model=reward))
+    assert torch.equal(given.tokens.input_ids, explicit.tokens.input_ids)
+    assert torch.equal(given.values, explicit.values) and given.values.abs().max() > 0.1
 
 
 def test_rewards_get_the_other_columns_and_chat_prompts_give_the_same_run(zoo: Zoo, tmp_path: Path) -> None:
@@ -720,7 +544,8 @@ def test_rewards_get_the_other_columns_and_chat_prompts_give_the_same_run(zoo: Z
         heard.append((prompts, completions, number))
         return vowels(prompts, completions)
 
-    text, chat = (make(zoo, "full", tmp_path / "a", reward=listening, prompts=p, max_steps=1) for p in (PROMPTS, CHATS))
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    text, chat = (make(zoo, "full", tmp_path, reward=listening, prompts=p, max_steps=1) for p in (PROMPTS, chats))
     text.train()
     chat.train()
     (text_prompts, texts, numbers), (chat_prompts, replies, chat_numbers) = heard
@@ -730,25 +555,46 @@ def test_rewards_get_the_other_columns_and_chat_prompts_give_the_same_run(zoo: Z
     assert same(weights(text), weights(chat))
 
 
+@pytest.mark.slow
+def test_a_policy_paid_for_one_word_sets_the_alarms_off(
+    zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"kl_coef": 0.0, "missing_eos_penalty": 0.0, "max_steps": 8, "learning_rate": 1e-2}
+    settings |= {"max_completion_length": 12, "ppo_epochs": 4, "micro_batch_size": 16, "num_minibatches": 1}
+    settings |= {"per_device_train_batch_size": 16, "value_model": None}
+
+    def pays_for_one_word(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
+        return [float(text.split().count("c")) for text in completions]
+
+    trainer = make(zoo, "words", tmp_path, pays_for_one_word, ["a", "b"] * 8, **settings)
+    trainer.train()
+    assert len(trainer.samples) == 16
+    raised = {row["alarm"] for row in trainer.state.log_history if "alarm" in row}
+    assert {"kl", "entropy", "repetition", "unfinished"} <= raised
+    printed = capsys.readouterr().out.splitlines()
+    [repeating] = [i for i, line in enumerate(printed) if "repeat themselves" in line]
+    assert printed[repeating].startswith("  PPO alarm at update") and "c c c c c" in printed[repeating + 1]
+    trainer.remove_callback(Alarms)
+    assert not [c for c in trainer.callback_handler.callbacks if isinstance(c, Alarms)]
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_is_not_applied_and_the_last_good_checkpoint_is_named(
-    zoo: Zoo, tmp_path: Path, what: str
-) -> None:
+def test_a_gradient_that_is_not_finite_is_not_applied(zoo: Zoo, tmp_path: Path, what: str) -> None:
     class Break(TrainerCallback):
-        """Spoils the value head, or only its gradient, after the second update."""
+        """Spoils the value head, or only its gradient, after the first update."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if state.global_step == 2 and what == "loss":
+            if what == "loss":
                 model.value_head.weight.data.fill_(math.inf)
-            elif state.global_step == 2:
+            else:
                 model.value_head.weight.register_hook(lambda gradient: gradient / 0)
 
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "ppo_epochs": 1, "num_minibatches": 1}
+    settings = {"save_strategy": "steps", "save_steps": 1, "ppo_epochs": 1, "num_minibatches": 1}
     trainer = make(zoo, "full", tmp_path, callbacks=[Break()], **settings)
-    with pytest.raises(FloatingPointError, match="update 3 has a loss of .*not applied.*checkpoint-2$"):
+    with pytest.raises(FloatingPointError, match="update 2 has a loss of .*not applied.*checkpoint-1$"):
         trainer.train()
     assert what == "loss" or all(p.isfinite().all() for p in trainer.roles.parameters())
 
@@ -759,7 +605,6 @@ def test_what_is_not_finite_is_not_applied_and_the_last_good_checkpoint_is_named
         ({"eval_dataset": Dataset.from_dict({"question": ["a"]})}, "eval_dataset: no column 'prompt'; it has question"),
         ({"ptx_coef": 0.1, "ptx_dataset": Dataset.from_dict({"prompt": ["a"]})}, "ptx_dataset: no column 'completion'"),
         ({"ptx_coef": 0.1}, "go together"),
-        ({"ptx_dataset": DEMONSTRATIONS}, "go together"),
         ({"load_in_4bit": True}, "4-bit weights cannot be trained"),
     ],
 )
@@ -768,19 +613,9 @@ def test_what_does_not_fit_is_refused(zoo: Zoo, tmp_path: Path, settings: dict[s
         make(zoo, "full", tmp_path, **settings)
 
 
-def test_rewards_that_are_not_one_finite_number_each_and_evaluation_without_prompts_are_refused(
-    zoo: Zoo, tmp_path: Path
-) -> None:
-    trainer = make(zoo, "full", tmp_path)
-    for rewards, says in (([0.0], r"gave \[1\] values for 8"), ([math.nan, *[0.0] * 7], "1 of them not finite")):
-        trainer.reward = lambda prompts, completions, given=rewards, **_: given
-        with pytest.raises(ValueError, match=says):
-            trainer.train()
+def test_rewards_that_are_not_finite_and_evaluation_without_prompts_are_refused(zoo: Zoo, tmp_path: Path) -> None:
+    trainer = make(zoo, "full", tmp_path, lambda prompts, completions, **_: [math.nan, *[0.0] * 7])
+    with pytest.raises(ValueError, match="1 of them not finite"):
+        trainer.train()
     with pytest.raises(ValueError, match="no eval_dataset"):
         trainer.evaluate()
-
-
-@pytest.fixture(autouse=True)
-def _reproducible() -> Iterator[None]:
-    torch.manual_seed(0)
-    yield

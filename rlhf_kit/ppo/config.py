@@ -78,15 +78,11 @@ class PPOConfig(TrainingArguments):
         if self.gradient_accumulation_steps != 1:
             raise ValueError("PPOConfig: gradient_accumulation_steps must stay 1; set micro_batch_size to save memory")
         if self.num_minibatches > self.per_device_train_batch_size:
-            raise ValueError(
-                f"PPOConfig: num_minibatches={self.num_minibatches} exceeds per_device_train_batch_size="
-                f"{self.per_device_train_batch_size}; a minibatch needs a completion"
-            )
+            raise ValueError("PPOConfig: num_minibatches exceeds per_device_train_batch_size: each needs a completion")
 
     def to_dict(self) -> dict[str, Any]:
         """TrainingArguments.to_dict, with a LoraConfig as a dict that JSON can hold."""
         settings = super().to_dict()
         if isinstance(self.lora, LoraConfig):
-            fields = self.lora.to_dict().items()
-            settings["lora"] = {name: sorted(value) if isinstance(value, set) else value for name, value in fields}
+            settings["lora"] = {k: sorted(v) if isinstance(v, set) else v for k, v in self.lora.to_dict().items()}
         return settings

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
 
 import torch
 
-# Sums a tensor over processes.
-Summed: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+Summed = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor, summed: Summed = lambda x: x) -> torch.Tensor:
+def whiten(values: torch.Tensor, mask: torch.Tensor, summed: Summed) -> torch.Tensor:
     """Values (B, C) with mean 0 and variance 1 over real tokens; padding is 0 and has no effect."""
+    centred, variance = _centred(values, mask, summed)
+    return centred * torch.rsqrt(variance + 1e-8)
+
+
+def _centred(values: torch.Tensor, mask: torch.Tensor, summed: Summed) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values less their mean over real tokens, 0 on padding, and their variance."""
     count = summed(mask.sum())
     centred = (values - summed((values * mask).sum()) / count) * mask
-    return centred * torch.rsqrt(summed((centred**2).sum()) / count + 1e-8)
+    return centred, summed((centred**2).sum()) / count
 
 
 def token_rewards(
@@ -57,17 +61,9 @@ def value_loss(
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-def explained_variance(
-    values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, summed: Summed = lambda x: x
-) -> torch.Tensor:
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, summed: Summed) -> torch.Tensor:
     """1 - Var(returns - values) / Var(returns) over real tokens: 1 perfect, 0 no better than a constant."""
-    return 1 - _variance(returns - values, mask, summed) / (_variance(returns, mask, summed) + 1e-8)
-
-
-def _variance(values: torch.Tensor, mask: torch.Tensor, summed: Summed) -> torch.Tensor:
-    count = summed(mask.sum())
-    mean = summed((values * mask).sum()) / count
-    return summed((((values - mean) * mask) ** 2).sum()) / count
+    return 1 - _centred(returns - values, mask, summed)[1] / (_centred(returns, mask, summed)[1] + 1e-8)
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, completions: int, horizon: int) -> float:

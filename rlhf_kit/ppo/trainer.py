@@ -17,6 +17,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +26,13 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
-from rlhf_kit import models
-from rlhf_kit.models import ModelPath, Tokens
+from rlhf_kit import memory, models
+from rlhf_kit.models import ModelPath, Roles, Tokens
 from rlhf_kit.ppo import maths
 from rlhf_kit.ppo.alarms import Alarms, repetition
 from rlhf_kit.ppo.config import PPOConfig
-from rlhf_kit.ppo.loading import load_models
 from rlhf_kit.progress import ProgressCallback
-from rlhf_kit.rewards import Ensemble, Reward, checked
+from rlhf_kit.rewards import Ensemble, Reward, RewardModel, checked
 
 STATE = "ppo_state.json"
 
@@ -85,12 +85,10 @@ class PPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         ptx_dataset: Dataset | None = None,
     ) -> None:
-        for name, dataset, columns in (
-            ("train_dataset", train_dataset, ["prompt"]),
-            ("eval_dataset", eval_dataset, ["prompt"]),
-            ("ptx_dataset", ptx_dataset, ["prompt", "completion"]),
-        ):
-            if dataset is not None and (missing := set(columns) - set(dataset.column_names)):
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "ptx_dataset": ptx_dataset}
+        for name, dataset in datasets.items():
+            columns = {"prompt", "completion"} if name == "ptx_dataset" else {"prompt"}
+            if dataset is not None and (missing := columns - set(dataset.column_names)):
                 raise ValueError(f"{name}: no column {max(missing)!r}; it has {', '.join(dataset.column_names)}")
         if (args.ptx_coef > 0) != (ptx_dataset is not None):
             raise ValueError("ptx_coef and ptx_dataset go together: give both or neither")
@@ -104,10 +102,8 @@ class PPOTrainer(Trainer):
         self.kl_coef = args.kl_coef
         self.ptx_dataset: Any = ptx_dataset
         self.samples = pd.DataFrame()  # the last rollouts: prompt, completion, reward, kl, n_tokens, finished
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._metrics: list[dict[str, float]] = []  # of each update since the last log
         callbacks = [ProgressCallback("PPO", every=1)] if callbacks is None else callbacks
-        alarms = next((callback for callback in callbacks if isinstance(callback, Alarms)), Alarms())
-        alarms.samples = lambda: self.samples
         super().__init__(
             model=self.roles,
             args=args,
@@ -115,7 +111,7 @@ class PPOTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[*(callback for callback in callbacks if callback is not alarms), alarms],
+            callbacks=[*callbacks, Alarms(lambda: self.samples)],
         )
         self.remove_callback(PrinterCallback)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -135,12 +131,10 @@ class PPOTrainer(Trainer):
         loss, optimisation = self.optimise(trajectory, minibatches)
         if args.adaptive_kl_target is not None:
             completions = len(inputs["rows"]) * args.world_size
-            self.kl_coef = maths.adapt_kl_coef(
-                self.kl_coef, metrics["kl"], args.adaptive_kl_target, completions, args.kl_horizon
-            )
+            target, horizon = args.adaptive_kl_target, args.kl_horizon
+            self.kl_coef = maths.adapt_kl_coef(self.kl_coef, metrics["kl"], target, completions, horizon)
         times = {"seconds_rollout": rolled_out - started, "seconds_optimise": time.perf_counter() - rolled_out}
-        for name, value in {**metrics, **optimisation, **times}.items():
-            self._metrics[name].append(value)
+        self._metrics.append({**metrics, **optimisation, **times})
         return loss.to(args.device)
 
     # 1. Roll out ---------------------------------------------------------------------------------------------------
@@ -169,19 +163,25 @@ class PPOTrainer(Trainer):
         """
         args, mask = self.args, tokens.completion_mask
         logprobs, reference_logprobs, entropy, values = (torch.zeros(mask.shape) for _ in range(4))
-        for index in (index for minibatch in minibatches for index in minibatch):
+        for index in chain.from_iterable(minibatches):
             micro = tokens.rows(index).to(self.policy.device)
             width = micro.completion_mask.shape[1]
             parts = (*self.logprobs("policy", micro, True), self.logprobs("reference", micro)[0], self.values(micro))
             for out, part in zip((logprobs, entropy, reference_logprobs, values), parts, strict=True):
                 out[index, :width] = part.float().cpu()
 
-        self.samples = self.rewards(rows, tokens)
-        rewards, kl = torch.tensor(self.samples["reward"], dtype=torch.float32), (logprobs - reference_logprobs) * mask
+        found, kl = self.rewards(rows, tokens), (logprobs - reference_logprobs) * mask
+        rewards = torch.tensor(found["reward"], dtype=torch.float32)
         unfinished = ~models.finished(tokens, self.stop_ids)
         scores = rewards - args.missing_eos_penalty * unfinished
         per_token = maths.token_rewards(scores, logprobs, reference_logprobs, mask, self.kl_coef)
         advantages, returns = maths.gae(per_token, values, mask, args.gamma, args.gae_lambda)
+        self.samples = found.assign(
+            kl=kl.sum(1).tolist(),
+            n_tokens=mask.sum(1).tolist(),
+            finished=(~unfinished).tolist(),
+            repetition=found["completion"].map(repetition),
+        )
         metrics = {
             "reward": rewards.mean(),
             "kl": kl.sum(1).mean(),
@@ -190,26 +190,17 @@ class PPOTrainer(Trainer):
             "completion_length": mask.sum(1).float().mean(),
             "unfinished": unfinished.float().mean(),
             "explained_variance": maths.explained_variance(values, returns, mask, self._summed),
+            "repetition": torch.tensor((self.samples["repetition"] > 0.5).mean()),
         }
-        self.samples = self.samples.assign(
-            kl=kl.sum(1).tolist(),
-            n_tokens=mask.sum(1).tolist(),
-            finished=(~unfinished).tolist(),
-            repetition=self.samples["completion"].map(repetition),
-        )
-        metrics["repetition"] = torch.tensor((self.samples["repetition"] > 0.5).mean())
-        if "disagreement" in self.samples:
-            metrics["disagreement"] = torch.tensor(self.samples["disagreement"].mean())
+        if "disagreement" in found:
+            metrics["disagreement"] = torch.tensor(found["disagreement"].mean())
         advantages = maths.whiten(advantages, mask, self._summed)
         trajectory = Trajectory(tokens, logprobs, reference_logprobs, values, scores, advantages, returns)
         means = self._summed(torch.stack(list(metrics.values()))) / args.world_size
         return trajectory, dict(zip(metrics, means.tolist(), strict=True)) | {"kl_coef": self.kl_coef}
 
     def rewards(self, rows: list[dict[str, Any]], tokens: Tokens) -> pd.DataFrame:
-        """`prompt, completion, reward` of each row and `disagreement`, the standard deviation of an ensemble.
-
-        The reward function gets the texts and the other columns of the rows.
-        """
+        """`prompt, completion, reward` of each row, and an ensemble's `disagreement`: its standard deviation."""
         prompts = [row["prompt"] for row in rows]
         texts: list[Any] = models.decode_completions(self.processing_class, tokens)
         found = pd.DataFrame({"prompt": prompts, "completion": texts})
@@ -241,18 +232,23 @@ class PPOTrainer(Trainer):
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """All epochs over one trajectory: the mean loss (scalar) and metrics; the last gradient is not applied."""
         history: list[torch.Tensor] = []
-        for epoch in range(self.args.ppo_epochs):
-            for minibatch in minibatches if epoch == 0 else self.partition(trajectory.tokens):
-                if history:
-                    self._optimizer_step()
-                totals = self.accumulate_gradient(trajectory, minibatch)
-                self._refuse_nan(totals[0])
-                history.append(totals)
-                if self.args.early_stop_kl is not None and totals[3] > self.args.early_stop_kl:
-                    # The policy has moved far enough: drop this gradient, without which the optimizer changes nothing.
-                    self.model.zero_grad(set_to_none=True)
-                    return self._summarise(history)
-        return self._summarise(history)
+        later = (minibatch for _ in range(self.args.ppo_epochs - 1) for minibatch in self.partition(trajectory.tokens))
+        for minibatch in chain(minibatches, later):
+            if history:
+                if self.args.max_grad_norm > 0:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            history.append(self.accumulate_gradient(trajectory, minibatch))
+            self._refuse_nan(history[-1][0])
+            if self.args.early_stop_kl is not None and history[-1][3] > self.args.early_stop_kl:
+                # The policy has moved far enough: drop this gradient, without which the optimizer changes nothing.
+                self.model.zero_grad(set_to_none=True)
+                break
+        mean = torch.stack(history).mean(0)
+        names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction")
+        metrics = dict(zip(names, mean[1:5].tolist(), strict=True))
+        return mean[0], metrics | {"first_ratio_deviation": history[0][5].item(), "minibatches": float(len(history))}
 
     def accumulate_gradient(self, trajectory: Trajectory, minibatch: list[torch.Tensor]) -> torch.Tensor:
         """Gradient of one minibatch: a mean over its tokens, whatever the micro-batches and processes.
@@ -270,20 +266,21 @@ class PPOTrainer(Trainer):
             log_ratio = (logprobs - t.logprobs) * mask
             ratio = log_ratio.exp()
             surrogate = (maths.policy_loss(ratio, t.advantages, args.clip_range) * mask).sum() / n_tokens
-            self.accelerator.backward(surrogate - args.entropy_coef * entropy.sum() / n_tokens)
+            loss = surrogate - args.entropy_coef * entropy.sum() / n_tokens
+            self.accelerator.backward(loss)
             errors = maths.value_loss(self.values(t.tokens), t.values, t.returns, args.value_clip_range)
             squared = (errors * mask).sum() / n_tokens
             self.accelerator.backward(args.vf_coef * squared)
             with torch.no_grad():
                 k3 = (log_ratio.expm1() - log_ratio).sum() / n_tokens  # r - 1 - log r, exact near r = 1
                 clipped = (((ratio - 1).abs() > args.clip_range) * mask).sum() / n_tokens
-                loss = surrogate - args.entropy_coef * entropy.sum() / n_tokens + args.vf_coef * squared
+                loss = loss + args.vf_coef * squared
                 totals[:5] += torch.stack([loss, surrogate, squared, k3, clipped]).float().cpu()
                 totals[5] = max(totals[5], (ratio - 1).abs().max().cpu())
         if args.ptx_coef > 0:
             totals[0] += args.ptx_coef * self.accumulate_ptx_gradient(sum(map(len, minibatch)))
         if args.world_size > 1:
-            for _, parameter in self.roles.trainable_parameters():
+            for parameter in self.roles.learning:
                 if parameter.grad is not None:
                     parameter.grad = self._summed(parameter.grad)
         totals[:5] = self._summed(totals[:5])
@@ -308,18 +305,6 @@ class PPOTrainer(Trainer):
         """The sum of a tensor over all processes."""
         return self.accelerator.reduce(tensor.to(self.args.device), "sum").to(tensor.device)
 
-    def _optimizer_step(self) -> None:
-        if self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def _summarise(self, history: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        mean = torch.stack(history).mean(0)
-        names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction")
-        metrics = dict(zip(names, mean[1:5].tolist(), strict=True))
-        return mean[0], metrics | {"first_ratio_deviation": history[0][5].item(), "minibatches": float(len(history))}
-
     # What Trainer calls --------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -329,15 +314,9 @@ class PPOTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(
-        self,
-        eval_dataset: Dataset | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: Dataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Reward, KL, entropy and length on the evaluation prompts, with the same random numbers each time.
-
-        Raises ValueError where there is no `eval_dataset`.
-        """
+        """Means over the evaluation prompts, with the same random numbers each time; ValueError without prompts."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise ValueError("evaluate: there is no eval_dataset; give one here or to the trainer")
@@ -363,7 +342,7 @@ class PPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer.log with the means of PPO's metrics since the last log."""
         if "loss" in logs:
-            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
+            logs |= {name: sum(row[name] for row in self._metrics) / len(self._metrics) for name in self._metrics[0]}
             self._metrics.clear()
         super().log(logs, start_time)
 
@@ -397,3 +376,58 @@ class PPOTrainer(Trainer):
                 f"PPO: update {self.state.global_step + 1} has a loss of {loss.item()} with a gradient of norm "
                 f"{norm.item()}; it was not applied, and {last}"
             )
+
+
+def load_models(
+    model: ModelPath,
+    reward: Reward | ModelPath | Sequence[Reward | ModelPath],
+    args: PPOConfig,
+    ref_model: ModelPath | None,
+    value_model: ModelPath | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+) -> tuple[Roles, Reward]:
+    """The roles of a run and its reward; reward adapters over the policy's base join the roles.
+
+    Raises ValueError, before any weights are loaded, where the run is estimated to need too much memory.
+    """
+    given: Any = reward.members if isinstance(reward, Ensemble) else reward
+    given = given if isinstance(given, list | tuple) else [given]
+    members = [each if callable(each) else RewardModel(each) for each in given]
+    learned = {f"reward_{i}": each for i, each in enumerate(members) if isinstance(each, RewardModel)}
+    adapters, in_4bit = args.lora is not None or models.is_adapter(model), args.load_in_4bit
+    if value_model is None and isinstance(members[0], RewardModel):
+        path, vocabulary = members[0].path, members[0].tokenizer.get_vocab()
+        over_base = models.is_adapter(path) and models.same_base(path, model)
+        if vocabulary == tokenizer.get_vocab() and (over_base if adapters else not models.is_adapter(path)):
+            value_model = path
+    joining = {
+        role: each.path
+        for role, each in learned.items()
+        if adapters and models.shares_base(each.path, each.load_in_4bit, model, in_4bit)
+    }
+    if args.max_memory_gib is not None or models.device().type != "cpu":
+        longest = sorted(prompts["prompt"][:], key=lambda prompt: -len(str(prompt)))[:64]
+        separate = [each.path for role, each in learned.items() if role not in joining]
+        advice = memory.advise(
+            model,
+            "ppo",
+            args.max_memory_gib or memory.device_memory(),
+            lora=args.lora,
+            load_in_4bit=args.load_in_4bit,
+            prompt_length=max(map(len, models.encode_prompts(tokenizer, longest))),
+            max_completion_length=args.max_completion_length,
+            rollout=args.per_device_train_batch_size,
+            micro_batch_size=args.micro_batch_size,
+            gradient_checkpointing=args.gradient_checkpointing,
+            optim=args.optim,
+            reward_model=separate[0] if separate else None,
+            ensemble=len(learned),
+        )
+        if not advice.fits:
+            raise ValueError(f"PPO on {model}: {advice.sentence()}\n(PPOConfig's max_memory_gib sets another limit)")
+    roles = models.load_roles(model, ref_model, value_model, args.lora, in_4bit, joining)
+    members = [each.on(roles, f"reward_{i}") if f"reward_{i}" in joining else each for i, each in enumerate(members)]
+    if len(members) == 1:
+        return roles, members[0]
+    return roles, Ensemble(members, reward.combine if isinstance(reward, Ensemble) else "mean")
