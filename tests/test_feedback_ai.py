@@ -25,9 +25,8 @@ import torch
 
 from rlhf_kit import feedback, stats
 from rlhf_kit.feedback import Answer, Endpoint, EndpointRater, FeedbackError, Item, LanguageModelRater, Template
-from rlhf_kit.feedback.language_model import _as_rows
-from rlhf_kit.feedback.model_rater import ModelRater
-from rlhf_kit.feedback.templates import read_reply
+from rlhf_kit.feedback.constitution import read_reply
+from rlhf_kit.feedback.language_model import ModelRater, _as_rows
 from rlhf_kit.models import load_causal, load_tokenizer
 from rlhf_kit.tasks import Pocket, pocket
 from rlhf_kit.tasks.pocket.answers import CARELESS, DEMONSTRATION, write
@@ -37,7 +36,7 @@ GOOD, BAD = " the otter lives by the river .", " i am not sure ."
 RATE = "{prompt} {completion} is this good ?"
 PAIR = Template("{prompt} this is {first} that is {second} which is best ?", RATE, ("this", "that"), chat=False)
 ASKED = Template("{question} {prompt} {first} {second} ?", RATE, ("this", "that"), chat=False)
-ONE = feedback.Constitution((feedback.Principle("short", "which is short ?", "say it", "mend it"),))
+ONE = [feedback.Principle("short", "which is short ?", "say it", "mend it")]
 
 
 class Letters:
@@ -53,28 +52,30 @@ class Letters:
 
 
 FAULTS = {
-    "principles: [": "cannot be read as a constitution",
-    "principles: []": "is one list under the key `principles`, and it is not empty",
-    "principles:\n- just words": "principle 1: 'just words' has a key that is not one of name, compare",
-    "principles:\n- {name: a, compare: b, critique: c}": "principle 1: the key 'revise' is missing or no text",
-    "principles:\n- {name: a, compare: b, critique: c, revise: d, why: e}": "principle 1: {'name': 'a'",
-    "principles:\n- {name: a, compare: 3, critique: c, revise: d}": "principle 1: the key 'compare' is missing or no",
-    "principles:\n- {name: a, compare: b, critique: c, revise: d, weight: .nan}": "principle 1: 'weight' is nan",
-    "principles:\n- &p {name: a, compare: b, critique: c, revise: d}\n- *p": "principle 2: the name 'a' was given",
+    "principles: [": "is no constitution",
+    "rules: 3": "'principles'",
+    "principles: []": "one principle or more",
+    "principles:\n- just words": "after 0 principles.*must be a mapping",
+    "principles:\n- {name: a, compare: b, critique: c}": "'revise'",
+    "principles:\n- {name: a, compare: b, critique: c, revise: d, why: e}": "'why'",
+    "principles:\n- {name: a, compare: 3, critique: c, revise: d}": "compare is 3",
+    "principles:\n- {name: a, compare: b, critique: c, revise: d, weight: .nan}": "weight is nan",
+    "principles:\n- &p {name: a, compare: b, critique: c, revise: d}\n- *p": "a name of its own",
 }
 
 
 @pytest.mark.parametrize("text", [None, *FAULTS])
-def test_a_faulty_constitution_is_refused_in_a_sentence_that_names_file_and_principle(
-    tmp_path: Path, text: str | None
-) -> None:
+def test_a_faulty_constitution_is_refused_in_a_sentence(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "mine.yaml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(FeedbackError) as error:
+    with pytest.raises(FeedbackError, match=f"^{path}.*{FAULTS.get(text or '', 'No such file')}") as error:
         feedback.constitution(path)
-    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
-    assert FAULTS.get(text or "", "No such file") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def preference(rater: ModelRater, a: Any, b: Any, prompt: Any = PROMPT) -> float:
+    return rater.preferences([prompt], [a], [b])[0]
 
 
 # A causal LM read at its answer token ---------------------------------------------------------------------------------
@@ -94,9 +95,9 @@ def test_a_preference_is_the_mean_over_both_orders_of_the_answer_words_probabili
     rater = LanguageModelRater(zoo[mode], template=PAIR)
     ab = by_hand(zoo[mode], PAIR.comparison(PROMPT, GOOD, BAD, ""), PAIR.choices)
     ba = by_hand(zoo[mode], PAIR.comparison(PROMPT, BAD, GOOD, ""), PAIR.choices)
-    assert rater.preference(PROMPT, GOOD, BAD) == pytest.approx((ab + 1 - ba) / 2, abs=2e-5)
-    assert rater.position_bias == pytest.approx((ab + ba) / 2 - 0.5, abs=2e-5)
-    assert abs(rater.position_bias) > 0.02  # there is a bias to cancel
+    assert preference(rater, GOOD, BAD) == pytest.approx((ab + 1 - ba) / 2, abs=2e-5)
+    assert rater.firsts == pytest.approx([(ab + ba) / 2], abs=2e-5)
+    assert abs(rater.firsts[0] - 0.5) > 0.02  # there is a bias to cancel
 
 
 @pytest.mark.parametrize("template", [PAIR, pocket.JUDGE_TEMPLATE], ids=["pair", "alone"])
@@ -108,24 +109,21 @@ def test_the_two_orders_cancel_exactly_and_many_rows_are_the_rows_one_by_one(
     pairs = [(a, b) for a in answers for b in answers]
     a, b = zip(*pairs, strict=True)
     together, turned = (np.array(rater.preferences([PROMPT] * 16, *order)) for order in ((a, b), (b, a)))
-    assert (together == 1 - turned).all()
-    one_by_one = [rater.preference(PROMPT, *pair) for pair in pairs]
-    assert one_by_one == [1 - rater.preference(PROMPT, second, first) for first, second in pairs]
+    assert (together + turned == 1).all()
+    one_by_one = [preference(rater, *pair) for pair in pairs]
     assert together == pytest.approx(one_by_one, abs=1e-5)
-    assert rater.preference(PROMPT, GOOD, GOOD) == 0.5
+    assert preference(rater, GOOD, GOOD) == 0.5
 
 
 def test_principles_count_by_their_weights(zoo: dict[str, str]) -> None:
-    short = replace(ONE.principles[0], weight=3)
-    two = feedback.Constitution((short, feedback.Principle("true", "which is true ?", "say it", "mend it")))
-    p, q = (
-        LanguageModelRater(zoo["full"], two, name, ASKED).preference(PROMPT, GOOD, BAD) for name in ("short", "true")
-    )
-    both = LanguageModelRater(zoo["full"], two, template=ASKED).preference(PROMPT, GOOD, BAD)
+    short = replace(ONE[0], weight=3)
+    two = [short, feedback.Principle("true", "which is true ?", "say it", "mend it")]
+    p, q = (preference(LanguageModelRater(zoo["full"], two, name, ASKED), GOOD, BAD) for name in ("short", "true"))
+    both = preference(LanguageModelRater(zoo["full"], two, template=ASKED), GOOD, BAD)
     assert abs(p - q) > 1e-3 and both == pytest.approx((3 * p + q) / 4, abs=1e-6)
-    with pytest.raises(FeedbackError, match="principle 'helpful': the template has no {question}"):
+    with pytest.raises(FeedbackError, match="principle 'helpful': is not asked about"):
         LanguageModelRater(zoo["full"], principle="helpful", template=PAIR)
-    with pytest.raises(FeedbackError, match="principle 'kind': is not in the constitution, which has helpful, tr"):
+    with pytest.raises(FeedbackError, match="principle 'kind': .* are helpful, tr"):
         LanguageModelRater(zoo["full"], principle="kind", template=ASKED)
 
 
@@ -139,18 +137,18 @@ def test_a_chat_model_is_asked_through_its_chat_template(zoo: dict[str, str], tm
     texts = [f"[{template.comparison(PROMPT, *pair, '')}]:" for pair in ((GOOD, BAD), (BAD, GOOD))]
     ab, ba = (by_hand(tmp_path, text, template.choices, space="") for text in texts)
     completions = ([{"role": "assistant", "content": text}] for text in (GOOD, BAD))
-    p = LanguageModelRater(tmp_path, template=template).preference([{"role": "user", "content": PROMPT}], *completions)
+    p = preference(LanguageModelRater(tmp_path, template=template), *completions, [{"role": "user", "content": PROMPT}])
     assert p == pytest.approx((ab + 1 - ba) / 2, abs=2e-5)
 
 
 def test_what_a_model_cannot_answer_is_refused(zoo: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(FeedbackError, match="the answer ' former' is not one token .* other answer words"):
+    with pytest.raises(FeedbackError, match="former.* are not two single tokens .* other answer words"):
         LanguageModelRater(zoo["full"], template=replace(PAIR, choices=("former", "latter")))
-    with pytest.raises(FeedbackError, match="' this' is .* the same as the other answer's"):
+    with pytest.raises(FeedbackError, match="are not two single tokens"):
         LanguageModelRater(zoo["full"], template=replace(PAIR, choices=("this", "this")))
     rater = LanguageModelRater(zoo["full"], template=PAIR)
     with pytest.raises(FeedbackError, match="of 7[0-9] tokens and its answer exceed the model's 64 positions"):
-        rater.preference(PROMPT, GOOD * 8, BAD)
+        preference(rater, GOOD * 8, BAD)
     with pytest.raises(FeedbackError, match="'1-7' is for people"):
         rater(PROMPT, [GOOD], "1-7")
     judgments = feedback.ask([Item(PROMPT, (GOOD * 9, BAD))], Letters())
@@ -161,7 +159,7 @@ def test_what_a_model_cannot_answer_is_refused(zoo: dict[str, str], tmp_path: Pa
 def test_a_judge_answers_as_a_rater_and_is_a_reward(zoo: dict[str, str]) -> None:
     rater = LanguageModelRater(zoo["full"], template=PAIR, name="judge")
     answers = (GOOD, BAD, " the otter eats fish .")
-    p = {(i, j): rater.preference(PROMPT, answers[i], answers[j]) for i in range(3) for j in range(3) if i != j}
+    p = {(i, j): preference(rater, answers[i], answers[j]) for i in range(3) for j in range(3) if i != j}
     mean = [sum(p[i, j] for j in range(3) if j != i) / 2 for i in range(3)]
     assert rater(PROMPT, answers, "rank").ranks == tuple(1 + sum(other > one for other in mean) for one in mean)
     judged = feedback.ask([Item(PROMPT, answers[:2])], rater)
@@ -279,18 +277,18 @@ def rater_at(url: str, **changed: Any) -> EndpointRater:
 def test_both_orders_are_asked_and_averaged_and_the_key_goes_in_the_header_only() -> None:
     with server(longer) as (url, asked):
         rater = rater_at(url, price_per_million=(1.0, 10.0))
-        assert rater.preference(PROMPT, GOOD, BAD) == 1 and rater.preference(PROMPT, BAD, GOOD) == 0
+        assert preference(rater, GOOD, BAD) == 1 and preference(rater, BAD, GOOD) == 0
     assert [one.pop("key") for one in asked] == [f"Bearer {KEY}"] * 4 and KEY not in json.dumps(asked)
     assert asked[0]["path"] == "/v1/chat/completions" and asked[0]["model"] == "m" and asked[0]["temperature"] == 0
-    assert "which is short ?" in asked[0]["messages"][0]["content"] and rater.position_bias == 0
+    assert "which is short ?" in asked[0]["messages"][0]["content"] and rater.firsts == [0.5, 0.5]
     assert rater.costs() == "4 requests, 0 more from the cache, 400 tokens in, 8 out, price 0.0005"
     with server(lambda *_: says("Answer: **A**.")) as (url, _):
         rater = rater_at(url)
-        assert rater(PROMPT, [GOOD, BAD], "rank").ranks == (1, 1) and rater.position_bias == 0.5
+        assert rater(PROMPT, [GOOD, BAD], "rank").ranks == (1, 1) and rater.firsts == [1]
 
 
 def test_all_questions_of_a_judgment_are_asked_at_the_same_time() -> None:
-    both = feedback.Constitution((ONE.principles[0], replace(ONE.principles[0], name="other")))
+    both = [ONE[0], replace(ONE[0], name="other")]
     together = threading.Barrier(4, timeout=10)
 
     def waits(n: int, request: dict[str, Any], headers: Any) -> Reply:
@@ -298,7 +296,7 @@ def test_all_questions_of_a_judgment_are_asked_at_the_same_time() -> None:
         return longer(n, request, headers)
 
     with server(waits) as (url, _):
-        assert rater_at(url, constitution=both).preference(PROMPT, GOOD, BAD) == 1
+        assert preference(rater_at(url, constitution=both), GOOD, BAD) == 1
 
 
 def test_replies_come_in_the_order_of_the_prompts_with_progress(capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,7 +322,7 @@ class Fixed(ModelRater):
     [(0.5, (1, 1), None), (0.6, (1, 2), "slightly"), (0.25, (2, 1), "clearly"), (0.9001, (1, 2), "much")],
 )
 def test_strength_follows_the_probability(p: float, ranks: tuple[int, ...], strength: str | None) -> None:
-    rater = Fixed("fixed", Template("", "{completion}"), [])
+    rater = Fixed("fixed", Template("", "{completion}"))
     answer = rater(PROMPT, [str(math.log(p / (1 - p)) + 2), "2"], "rank")
     assert answer == Answer(ranks=ranks, strength=strength, note=f"preferred {p:.4f} {1 - p:.4f}")
 
@@ -337,7 +335,7 @@ def test_a_second_run_costs_nothing_and_says_so(tmp_path: Path, capsys: pytest.C
         assert second["ranks"].tolist() == first["ranks"].tolist() == [[1, 2], [1, 2]]
         assert len(asked) == 4
         assert "endpoint:m: 0 requests, 4 more from the cache, 0 tokens in, 0 out\n" in capsys.readouterr().out
-        rater_at(url, cache=cache, temperature=1.0).preference(PROMPT, GOOD, BAD)  # another request
+        preference(rater_at(url, cache=cache, temperature=1.0), GOOD, BAD)  # another request
         assert len(asked) == 6
     with server(lambda n, *_: says(str(n))) as (url, asked):
         assert Endpoint(url, "m", cache=cache)(["same"] * 3) == ["0"] * 3
@@ -370,15 +368,12 @@ def test_the_key_is_nowhere_but_on_the_wire(
 @pytest.mark.parametrize(
     ("reply", "requests", "says_so"),
     [
-        ((401, {}, f"no, {KEY}"), 1, r"does not accept the key \(401\); .* the key in OPENAI_API_KEY"),
-        ((403, {}, f"no, {KEY}"), 1, r"does not allow the key to use the model \(403\)"),
-        ((404, {}, f"no, {KEY}"), 1, r"knows no such model \(404\); check the model's name, base_url"),
+        ((401, {}, f"no, {KEY}"), 1, r"refuses \(401: no, \[key\]\); check the .* and key_variable='OPENAI_API_KEY'"),
+        ((404, {}, ""), 1, ".* check the model's name, base_url"),
         ((422, {}, "too\nlong"), 1, r"refuses the request \(422: too long\)"),
-        ((500, SOON, f"no, {KEY}"), 3, r"still answers 500 \(.*max_retries=2: no, \[key\]\); replies are kept only"),
-        ((429, {"Retry-After": "7200"}, ""), 1, r"still answers 429 \(Retry-After: 7200; max_retries=2: \)"),
+        ((500, SOON, f"no, {KEY}"), 3, r"gave no answer \(500: no, \[key\];.*max_retries=2\).*none without a cache"),
+        ((429, {"Retry-After": "7200"}, ""), 1, r"gave no answer \(429:; Retry-After: 7200; .*max_retries=2\)"),
         ((200, {}, "<html>hello</html>"), 1, "answered without a message; is base_url that of a chat"),
-        ((200, {"Content-Type": "application/json"}, "<html>"), 1, "answered without a message"),
-        ((200, {}, "[]"), 1, "answered without a message"),
         ((200, {}, '{"choices": []}'), 1, "answered without a message"),
         ((200, {}, '{"choices": [{"message": {}}]}'), 1, "answered without a message"),
     ],
@@ -406,7 +401,7 @@ def test_a_server_that_fails_for_ever_loses_nothing_that_was_judged(tmp_path: Pa
         return (500, SOON, "") if 3 <= n < 7 else longer(n, request, headers)
 
     with server(fails) as (url, asked):
-        with pytest.raises(FeedbackError, match="still answers 500 .* earlier replies are kept in .*sqlite"):
+        with pytest.raises(FeedbackError, match="gave no answer .500.*kept: in .*sqlite"):
             feedback.ask(things, rater_at(url, cache=cache, max_retries=3, concurrency=1), store=store)
         assert len(asked) == 3 + 4 and len(store.judgments()) == 1
         feedback.ask(things, rater_at(url, cache=cache), store=store)
@@ -419,7 +414,7 @@ def test_a_server_that_is_silent_or_not_there_is_given_up_in_one_sentence() -> N
         with pytest.raises(FeedbackError, match=r"gave no answer \(Request timed out.*timeout=0.1 s, max_retries=0\)"):
             Endpoint(url, "m", timeout=0.1, max_retries=0)(["hello"])
         silence.set()
-    with pytest.raises(FeedbackError, match=r"gave no answer \(Connection error.*refused; timeout=60.0 s"):
+    with pytest.raises(FeedbackError, match=r"gave no answer \(Connection error.*refused; .*timeout=60.0 s"):
         Endpoint(url, "m", max_retries=0)(["hello"])  # its server has gone
 
 
@@ -428,12 +423,12 @@ def test_garbage_is_asked_again_and_then_skipped_with_a_note_never_guessed() -> 
         return says("A or B, who knows?") if n < 2 else longer(n, request, headers)
 
     with server(mumbles) as (url, asked):
-        assert rater_at(url, concurrency=1).preference(PROMPT, GOOD, BAD) == 1
+        assert preference(rater_at(url, concurrency=1), GOOD, BAD) == 1
         assert [len(one["messages"]) for one in asked] == [1, 1, 3, 3]
     with server(lambda *_: says("both are nice")) as (url, asked):
         rater = rater_at(url)
         judged = feedback.ask([Item(PROMPT, (GOOD, BAD))], rater)
-        assert len(asked) == 6 and judged["ranks"][0] is None and math.isnan(rater.position_bias)
+        assert len(asked) == 6 and judged["ranks"][0] is None and not rater.firsts
         assert judged["note"][0] == "asked 3 times, endpoint:m gave no answer word; its last reply: 'both are nice'"
 
 
@@ -454,17 +449,16 @@ def test_ratings_and_pairs_of_ratings_at_an_endpoint_without_keys_or_counts() ->
     with server(judges) as (url, asked):
         rater = EndpointRater(url, "m", template=pocket.JUDGE_TEMPLATE, key_variable=None, price_per_million=(1, 1))
         assert rater(PROMPT, [GOOD], "good/bad").rating == 1 and rater(PROMPT, [BAD], "good/bad").rating == 0
-        assert rater.preference(PROMPT, GOOD, BAD) == 1 and rater.preference(PROMPT, BAD, " no .") == 0.5
+        assert preference(rater, GOOD, BAD) == 1 and preference(rater, BAD, " no .") == 0.5
         assert {one["key"] for one in asked} == {None}
     assert rater.costs().endswith("0 out, price 0.0000 (6 replies came without a count of tokens)")
 
 
 def test_what_cannot_work_is_refused_before_anything_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FeedbackError, match="base_url 'localhost:8000': is no address"):
-        Endpoint("localhost:8000", "m")
-    with pytest.raises(FeedbackError, match="keys belong in an environment variable") as error:
-        Endpoint("https://me:secret@host/v1", "m")
-    assert "secret" not in str(error.value)
+    for url in ("localhost:8000", "https://me:secret@host/v1", "https://host/v1?key=secret"):
+        with pytest.raises(FeedbackError, match="base_url: is an address such as .* environment variable") as error:
+            Endpoint(url, "m")
+        assert "secret" not in str(error.value)
     with pytest.raises(FeedbackError, match="the environment variable MY_KEY is not set or holds no key"):
         Endpoint("http://localhost/v1", "m", key_variable="MY_KEY")
     (tmp_path / "text").write_text("no database, but some words of more than a page" * 99)
@@ -499,7 +493,7 @@ def test_a_real_server_gives_the_answers_of_the_model_itself(judge: str, tmp_pat
             for each in item.completions:
                 expected = here(item.prompt, [each], "good/bad").rating
                 assert remote(item.prompt, [each], "good/bad").rating == expected
-        assert remote.endpoint.tokens_out == 2 * remote.endpoint.asked  # the word and EOS
+        assert remote.endpoint.counts["tokens_out"] == 2 * remote.endpoint.counts["asked"]  # the word and EOS
         answers = pd.DataFrame({"prompt": [PROMPT], "completion": [GOOD]})
         assert feedback.critique_and_revise(remote.endpoint, answers, ONE)["revision"][0]
     finally:
@@ -519,11 +513,11 @@ def test_each_round_shows_the_last_answer_and_asks_by_the_principle_drawn() -> N
 
     answers = pd.DataFrame({"prompt": [PROMPT] * 30, "completion": [BAD] * 30, "kind": "ask"})
     frame = feedback.critique_and_revise(writes, answers, rules, rounds=2, seed=3)
-    assert len(frame) == 60 and set(frame["principle"]) == {each.name for each in rules.principles}
+    assert len(frame) == 60 and set(frame["principle"]) == {each.name for each in rules}
     one, two = (frame[frame["round"] == number].reset_index(drop=True) for number in (1, 2))
     assert two["answer"].tolist() == one["revision"].tolist() and one["answer"][0] == BAD.strip()
     critique, revise = seen[0], seen[30]
-    first = rules[one["principle"][0]]
+    first = next(each for each in rules if each.name == one["principle"][0])
     assert [message["content"] for message in critique] == [PROMPT, BAD.strip(), first.critique]
     assert [message["content"] for message in revise[2:]] == [first.critique, one["critique"][0], first.revise]
     assert [message["role"] for message in revise] == ["user", "assistant"] * 2 + ["user"]
@@ -545,9 +539,7 @@ def test_an_empty_revision_leaves_the_answer_and_is_counted_and_chats_stay_chats
     assert made == [
         {"prompt": chat, "completion": [{"role": "assistant", "content": text}]} for text in (BAD.strip(), "better")
     ]
-    with pytest.raises(FeedbackError, match="no column completion"):
-        feedback.critique_and_revise(lambda prompts: [], answers[["prompt"]])
-    with pytest.raises(FeedbackError, match="2 texts were asked for, and 1 came back"):
+    with pytest.raises(ValueError, match="shorter"):
         feedback.critique_and_revise(lambda prompts: ["better"], answers)
 
 
@@ -555,7 +547,7 @@ def test_an_empty_revision_leaves_the_answer_and_is_counted_and_chats_stay_chats
 def test_a_model_directory_writes_and_the_same_seed_writes_the_same() -> None:
     answers = pd.DataFrame({"prompt": [PROMPT] * 3, "completion": [BAD] * 3})
     frames = [
-        feedback.critique_and_revise(feedback.writer(pocket.BASE_MODEL, 12, seed=5, batch_size=2), answers, ONE)
+        feedback.critique_and_revise(feedback.writer(pocket.BASE_MODEL, 5, max_completion_length=12), answers, ONE)
         for _ in range(2)
     ]
     assert frames[0].equals(frames[1]) and frames[0]["revision"].str.len().min() > 0

@@ -18,8 +18,7 @@ from scipy.stats import beta, halfnorm, norm
 
 from rlhf_kit import cli, feedback
 from rlhf_kit.feedback import Answer, FeedbackError, Item, Store
-from rlhf_kit.feedback.bias import gold_gaps
-from rlhf_kit.feedback.choice_model import Choices, Posterior
+from rlhf_kit.feedback.bias import Posterior, position_from_swaps
 from rlhf_kit.feedback.judging import as_row, judgments_frame
 from rlhf_kit.tasks import Pocket, pocket
 from rlhf_kit.tasks.pocket import answers
@@ -161,20 +160,6 @@ def test_the_table_of_raters_is_what_can_be_counted_by_hand() -> None:
     assert row["seconds"] == 3.0 and row["too_fast"] == pytest.approx(2 / 9)
 
 
-def test_agreement_with_gold_scores_each_pair_once_with_its_columns() -> None:
-    asked = []
-
-    def gold(prompts: list[str], completions: list[str], kind: list[str]) -> list[float]:
-        asked.extend(zip(prompts, completions, kind, strict=True))
-        return [float(len(text)) for text in completions]
-
-    items = [Item(f"q{k}", ("a", "bb"), {"kind": "ask"}) for k in range(3)] + [Item("q9", ("a", "b"), {"kind": "ask"})]
-    frame = judged(*((item, "ana", ranks) for item, ranks in zip(items, (B, B, A, A), strict=True)))
-    assert gold_gaps(feedback.votes(frame), frame, gold).tolist() == [-1, -1, -1, 0]
-    assert len(asked) == 8
-    assert feedback.raters(frame, gold).iloc[0]["agree_gold"] == pytest.approx(2 / 3)  # equal gold says nothing
-
-
 # biases ---
 
 
@@ -184,13 +169,13 @@ def test_pairs_judged_in_both_orders_give_the_bias_by_hand() -> None:
     for k, (one, other) in enumerate([(A, B)] * 6 + [(B, A)] * 2 + [(A, A)] * 3):
         shown[len(said)], shown[len(said) + 1] = (0, 1), (1, 0)
         said += [(pair(k), "ana", one), (pair(k), "ana", other)]
-    row = feedback.position_from_swaps(judged(*said, shown=shown)).iloc[0]
+    row = position_from_swaps(judged(*said, shown=shown)).iloc[0]
     assert (row["swaps"], row["changed"]) == (11, 8)
     assert row["position_swapped"] == pytest.approx(math.log(3) / 2)
     # Clopper and Pearson of 6 in 8: [.3491, .9681]
     assert row["position_swapped_lo"] == pytest.approx(0.5 * math.log(0.3491 / 0.6509), abs=1e-3)
     assert row["position_swapped_hi"] == pytest.approx(0.5 * math.log(0.9681 / 0.0319), abs=1e-2)
-    one_way = feedback.position_from_swaps(judged(*said[:12], shown=shown)).iloc[0]
+    one_way = position_from_swaps(judged(*said[:12], shown=shown)).iloc[0]
     assert one_way["position_swapped"] == math.inf and math.isfinite(one_way["position_swapped_lo"])
 
 
@@ -217,14 +202,14 @@ def test_at_even_quality_place_and_lapses_say_together_how_often_the_first_is_pr
 
 def test_the_likelihood_equals_numerical_integration() -> None:
     rng = np.random.default_rng(0)
-    rater, pairs, items = np.array([0, 1, 2] * 3), np.repeat([0, 1, 2], 3), np.repeat([0, 0, 1], 3)
+    rater, pairs, items = np.array([0, 1, 2] * 3), np.repeat([0, 1, 2], 3), np.array([0, 0, 1])
     chosen, sways = rng.choice([-1.0, 1.0], 9), rng.normal(size=(9, 2))
-    choices = Choices(chosen, sways, rater, pairs, items, words=np.repeat([3.0, -1.0, 0.0], 3))
+    words = np.repeat([3.0, -1.0, 0.0], 3)
     weights, lapses = np.array([0.4, -0.7]), np.array([0.0, 0.1, 0.3])
     slopes, widths, odds = np.array([0.5, -1.0]), np.array([0.3, 2.0]), 0.7
     given = np.concatenate([weights, lapses, slopes, np.log(widths), [odds]])
-    found = Posterior(choices, 3).of_pairs(torch.tensor(given))
-    words = choices.words / choices.words.std()
+    found = Posterior(chosen, sways, words, rater, pairs, items).of_pairs(torch.tensor(given))
+    words /= words.std()
     shares = 1 / (1 + np.exp([-odds, odds]))
     for pair_id in range(3):
         rows = np.flatnonzero(pairs == pair_id)
@@ -243,8 +228,8 @@ def test_the_likelihood_equals_numerical_integration() -> None:
 
 def test_the_prior_is_the_one_that_is_written_down() -> None:
     """Against scipy's densities, but for a constant: so between two points."""
-    one = Choices(*(np.ones(shape) for shape in (1, (1, 2))), *(np.zeros(1, dtype=int) for _ in range(3)), np.ones(1))
-    model, density = Posterior(one, 1), []
+    model = Posterior(np.ones(1), np.ones((1, 2)), np.ones(1), *(np.zeros(1, dtype=int) for _ in range(3)))
+    density = []
     points = [[0.4, -5.0, 0.1, 0.5, -1.0, 0.3, 2.0, 0.7], [-1.0, 2.0, 0.5, 3.0, 0.0, 1.0, 7.0, -2.0]]
     for a, b, lapse, slope, other_slope, width, other_width, odds in points:
         normal = norm.logpdf([a / 3, b / 3, slope / 2, other_slope / 2, odds / 1.5]).sum()
@@ -253,13 +238,6 @@ def test_the_prior_is_the_one_that_is_written_down() -> None:
     at = torch.tensor(points, dtype=torch.double)
     at[:, 5:7] = at[:, 5:7].log()
     assert (model.prior(at[1]) - model.prior(at[0])).item() == pytest.approx(density[0] - density[1])
-
-
-def test_choices_without_error_have_no_finite_bias() -> None:
-    said = [(pair(k, longer=k % 3), "ana", A if k % 3 else B) for k in range(30)]
-    frame = judged(*said, shown={k: (0, 1) if k % 2 else (1, 0) for k in range(30)})
-    row = feedback.biases(frame, lambda prompts, completions: [float(len(text)) for text in completions]).iloc[0]
-    assert math.isnan(row["position"]) and row["why"]
 
 
 @cache
@@ -283,14 +261,14 @@ GROUPS = {
 NO_FAULTS = {"knowledge": 1.0, "lapse": 0.0, "politeness": 0.0, "refusal_leniency": 0.0, "agreement": 0.0}
 
 
-def recovered(n_seeds: int, with_gold: bool, pairs: int, k: int = 2, raters: int = 6, **faults: Any) -> pd.DataFrame:
+def recovered(n_seeds: int, pairs: int, k: int = 2, raters: int = 6, **faults: Any) -> pd.DataFrame:
     """What `biases` finds in panels, and what was planted: `bias, truth, value, lo, hi`, over several seeds."""
     rows = []
     for seed in range(n_seeds):
         panel = Pocket(WORLD).panel(raters, seed=100 * seed, groups=GROUPS, **faults)
         judgments = feedback.ask(texts(pairs, seed, k), panel, per_item=raters, seed=seed)
-        found = feedback.biases(judgments, Pocket(WORLD).gold if with_gold else None).set_index("rater")
-        mean = 0.0 if with_gold else np.mean([rater.rater.length for rater in panel])
+        found = feedback.biases(judgments).set_index("rater")
+        mean = np.mean([rater.rater.length for rater in panel])
         for rater in panel:
             truth = {"position": rater.rater.position_bias, "lapse": rater.rater.lapse}
             truth["length"] = (rater.rater.length - mean) / rater.rater.temperature
@@ -306,19 +284,9 @@ def coverage(frame: pd.DataFrame) -> pd.Series:
 
 
 @pytest.mark.slow
-def test_planted_biases_lie_in_their_intervals_with_gold_and_lapses() -> None:
-    """60 intervals of each bias; of the nominal 95%, 85% is three standard errors below."""
-    frame = recovered(10, True, pairs=150, temperature=1.0, **{**NO_FAULTS, "lapse": 0.1})
-    assert (coverage(frame) >= 0.85).all(), coverage(frame)
-    frame = frame[frame["bias"] != "lapse"]
-    errors = (frame["value"] - frame["truth"]).groupby(frame["bias"])
-    assert (errors.mean().abs() < 4 * errors.std() / np.sqrt(60) + 0.01).all()
-
-
-@pytest.mark.slow
 def test_planted_biases_lie_in_their_intervals_whatever_else_the_panel_gets_wrong() -> None:
     """Lapses, gaps of knowledge and tastes that gold does not share, from the judgments alone."""
-    frame = recovered(10, False, pairs=150)
+    frame = recovered(10, pairs=150)
     assert (coverage(frame) >= 0.85).all(), coverage(frame)
     for _, part in frame[frame["bias"] != "lapse"].groupby("bias"):  # that is the same for all of them
         assert np.polyfit(part["truth"], part["value"], 1)[0] == pytest.approx(1, abs=0.35)
@@ -326,13 +294,13 @@ def test_planted_biases_lie_in_their_intervals_whatever_else_the_panel_gets_wron
 
 @pytest.mark.slow
 def test_planted_biases_are_recovered_from_rankings_of_several() -> None:
-    frame = recovered(5, False, k=4, pairs=60, temperature=1.0, **NO_FAULTS)
+    frame = recovered(5, k=4, pairs=60, temperature=1.0, **NO_FAULTS)
     assert (coverage(frame) >= 0.8).all(), coverage(frame)
 
 
 @pytest.mark.slow
 def test_few_pairs_give_wide_intervals_and_not_wrong_ones() -> None:
-    frame = recovered(20, False, raters=3, pairs=60)
+    frame = recovered(20, raters=3, pairs=60)
     assert (coverage(frame) >= 0.85).all(), coverage(frame)
 
 
@@ -365,7 +333,7 @@ def test_both_orders_recover_position_with_nothing_but_bradley_terry() -> None:
                 for order in ((0, 1), (1, 0)):
                     answer = rater(item.prompt, [item.completions[i] for i in order], "rank")
                     rows.append(as_row(len(rows), item, rater.name, "rank", answer, order, None, "test"))
-        found = feedback.position_from_swaps(judgments_frame(rows)).set_index("rater")
+        found = position_from_swaps(judgments_frame(rows)).set_index("rater")
         for rater in panel:
             row, truth = found.loc[rater.name], rater.rater.position_bias
             inside.append(row["position_swapped_lo"] <= truth <= row["position_swapped_hi"])
@@ -408,7 +376,7 @@ def test_a_report_is_one_page_with_the_tables_the_figure_and_the_meanings(tmp_pa
 def test_a_report_of_no_store_is_one_sentence_and_touches_nothing(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "text").write_text("no store")
     Store(tmp_path / "empty.sqlite")
-    for name, word in (("absent", "no such file"), ("text", "not a store"), ("empty.sqlite", "no judgment")):
+    for name, word in (("absent", "no such file"), ("text", "no store of"), ("empty.sqlite", "no judgment")):
         assert cli.main(["report", str(tmp_path / name), "--out", str(tmp_path / "out.html")]) == 2
         message = capsys.readouterr().err.strip()
         assert word in message and "\n" not in message, message
@@ -417,10 +385,9 @@ def test_a_report_of_no_store_is_one_sentence_and_touches_nothing(tmp_path: Path
 
 
 def test_the_figure_says_what_is_in_the_table(tmp_path: Path) -> None:
-    table, figure = feedback.report(kept(tmp_path / "feedback.sqlite"), Pocket(WORLD).gold)
+    table, figure = feedback.report(kept(tmp_path / "feedback.sqlite"))
     agreement, position, length, _ = figure.axes
     assert np.allclose(agreement.lines[0].get_xdata(), table["agree"])
-    assert np.allclose(agreement.lines[1].get_xdata(), table["agree_gold"])
     assert np.allclose(position.lines[0].get_xdata(), table["position"], equal_nan=True)
     assert np.allclose(length.lines[0].get_xdata(), table["length"], equal_nan=True)
     assert [text.get_text() for text in agreement.get_yticklabels()] == list(table["rater"])

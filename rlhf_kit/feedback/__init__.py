@@ -1,28 +1,22 @@
 """Feedback of people and models: what is judged, who judges it, the store of judgments, and the datasets they make."""
 
 from .agreement import agreement, votes
-from .bias import biases, position_from_swaps
-from .collecting import ask, choose, collect, disagreement, items
-from .constitution import Constitution, Principle, constitution
-from .converting import MARGINS, labels, preferences
+from .bias import biases
+from .collecting import MARGINS, ask, choose, collect, items, labels, preferences
+from .constitution import PLAIN, Principle, Template, constitution
 from .endpoint import Endpoint, EndpointRater
-from .judging import COLUMNS, QUESTIONS, SCALES, STRENGTHS, Answer, FeedbackError, Item, Question, Rater
+from .judging import SCALES, STRENGTHS, Answer, FeedbackError, Item, Question, Rater
 from .language_model import LanguageModelRater, train_judge
-from .quality import raters
-from .reporting import report
-from .revising import Writer, as_demonstrations, critique_and_revise, writer
+from .reporting import raters, report
+from .revising import as_demonstrations, critique_and_revise, writer
 from .store import Store
-from .templates import PLAIN, Template
 
 __all__ = [
-    "COLUMNS",
     "MARGINS",
     "PLAIN",
-    "QUESTIONS",
     "SCALES",
     "STRENGTHS",
     "Answer",
-    "Constitution",
     "Endpoint",
     "EndpointRater",
     "FeedbackError",
@@ -33,7 +27,6 @@ __all__ = [
     "Rater",
     "Store",
     "Template",
-    "Writer",
     "agreement",
     "as_demonstrations",
     "ask",
@@ -42,10 +35,8 @@ __all__ = [
     "collect",
     "constitution",
     "critique_and_revise",
-    "disagreement",
     "items",
     "labels",
-    "position_from_swaps",
     "preferences",
     "raters",
     "report",

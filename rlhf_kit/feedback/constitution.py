@@ -1,22 +1,27 @@
-"""Constitutions: the principles by which a language model judges, criticises and revises answers."""
+"""The words of AI feedback: principles to judge, criticise and revise by, templates of a judgment, reading a reply."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from rlhf_kit.feedback.judging import FeedbackError
+from rlhf_kit.models import Prompt
+from rlhf_kit.rewards import Completion
 
 DEFAULT = Path(__file__).parent / "constitution.yaml"
 
 
 @dataclass(frozen=True)
 class Principle:
-    """One principle: the question by which two answers are compared, and the requests for a critique and a revision."""
+    """One principle: the question by which two answers are compared, and the requests for a critique and a revision.
+
+    `weight` says how much it counts in a judgment. Raises FeedbackError for what is no text, or no weight above 0.
+    """
 
     name: str
     compare: str
@@ -24,52 +29,79 @@ class Principle:
     revise: str
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        for key in ("name", "compare", "critique", "revise"):
+            if not isinstance(getattr(self, key), str):
+                raise FeedbackError(f"{key} is {getattr(self, key)!r}; write a sentence")
+        if not 0 < self.weight < math.inf:
+            raise FeedbackError(f"weight is {self.weight}; give a number above 0")
+
+
+OVERALL = Principle("overall", "Which answer is better?", "", "")  # asked about where there is no constitution
+
+
+def constitution(path: str | Path = DEFAULT) -> list[Principle]:
+    """The principles in a YAML file `principles: [{name, compare, critique, revise, weight (default 1)}, ...]`.
+
+    Bai et al. 2022 (2212.08073). Raises FeedbackError that names the file and the principle.
+    """
+    rules: list[Principle] = []
+    try:
+        rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["principles"]
+        for row in rows:
+            rules.append(Principle(**row))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, FeedbackError) as error:
+        said = " ".join(str(error).split())
+        raise FeedbackError(f"{path}, after {len(rules)} principles: is no constitution ({said})") from None
+    if not rules or len({each.name for each in rules}) < len(rules):
+        raise FeedbackError(f"{path}: a constitution has one principle or more, each with a name of its own")
+    return rules
+
 
 @dataclass(frozen=True)
-class Constitution:
-    """Principles in their order (Bai et al. 2022, 2212.08073); `weight` says how much each counts in a judgment."""
+class Template:
+    """The words of a judgment; `{question}`, `{prompt}`, `{first}`, `{second}`, `{completion}` are filled in.
 
-    principles: tuple[Principle, ...]
-
-    def __getitem__(self, name: str) -> Principle:
-        """The principle of that name; FeedbackError lists the names there are."""
-        names = [principle.name for principle in self.principles]
-        if name not in names:
-            raise FeedbackError(f"principle {name!r}: is not in the constitution, which has {', '.join(names)}")
-        return self.principles[names.index(name)]
-
-
-def constitution(path: str | Path = DEFAULT) -> Constitution:
-    """The constitution in a YAML file `principles: [{name, compare, critique, revise, weight (default 1)}, ...]`.
-
-    Raises FeedbackError that names the file, the principle and the key.
+    choices: the answer words to `compare`, for the first and the second completion; verdicts: those to `rate`, yes and
+    no. Without `compare` the model rates each completion of a pair alone, and the ratings are compared. chat: the text
+    goes through the model's chat template if it has one; otherwise the answer follows the text after one space.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FeedbackError(f"{path}: cannot be read as a constitution ({' '.join(str(error).split())})") from None
-    rows = content.get("principles") if isinstance(content, dict) and len(content) == 1 else None
-    if not isinstance(rows, list) or not rows:
-        raise FeedbackError(f"{path}: a constitution is one list under the key `principles`, and it is not empty")
-    names: list[str] = []
-    for number, row in enumerate(rows, 1):
-        fault = _fault(row)
-        if not fault and row["name"] in names:
-            fault = f"the name {row['name']!r} was given before"
-        if fault:
-            raise FeedbackError(f"{path}, principle {number}: {fault}")
-        names.append(row["name"])
-    return Constitution(tuple(Principle(**row) for row in rows))
+
+    compare: str
+    rate: str
+    choices: tuple[str, str] = ("A", "B")
+    verdicts: tuple[str, str] = ("yes", "no")
+    chat: bool = True
+
+    def comparison(self, prompt: Prompt, first: Completion, second: Completion, question: str) -> str:
+        """The text that asks which of two completions is better."""
+        texts = {"prompt": as_text(prompt), "first": as_text(first), "second": as_text(second)}
+        return self.compare.format(question=question, **texts)
+
+    def rating(self, prompt: Prompt, completion: Completion) -> str:
+        """The text that asks whether a completion is good."""
+        return self.rate.format(prompt=as_text(prompt), completion=as_text(completion))
 
 
-def _fault(row: Any) -> str | None:
-    """What is wrong with a principle as the file has it."""
-    keys = [field.name for field in fields(Principle)]
-    if not isinstance(row, dict) or set(row) - set(keys):
-        return f"{row!r} has a key that is not one of {', '.join(keys)}"
-    for key in keys[:-1]:
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            return f"the key {key!r} is missing or no text ({row.get(key)!r}); write a sentence"
-    weight = row.get("weight", 1.0)
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    return None if number and 0 < weight < math.inf else f"'weight' is {weight!r}; it is a number above 0"
+PLAIN = Template(
+    compare="You judge two answers to the same conversation.\n\n[Conversation]\n{prompt}\n\n[Answer A]\n{first}\n\n"
+    "[Answer B]\n{second}\n\n{question} Reply with one letter, A or B.\nBetter answer:",
+    rate="You judge an answer to a conversation.\n\n[Conversation]\n{prompt}\n\n[Answer]\n{completion}\n\n"
+    "Is this a good answer? Reply with one word, yes or no.\nGood answer:",
+)
+
+
+def as_text(content: Prompt | Completion) -> str:
+    """A prompt or completion as plain text; in a chat of several messages each line names the message's role."""
+    if isinstance(content, str):
+        return content.strip()
+    if len(content) == 1:
+        return content[0]["content"].strip()
+    return "\n".join(f"{message['role'].capitalize()}: {message['content'].strip()}" for message in content)
+
+
+def read_reply(reply: str, words: tuple[str, str]) -> int | None:
+    """Which of two answer words a reply is, 0 or 1; None for anything else, because a guess is no judgment."""
+    either = "|".join(map(re.escape, words))
+    found = re.fullmatch(rf"\W*(?:(?:better )?answer\W+)?({either})\W*", reply.strip(), re.IGNORECASE)
+    return [word.lower() for word in words].index(found[1].lower()) if found else None

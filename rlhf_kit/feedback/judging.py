@@ -1,4 +1,4 @@
-"""Items, questions, answers, and the raters who give them."""
+"""Items, questions, answers and the raters who give them; a judgment as a row of a frame."""
 
 from __future__ import annotations
 
@@ -57,15 +57,14 @@ class Item:
     columns: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        texts = [canonical(each) for each in self.completions]
-        if not 1 <= len(texts) <= MOST:
-            raise FeedbackError(f"{self._where}: has {len(texts)} completions; an item has 1 to {MOST}")
         for place, each in enumerate(self.completions):
-            same = texts.index(texts[place])
             if not isinstance(each, str | list):
                 raise FeedbackError(f"{self._where}: completion {place} is missing ({each!r}); give a text or a chat")
-            if same < place:
-                raise FeedbackError(f"{self._where}: completions {same} and {place} are equal; leave one of them out")
+        n, different = len(self.completions), len(set(map(canonical, self.completions)))
+        if not 1 <= n <= MOST or different < n:
+            raise FeedbackError(
+                f"{self._where}: has {n} completions, {n - different} equal; give 1 to {MOST} different"
+            )
 
     @property
     def id(self) -> str:
@@ -122,6 +121,16 @@ def dense_ranks(scores: Sequence[float]) -> tuple[int, ...]:
     return tuple(levels.index(score) + 1 for score in scores)
 
 
+def check_question(question: str, items: Sequence[Item]) -> None:
+    """FeedbackError for an unknown question, or an item that it cannot be asked of."""
+    if question not in QUESTIONS:
+        raise FeedbackError(f"question {question!r}: there are {', '.join(QUESTIONS)}")
+    for item in items:
+        if (question == "rank") != (len(item.completions) > 1):
+            needs = "two or more completions" if question == "rank" else "one completion"
+            raise FeedbackError(f"{item._where}: has {len(item.completions)}; {question!r} asks about {needs}")
+
+
 def as_row(
     judgment: int,
     item: Item,
@@ -147,26 +156,13 @@ def as_row(
 
 def judgments_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows of COLUMNS as a frame, with the same types whether they come from memory or from a store."""
-    frame = pd.DataFrame([dict(row) for row in rows], columns=list(COLUMNS))
-    frame = frame.astype({"rating": float, "seconds": float, "withdrawn": bool})
-    for name in ("ranks", "shown", "completions", "columns", "strength"):  # None, not NaN
-        frame[name] = pd.Series([row[name] for row in rows], index=frame.index, dtype=object)
-    return frame
+    frame = pd.DataFrame([dict(row) for row in rows], columns=list(COLUMNS), dtype=object)  # keeps None as None
+    return frame.astype({"judgment": int, "rating": float, "seconds": float, "withdrawn": bool})
 
 
 def now() -> str:
     """The time, UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def check_question(question: str, items: Sequence[Item]) -> None:
-    """FeedbackError for an unknown question, or an item that it cannot be asked of."""
-    if question not in QUESTIONS:
-        raise FeedbackError(f"question {question!r}: there are {', '.join(QUESTIONS)}")
-    for item in items:
-        if (question == "rank") != (len(item.completions) > 1):
-            needs = "two or more completions" if question == "rank" else "one completion"
-            raise FeedbackError(f"{item._where}: has {len(item.completions)}; {question!r} asks about {needs}")
 
 
 def canonical(value: Any) -> str:
