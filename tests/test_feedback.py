@@ -146,7 +146,7 @@ def test_raters_take_turns() -> None:
     [
         ([Longest("")], {}, "name"),
         ([Longest(), Longest()], {}, "a `name` of its own"),
-        ([Longest()], {"per_item": 2}, "there are 1 raters"),
+        ([Longest()], {"per_item": 2}, "per_item=2"),
         ([Longest()], {"question": "stars"}, "there are rank, good/bad, 1-7"),
         ([Longest()], {"question": "1-7"}, "asks about one completion"),
     ],

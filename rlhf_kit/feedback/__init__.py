@@ -3,44 +3,15 @@
 from .agreement import agreement, votes
 from .bias import biases
 from .collecting import MARGINS, ask, choose, collect, items, labels, preferences
-from .constitution import PLAIN, Principle, Template, constitution
-from .endpoint import Endpoint, EndpointRater
+from .constitution import PLAIN, Principle, Template, as_demonstrations, constitution, critique_and_revise
+from .endpoint import EndpointRater
 from .judging import SCALES, STRENGTHS, Answer, FeedbackError, Item, Question, Rater
 from .language_model import LanguageModelRater, train_judge
 from .reporting import raters, report
-from .revising import as_demonstrations, critique_and_revise, writer
 from .store import Store
 
-__all__ = [
-    "MARGINS",
-    "PLAIN",
-    "SCALES",
-    "STRENGTHS",
-    "Answer",
-    "Endpoint",
-    "EndpointRater",
-    "FeedbackError",
-    "Item",
-    "LanguageModelRater",
-    "Principle",
-    "Question",
-    "Rater",
-    "Store",
-    "Template",
-    "agreement",
-    "as_demonstrations",
-    "ask",
-    "biases",
-    "choose",
-    "collect",
-    "constitution",
-    "critique_and_revise",
-    "items",
-    "labels",
-    "preferences",
-    "raters",
-    "report",
-    "train_judge",
-    "votes",
-    "writer",
-]
+__all__ = ["SCALES", "STRENGTHS", "Answer", "FeedbackError", "Item", "Question", "Rater", "Store"]
+__all__ += ["MARGINS", "ask", "choose", "collect", "items", "labels", "preferences"]
+__all__ += ["agreement", "biases", "raters", "report", "votes"]
+__all__ += ["PLAIN", "EndpointRater", "LanguageModelRater", "Principle", "Template", "constitution"]
+__all__ += ["as_demonstrations", "critique_and_revise", "train_judge"]

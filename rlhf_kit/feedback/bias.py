@@ -44,17 +44,16 @@ MIXTURE_RANGES = [(-12.0, 12.0), (-12.0, 12.0), (-3.0, 3.5), (-3.0, 3.5), (-6.0,
 
 
 def biases(judgments: pd.DataFrame) -> pd.DataFrame:
-    """Position bias, length bias and lapses, a row per rater: `position`, `length`, `lapse` with `_lo` and `_hi`.
+    """A row per rater: `position`, `length`, `lapse` with `_lo` and `_hi`, `choices` (pairs, without ties) and `why`.
 
     `position` is in log-odds for the completion that the page begins with, `length` in log-odds per word, `lapse` is
-    the share of choices made at random. `choices` counts the pairs, without ties; `why` says why a number is NaN.
-    Intervals are 95%, robust to what pairs of one item share (clusters).
+    the share of choices made at random; `why` says why a number is NaN. Intervals are 95%, robust to what pairs of one
+    item share. `length` is relative to the raters who share pairs with this one, whose mean is 0: a liking for length
+    that all of them share looks like quality. What one rater alone does not know of a pair looks like lapses.
 
-    `length` is relative to the raters who share pairs with this one, whose mean is 0: a liking for length that all of
-    them share looks like quality. What one rater alone does not know of a pair looks like lapses. In pocket panels with
-    the usual faults, each pair judged by all, the intervals held the planted value in 94% (position), 92% (length) and
-    97% (lapse) of 120 cases with six raters and 300 pairs; in 97%, 90%, 100% of 60 cases with three raters and 100
-    pairs; and in 93%, 90%, 100% with 60 pairs.
+    In pocket panels with the usual faults, each pair judged by all, the intervals held the planted value in 94%
+    (position), 92% (length) and 97% (lapse) of 120 cases with six raters and 300 pairs; in 97%, 90%, 100% of 60 cases
+    with three raters and 100 pairs; and in 93%, 90%, 100% with 60 pairs.
     """
     found = votes(judgments)
     decided = found[(found["question"] == "rank") & (found["value"] != 0)]
@@ -69,13 +68,11 @@ def biases(judgments: pd.DataFrame) -> pd.DataFrame:
 def position_from_swaps(judgments: pd.DataFrame) -> pd.DataFrame:
     """Position bias from pairs judged in both orders: `rater, position_swapped[_lo, _hi], swaps, changed`.
 
-    It is exact whatever the quality. Let d be the quality gap in favour of the completion that was first the first
-    time, and b the bias. The rater prefers the first place with probability s(b + d) the first time and s(b - d) the
-    second; s(x) / s(-x) = exp(x). So P(first place twice) / P(second place twice) = exp(2b), and
-    b = log(n_FF / n_SS) / 2. The interval is that of the share n_FF / (n_FF + n_SS) by Clopper and Pearson (1934).
-
-    `swaps` counts pairs judged in both orders, `changed` those where the choice followed the place. The first of
-    several judgments in one order counts.
+    It is exact whatever the quality. For a quality gap d and a bias b the rater prefers the first place with chance
+    s(b + d) in one order and s(b - d) in the other, and s(x) / s(-x) = exp(x). So P(first place twice) / P(second place
+    twice) = exp(2b), and b = log(n_FF / n_SS) / 2. The interval is that of the share n_FF / (n_FF + n_SS) by Clopper
+    and Pearson (1934). `swaps` counts pairs judged in both orders, `changed` those where the choice followed the place.
+    The first of several judgments in one order counts.
     """
     found = votes(judgments, repeats=True)
     pairs = found[(found["question"] == "rank") & (found["first"] != 0) & (found["value"] != 0)]

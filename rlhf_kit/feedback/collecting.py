@@ -17,7 +17,6 @@ from datasets import Dataset
 
 from rlhf_kit.feedback.judging import FeedbackError, Item, Question, Rater, as_row, check_question, judgments_frame
 from rlhf_kit.feedback.store import Store
-from rlhf_kit.progress import Countdown
 
 # These columns of samples describe one completion; the others describe the prompt, unless they differ within it.
 OF_A_COMPLETION = ("sample", "completion", "finished", "n_tokens", "kl")
@@ -34,20 +33,21 @@ def items(samples: pd.DataFrame, k: int = 2) -> list[Item]:
     count what is left out. Raises FeedbackError if nothing is left.
     """
     carried = [name for name in samples.columns if name not in (*OF_A_COMPLETION, "prompt")]
-    differ = [name for name in carried if samples[name].map(str).groupby(samples["prompt_id"]).nunique().max() > 1]
-    differ = differ if k > 1 else []  # such as scores
+    differ = []  # such as scores
+    if k > 1:
+        values = samples[carried].map(str).groupby(samples["prompt_id"]).nunique().max()
+        differ = [name for name in carried if values[name] > 1]
     found, equal, over = [], 0, 0
     for _, group in samples.groupby("prompt_id", sort=False):
         rows = group.to_dict("records")
         over += len(rows) % k
         for start in range(0, len(rows) - k + 1, k):
-            together = rows[start : start + k]
-            different = {str(row["completion"]): row["completion"] for row in together}
-            if len(different) < min(k, 2):
+            different = {str(row["completion"]): row["completion"] for row in rows[start : start + k]}
+            columns = {name: rows[start][name] for name in carried if name not in differ}
+            if len(different) >= min(k, 2):
+                found.append(Item(rows[start]["prompt"], tuple(different.values()), columns))
+            else:
                 equal += 1
-                continue
-            columns = {name: together[0][name] for name in carried if name not in differ}
-            found.append(Item(together[0]["prompt"], tuple(different.values()), columns))
     if not found:
         raise FeedbackError(f"items: no prompt has {k} different samples; draw them with n={max(k, 2)} or more")
     groups = "pairs held two" if k == 2 else f"groups of {k} held only"
@@ -76,28 +76,25 @@ def ask(
     per_item: int = 1,
     store: Store | None = None,
     seed: int = 0,
-    label: str | None = None,
 ) -> pd.DataFrame:
     """Judgments of items, a row each: every item goes to `per_item` of the raters, who take turns.
 
     The order in which completions are shown is drawn. A `store` keeps each judgment before the next is asked for, and
-    a rater is not asked again about what the store has from this rater. `label` shows progress and costs. Raises
-    FeedbackError if raters lack names of their own or are fewer than `per_item`, or if the items do not fit the
-    question.
+    a rater is not asked again about what the store has from this rater. Raises FeedbackError if raters lack names of
+    their own or are fewer than `per_item`, or if the items do not fit the question.
     """
     raters = list(raters) if isinstance(raters, Sequence) else [raters]
     check_question(question, items)
     names = [getattr(rater, "name", "") for rater in raters]
-    if not all(names) or len(set(names)) < len(names):
-        raise FeedbackError(f"ask: the raters are named {names}; give each a `name` of its own to keep judgments by")
-    if not 1 <= per_item <= len(names):
-        raise FeedbackError(f"ask: per_item={per_item}, but there are {len(names)} raters; it is from 1 to that number")
+    if not all(names) or not 1 <= per_item <= len(set(names)) == len(names):
+        raise FeedbackError(
+            f"ask: per_item={per_item} of raters {names}; give each a `name` of its own, and enough raters"
+        )
     planned = list(zip((item for item in items for _ in range(per_item)), cycle(raters)))
     known = set()
     if store is not None:
         store.add(items)
         known = {(row.item, row.rater) for row in store.judgments().query("question == @question").itertuples()}
-    countdown = Countdown(label or "judgments", len(planned))
     generator = np.random.default_rng([seed, 8])
     rows: list[dict[str, Any]] = []
     for done, (item, rater) in enumerate(planned, 1):
@@ -112,11 +109,6 @@ def ask(
             store.append(item, rater.name, question, answer, shown, seconds, interface)
         else:
             rows.append(as_row(done, item, rater.name, question, answer, shown, seconds, interface))
-        if label is not None:
-            countdown.at(done)
-    for rater in raters if label is not None else ():
-        if hasattr(rater, "costs"):
-            print(f"  {rater.name}: {rater.costs()}", flush=True)
     if store is None:
         return judgments_frame(rows)
     found, asked = store.judgments(), {item.id for item in items}
@@ -133,7 +125,7 @@ def draw_order(n: int, generator: np.random.Generator) -> tuple[int, ...]:
 def collect(samples: pd.DataFrame, rater: Rater | Sequence[Rater], seed: int = 0, k: int = 2, **asking: Any) -> Dataset:
     """Preferences (`prompt, chosen, rejected`) from samples: each prompt's samples are paired 0-1, 2-3, ... and judged.
 
-    Raters rank `k` samples at a time. `asking` goes to `ask`: per_item, store, label.
+    Raters rank `k` samples at a time. `asking` goes to `ask`: per_item, store.
     """
     return preferences(ask(items(samples, k), rater, seed=seed, **asking))
 
@@ -189,8 +181,7 @@ def labels(judgments: pd.DataFrame) -> Dataset:
 
 def _pairs(judgment: Mapping[Any, Any]) -> list[dict[str, Any]]:
     """The pairs of one ranking, and which completion of each was shown first."""
-    ranks, texts, shown = judgment["ranks"] or (), judgment["completions"], list(judgment["shown"])
-    pairs = []
+    ranks, texts, shown, pairs = judgment["ranks"] or (), judgment["completions"], list(judgment["shown"]), []
     for pair in combinations(range(len(ranks)), 2):
         better, worse = sorted(pair, key=lambda index: ranks[index])
         if ranks[better] < ranks[worse]:

@@ -1,40 +1,36 @@
-"""The words of AI feedback: principles to judge, criticise and revise by, templates of a judgment, reading a reply."""
+"""Constitutional AI (Bai et al. 2022, 2212.08073): principles, the words of a judgment, critique and revision."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import yaml
+from datasets import Dataset
 
 from rlhf_kit.feedback.judging import FeedbackError
 from rlhf_kit.models import Prompt
 from rlhf_kit.rewards import Completion
 
+Writer = Callable[[Sequence[Prompt]], list[str]]  # a text for each prompt
 DEFAULT = Path(__file__).parent / "constitution.yaml"
 
 
 @dataclass(frozen=True)
 class Principle:
-    """One principle: the question by which two answers are compared, and the requests for a critique and a revision.
-
-    `weight` says how much it counts in a judgment. Raises FeedbackError for what is no text, or no weight above 0.
-    """
+    """A question by which two answers are compared, requests for a critique and a revision, and how much it counts."""
 
     name: str
     compare: str
     critique: str
     revise: str
     weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        for key in ("name", "compare", "critique", "revise"):
-            if not isinstance(getattr(self, key), str):
-                raise FeedbackError(f"{key} is {getattr(self, key)!r}; write a sentence")
-        if not 0 < self.weight < math.inf:
-            raise FeedbackError(f"weight is {self.weight}; give a number above 0")
 
 
 OVERALL = Principle("overall", "Which answer is better?", "", "")  # asked about where there is no constitution
@@ -43,14 +39,16 @@ OVERALL = Principle("overall", "Which answer is better?", "", "")  # asked about
 def constitution(path: str | Path = DEFAULT) -> list[Principle]:
     """The principles in a YAML file `principles: [{name, compare, critique, revise, weight (default 1)}, ...]`.
 
-    Bai et al. 2022 (2212.08073). Raises FeedbackError that names the file and the principle.
+    Raises FeedbackError that names the file, the principle and the fault.
     """
     rules: list[Principle] = []
     try:
-        rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["principles"]
-        for row in rows:
+        for row in yaml.safe_load(Path(path).read_text(encoding="utf-8"))["principles"]:
             rules.append(Principle(**row))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, FeedbackError) as error:
+            *texts, weight = astuple(rules[-1])
+            if not all(isinstance(text, str) for text in texts) or not 0 < weight < math.inf:
+                raise TypeError(f"{rules.pop()} needs texts, and a weight above 0")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
         said = " ".join(str(error).split())
         raise FeedbackError(f"{path}, after {len(rules)} principles: is no constitution ({said})") from None
     if not rules or len({each.name for each in rules}) < len(rules):
@@ -105,3 +103,57 @@ def read_reply(reply: str, words: tuple[str, str]) -> int | None:
     either = "|".join(map(re.escape, words))
     found = re.fullmatch(rf"\W*(?:(?:better )?answer\W+)?({either})\W*", reply.strip(), re.IGNORECASE)
     return [word.lower() for word in words].index(found[1].lower()) if found else None
+
+
+def critique_and_revise(
+    write: Writer, answers: pd.DataFrame, rules: Sequence[Principle] | None = None, rounds: int = 1, seed: int = 0
+) -> pd.DataFrame:
+    """A row per answer and round: its `answer`, the `principle` drawn, the `critique` asked for and the `revision`.
+
+    Each round draws a principle by weight, shows the model the prompt and the answer as a chat, and asks for a
+    critique, then for a revision, which is the next round's answer (section 3.1). `write` returns a text for each chat,
+    such as `EndpointRater.replies`, or `sample` of a chat model. `answers` has `prompt, completion`; other columns are
+    carried. An empty revision leaves the answer as it was; a warning counts these.
+    """
+    rules = rules or constitution()
+    weights = np.array([principle.weight for principle in rules])
+    given, parts, empty = [as_text(completion) for completion in answers["completion"]], [], 0
+    for number in range(1, rounds + 1):
+        generator = np.random.default_rng([seed, 10, number])
+        drawn = generator.choice(len(weights), size=len(answers), p=weights / weights.sum())
+        principles = [rules[k] for k in drawn]
+        chats: list[Prompt] = [
+            [*_chat("user", prompt), *_chat("assistant", answer), *_chat("user", principle.critique)]
+            for prompt, answer, principle in zip(answers["prompt"], given, principles, strict=True)
+        ]
+        critiques = [text.strip() for text in write(chats)]
+        chats = [
+            [*_chat("user", chat), *_chat("assistant", critique), *_chat("user", principle.revise)]
+            for chat, critique, principle in zip(chats, critiques, principles, strict=True)
+        ]
+        revisions = [text.strip() for text in write(chats)]
+        empty += revisions.count("")
+        revisions = [text or answer for text, answer in zip(revisions, given, strict=True)]
+        names = [principle.name for principle in principles]
+        made = {"principle": names, "answer": given, "critique": critiques, "revision": revisions}
+        parts.append(answers.drop(columns="completion").assign(row=range(len(answers)), round=number, **made))
+        given = revisions
+    if empty:
+        total = rounds * len(answers)
+        warnings.warn(f"{empty} of {total} revisions were empty; those answers stayed as they were", stacklevel=2)
+    return pd.concat(parts, ignore_index=True)
+
+
+def as_demonstrations(frame: pd.DataFrame) -> Dataset:
+    """`prompt, completion` of each answer's last revision, for `train.sft`; completions of texts begin with a space."""
+    last = frame.sort_values("round", kind="stable").groupby("row").tail(1).sort_values("row")
+    rows = []
+    for prompt, text in zip(last["prompt"], last["revision"], strict=True):
+        completion = f" {text}" if isinstance(prompt, str) else _chat("assistant", text)
+        rows.append({"prompt": prompt, "completion": completion})
+    return Dataset.from_list(rows)
+
+
+def _chat(role: str, content: Prompt) -> list[dict[str, str]]:
+    """A text as a chat of one message; a chat as it is."""
+    return [{"role": role, "content": content}] if isinstance(content, str) else list(content)

@@ -92,17 +92,15 @@ class Answer:
         if self.ranks is not None and self.rating is not None:
             raise FeedbackError("an answer has ranks or a rating, not both")
         if self.strength is not None and (self.strength not in STRENGTHS or len(set(self.ranks or ())) != 2):
-            known = ", ".join(STRENGTHS)
-            raise FeedbackError(f"strength {self.strength!r}: it is one of {known}, of a pair that is no tie")
+            raise FeedbackError(f"strength {self.strength!r}: it is one of {STRENGTHS}, of a pair that is no tie")
 
     def check(self, question: Question, n: int) -> None:
         """FeedbackError unless this answers `question` about `n` completions; a skip answers every question."""
         if self.ranks is None and self.rating is None:
             return
-        if question == "rank":
-            if self.ranks is None or len(self.ranks) != n or not all(1 <= rank <= n for rank in self.ranks):
-                raise FeedbackError(f"ranks {self.ranks}: a ranking of {n} completions is {n} numbers from 1 to {n}")
-        elif self.rating not in SCALES[question]:
+        if question == "rank" and not (self.ranks and len(self.ranks) == n and set(self.ranks) <= {*range(1, n + 1)}):
+            raise FeedbackError(f"ranks {self.ranks}: a ranking of {n} completions is {n} numbers from 1 to {n}")
+        if question != "rank" and self.rating not in SCALES[question]:
             scale = SCALES[question]
             raise FeedbackError(f"rating {self.rating}: {question} is a number from {scale[0]} to {scale[-1]}")
 
@@ -148,10 +146,9 @@ def as_row(
     if sorted(shown) != list(range(len(item.completions))):
         raise FeedbackError(f"shown {tuple(shown)}: it must name each of {len(item.completions)} completions once")
     ranks = None if answer.ranks is None else [answer.ranks[shown.index(i)] for i in range(len(shown))]
-    said = (ranks, answer.rating, answer.strength, answer.note)
-    known = (item.prompt, list(item.completions), dict(item.columns))
-    row = (judgment, item.id, rater, question, *said, list(shown), seconds, interface, now(), False, *known)
-    return dict(zip(COLUMNS, row, strict=True))
+    said = (ranks, answer.rating, answer.strength, answer.note, list(shown), seconds, interface, now())
+    known = (False, item.prompt, list(item.completions), dict(item.columns))
+    return dict(zip(COLUMNS, (judgment, item.id, rater, question, *said, *known), strict=True))
 
 
 def judgments_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

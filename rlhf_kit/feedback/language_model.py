@@ -18,32 +18,28 @@ from scipy.special import expit
 
 from rlhf_kit import models, train
 from rlhf_kit.feedback.collecting import labels, preferences
-from rlhf_kit.feedback.constitution import OVERALL, PLAIN, Principle, Template
-from rlhf_kit.feedback.constitution import constitution as default_constitution
+from rlhf_kit.feedback.constitution import OVERALL, PLAIN, Principle, Template, constitution
 from rlhf_kit.feedback.judging import STRENGTHS, Answer, FeedbackError, Question, dense_ranks
 from rlhf_kit.models import Model, ModelPath, Prompt
 from rlhf_kit.rewards import Completion, Reward
 
+Rules = Sequence[Principle] | None  # None: the default constitution
 STEPS = (0.7, 0.9)  # P(preferred) from which a preference is clear, and from which it is strong
 
 
 class ModelRater(ABC):
     """A language model that rates: it sees each pair in both orders, so that a liking for a place cancels.
 
-    It is asked about each principle of the `constitution`, or the one named; [OVERALL] if the template has no place for
+    It is asked about each principle of the `rules`, or the one named; [OVERALL] if the template has no place for
     a question. A number is NaN, and a judgment is skipped, where the model gives none of the answer words.
     """
 
     def __init__(
-        self,
-        name: str,
-        template: Template = PLAIN,
-        constitution: Sequence[Principle] | None = None,
-        principle: str | None = None,
+        self, name: str, template: Template = PLAIN, rules: Rules = None, principle: str | None = None
     ) -> None:
         self.name, self.template = name, template
         self.firsts: list[float] = []  # of each comparison: P(the one shown first), over both orders and all principles
-        rules = constitution or default_constitution()
+        rules = rules or constitution()
         rules = rules if "{question}" in template.compare else [OVERALL]
         self.principles = [each for each in rules if principle in (None, each.name)]
         if not self.principles:
@@ -135,7 +131,7 @@ class LanguageModelRater(ModelRater):
     def __init__(
         self,
         model: ModelPath,
-        constitution: Sequence[Principle] | None = None,
+        constitution: Rules = None,
         principle: str | None = None,
         template: Template | None = None,
         name: str | None = None,
@@ -214,12 +210,15 @@ def train_judge(
             f"train_judge: a judgment of {longest} tokens exceeds the {limit} positions of {model}; leave out long "
             "completions, or give a shorter template"
         )
-    texts: list[dict[str, Any]] = [{"prompt": text, "completion": f" {word}"} for text, word in rows]
-    if template.chat and tokenizer.chat_template is not None:
-        texts = [
-            {"prompt": [{"role": "user", "content": text}], "completion": [{"role": "assistant", "content": word}]}
-            for text, word in rows
-        ]
+    in_chat = template.chat and tokenizer.chat_template is not None
+
+    def turn(role: str, text: str) -> Prompt:
+        return [{"role": role, "content": text}] if in_chat else text
+
+    texts = [
+        {"prompt": turn("user", text), "completion": turn("assistant", word if in_chat else f" {word}")}
+        for text, word in rows
+    ]
     train.sft(model, Dataset.from_list(texts), out, **{"max_length": limit, **settings})
     models.write_notes(out, judge=asdict(template))
     return str(out)

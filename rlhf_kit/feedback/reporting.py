@@ -6,7 +6,9 @@ import base64
 import html
 from datetime import UTC, datetime
 from importlib import metadata
+from importlib.resources import files
 from io import BytesIO
+from string import Template
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,90 +16,57 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rlhf_kit import plots, stats
+from rlhf_kit import plots
 from rlhf_kit.feedback.agreement import PAIR, agreement, votes, words
 from rlhf_kit.feedback.bias import biases, position_from_swaps
 from rlhf_kit.feedback.judging import FeedbackError
 from rlhf_kit.feedback.store import Store
-from rlhf_kit.stats import NOT_MEASURED, Interval, columns
+from rlhf_kit.stats import NOT_MEASURED, bootstrap, columns
 
 PACKAGES = ("rlhf-kit", "krippendorff", "scipy", "pandas")  # the numbers depend on these
 BLUE, GREY = plots.COLOURS["SFT"], plots.COLOURS["base"]
 TOO_FAST = 1 / 3  # of a rater's own median time per word
-# What the columns of each table mean, as the page says it.
-MEANINGS = {
-    "How much, how well, how fast": {
-        "rater": "",
-        "judgments": "judgments given, with skipped ones, without those taken back",
-        "skips": "items skipped",
-        "ties": "pairs called equal",
-        "agree": "share of pairs in which the rater says what most of the others say",
-        "even_votes": "pairs that agree leaves out, because the others are evenly divided",
-        "lapse": "share of choices made at random, from the same model as position and length; what only this rater "
-        "does not know of a pair counts too",
-        "seconds": "median time of a judgment, in seconds",
-        "too_fast": "share of timed judgments that took less than a third of the rater's own median time per word",
-        "repeats": "pairs that the rater judged again",
-        "repeats_changed": "share of these in which the later vote differs",
-    },
-    "What sways them": {
-        "rater": "",
-        "side_bias": "share of decided pairs in which the rater prefers the first place on the page, less 1/2",
-        "position": "log-odds that the first place on the page adds, from a model of choices that holds quality and "
-        "length equal and allows for lapses, with weak priors",
-        "position_swapped": "log-odds of the first place from pairs judged in both orders, log(n first-first / n "
-        "second-second) / 2: exact whatever the quality",
-        "length": "log-odds that each further word adds, from the same model, relative to the mean of the panel, "
-        "because a taste that all share cannot be told from quality",
-        "choices": "pairs that the model uses; ties are left out",
-        "swaps": "pairs judged in both orders",
-        "why": "why the model gives no number",
-    },
-    "Agreement": {
-        "measure": "",  # its values are explained below
-        "question": "what was asked",
-        "raters": "number of raters",
-        "value": "alpha is Krippendorff's, ordinal: 1 - observed / expected disagreement; 1 is perfect, 0 is what "
-        "chance gives. Each pair counts in both orders, because the order in which an item lists its completions means "
-        "nothing. Percent agreement is the chance that two raters of a pair say the same",
-        "used": "pairs of completions, or rated completions, that two raters or more judged",
-        "left_out": "the others",
-        "why": "why a measure has no value",
-    },
+# The page's tables. report.html says what their columns mean.
+TABLES = {
+    "work": "rater judgments skips ties agree even_votes lapse seconds too_fast repeats repeats_changed",
+    "sways": "rater side_bias position position_swapped length choices swaps why",
+    "agreement": "measure question raters value used left_out why",
 }
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-div { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #8888; text-align: left; white-space: nowrap; }
-td:last-child { white-space: normal; } img { max-width: 100%; background: #fff; } dt { font-weight: 600; }
-"""
 
 
-def raters(judgments: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A row per rater with the columns of MEANINGS; `_lo` and `_hi` are the bounds of 95% intervals.
+def raters(judgments: pd.DataFrame) -> pd.DataFrame:
+    """A row per rater with the columns of TABLES; `_lo` and `_hi` are the bounds of 95% intervals.
 
     Intervals of shares are bootstrapped over items; those of log-odds come from `biases` and `position_from_swaps`.
     What cannot be measured is NaN, and `why` says why a bias is. The last of repeated votes counts.
     """
-    found, present = votes(judgments), judgments[~judgments["withdrawn"]]
-    others, again = _majority_of_others(found), votes(judgments, repeats=True)
-    again["before"] = again.groupby([*PAIR, "rater"])["value"].shift()
-    repeated = again[again["before"].notna()]
+    found, present, repeated = votes(judgments), judgments[~judgments["withdrawn"]], votes(judgments, repeats=True)
+    repeated["before"] = repeated.groupby([*PAIR, "rater"])["value"].shift()
+    repeated, others = repeated[repeated["before"].notna()], _majority_of_others(found)
+    clear, pairs = others[others["majority"].notna()], found[found["question"] == "rank"]
+    sided = pairs[(pairs["value"] != 0) & (pairs["first"] != 0)]
+    shares = {
+        "agree": clear.assign(hit=clear["value"] == clear["majority"]),
+        "side_bias": sided.assign(hit=(sided["value"] == sided["first"]) - 0.5),
+        "repeats_changed": repeated.assign(hit=repeated["value"] != repeated["before"]),
+    }
     rows = []
     for rater, given in present.groupby("rater"):
-        own, said, twice = (frame[frame["rater"] == rater] for frame in (found, others, repeated))
-        pairs, clear = own[own["question"] == "rank"], said[said["majority"].notna()]
-        decided = pairs[pairs["value"] != 0]
-        sided = decided[decided["first"] != 0]
-        skips = int((given["ranks"].isna() & given["rating"].isna()).sum())
-        row: dict[str, Any] = {"rater": rater, "judgments": len(given), "skips": skips}
-        row |= {"ties": len(pairs) - len(decided), "votes": len(own)}
-        row |= _share("agree", clear["value"] == clear["majority"], clear["item"], seed)
-        row |= {"even_votes": len(said) - len(clear)}
-        row |= _share("side_bias", sided["value"] == sided["first"], sided["item"], seed, less=0.5)
-        row |= _speed(given) | {"repeats": len(twice)}
-        row |= _share("repeats_changed", twice["value"] != twice["before"], twice["item"], seed)
+        per_word = given["seconds"] / given["completions"].map(lambda texts: max(1, sum(map(words, texts))))
+        row: dict[str, Any] = {
+            "rater": rater,
+            "judgments": len(given),
+            "skips": int((given["ranks"].isna() & given["rating"].isna()).sum()),
+            "ties": int((pairs["rater"].eq(rater) & pairs["value"].eq(0)).sum()),
+            "even_votes": int((others["rater"].eq(rater) & others["majority"].isna()).sum()),
+            "seconds": float(given["seconds"].median()),
+            "too_fast": float((per_word.dropna() < TOO_FAST * per_word.median()).mean()),  # NaN where nothing was timed
+            "repeats": int(repeated["rater"].eq(rater).sum()),
+        }
+        for name, frame in shares.items():
+            own = frame[frame["rater"] == rater]
+            share = bootstrap(own["hit"].astype(float), own["item"]) if len(own) else NOT_MEASURED
+            row |= columns(name, share)
         rows.append(row)
     return pd.DataFrame(rows).merge(biases(judgments), on="rater").merge(position_from_swaps(judgments), on="rater")
 
@@ -111,19 +80,6 @@ def _majority_of_others(found: pd.DataFrame) -> pd.DataFrame:
         return found.iloc[:0].assign(majority=np.nan)
     sole = others.eq(others.max(axis=1), axis=0).sum(axis=1) == 1
     return found.loc[others.index].assign(majority=others.idxmax(axis=1).where(sole))
-
-
-def _speed(given: pd.DataFrame) -> dict[str, float]:
-    """Median seconds of a rater's judgments, and the share that took far less time per word than the median one."""
-    lengths = given["completions"].map(lambda texts: max(1, sum(map(words, texts))))
-    per_word = (given["seconds"] / lengths).dropna()
-    too_fast = float((per_word < TOO_FAST * per_word.median()).mean())  # NaN where nothing was timed
-    return {"seconds": float(given["seconds"].median()), "too_fast": too_fast}
-
-
-def _share(name: str, hits: pd.Series, items: pd.Series, seed: int, less: float = 0.0) -> dict[str, float]:
-    share = stats.bootstrap(hits.astype(float), items, seed=seed) if len(hits) else NOT_MEASURED
-    return columns(name, Interval(*(bound - less for bound in share)))
 
 
 def report(judgments: pd.DataFrame | Store) -> tuple[pd.DataFrame, Figure]:
@@ -175,29 +131,31 @@ def page(store: Store, command: str) -> str:
     table, figure = report(frame)
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
-    used = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
-    tables = zip(MEANINGS.items(), (table, table, agreement(frame)), strict=True)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Feedback</title><style>{STYLE}</style></head><body>
-<h1>Feedback in {html.escape(store.path.name)}</h1>
-<p>{len(frame)} judgments, {len(table)} raters, {frame["item"].nunique()} items judged, {len(store.items())} items in
-the store, {table["skips"].sum()} skipped, {everything["withdrawn"].sum()} taken back; {frame["time"].min()[:16]} to
-{frame["time"].max()[:16]} UTC. Square brackets hold 95% intervals; a dash stands where there is no number.</p>
-<p><img alt="Agreement, position bias, length bias and speed of each rater"
-src="data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}"></p>
-{"".join(_html(title, numbers, meanings) for (title, meanings), numbers in tables)}
-<p>Made by <code>{html.escape(command)}</code> on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC with {used}.</p>
-</body></html>
-"""
+    return Template(files(__package__).joinpath("report.html").read_text(encoding="utf-8")).substitute(
+        store=html.escape(store.path.name),
+        judgments=len(frame),
+        raters=len(table),
+        judged=frame["item"].nunique(),
+        items=len(store.items()),
+        skips=table["skips"].sum(),
+        withdrawn=everything["withdrawn"].sum(),
+        first=frame["time"].min()[:16],
+        last=frame["time"].max()[:16],
+        figure=base64.b64encode(drawn.getvalue()).decode(),
+        work=_html(table, "work"),
+        sways=_html(table, "sways"),
+        agreement=_html(agreement(frame), "agreement"),
+        command=html.escape(command),
+        now=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
+        versions=", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES),
+    )
 
 
-def _html(title: str, frame: pd.DataFrame, meanings: dict[str, str]) -> str:
-    """Columns of a frame, each number with its interval, and what they mean; `why` only where it says something."""
-    shown = [name for name in meanings if not (name == "why" and (frame[name] == "").all())]
-    cells = {name.replace("_", " "): [_cell(row, name) for row in frame.to_dict("records")] for name in shown}
-    meant = (f"<dt>{name.replace('_', ' ')}</dt><dd>{html.escape(meanings[name])}</dd>" for name in shown[1:])
-    return f"<h2>{title}</h2><div>{pd.DataFrame(cells).to_html(index=False, border=0)}</div><dl>{''.join(meant)}</dl>"
+def _html(frame: pd.DataFrame, table: str) -> str:
+    """The columns of one of TABLES, each number with its interval."""
+    rows = frame.to_dict("records")
+    cells = {name.replace("_", " "): [_cell(row, name) for row in rows] for name in TABLES[table].split()}
+    return pd.DataFrame(cells).to_html(index=False, border=0)
 
 
 def _cell(row: dict[Any, Any], name: str) -> str:
