@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -33,16 +34,15 @@ def pair(k: int, longer: int = 0) -> Item:
     return Item(f"q{k}", ("a" + " a" * longer, "b"))
 
 
-def judged(*said: tuple[Item, str, Any], shown: dict[int, tuple[int, ...]] | None = None) -> pd.DataFrame:
+def judged(*said: tuple[Item, str, Any], shown: tuple[tuple[int, ...], ...] = ()) -> pd.DataFrame:
     """A frame of (item, rater, ranks in the item's order | rating | None); `shown` by row, else the item's order."""
     rows = []
     for number, (item, rater, value) in enumerate(said):
-        order = (shown or {}).get(number, tuple(range(len(item.completions))))
-        if len(item.completions) > 1:
-            answer = Answer(ranks=None if value is None else tuple(value[i] for i in order))
-            rows.append(as_row(number, item, rater, "rank", answer, order, 1.0, "test"))
-        else:
-            rows.append(as_row(number, item, rater, "1-7", Answer(rating=value), order, 1.0, "test"))
+        order = shown[number] if shown else tuple(range(len(item.completions)))
+        ranking = len(item.completions) > 1
+        answer = Answer(ranks=tuple(value[i] for i in order)) if ranking and value else Answer()
+        answer = answer if ranking else Answer(rating=value)
+        rows.append(as_row(number, item, rater, "rank" if ranking else "1-7", answer, order, 1.0, "test"))
     return judgments_frame(rows)
 
 
@@ -55,7 +55,7 @@ def alpha(*said: tuple[Item, str, Any]) -> float:
 
 def test_a_ranking_is_a_vote_per_pair_and_repeats_count_once() -> None:
     three = Item("q", ("a", "b b", "c , c c"))
-    frame = judged((three, "ana", (1, 3, 2)), (three, "ana", (1, 2, 2)), shown={0: (2, 0, 1), 1: (1, 0, 2)})
+    frame = judged((three, "ana", (1, 3, 2)), (three, "ana", (1, 2, 2)), shown=((2, 0, 1), (1, 0, 2)))
     last = feedback.votes(frame).set_index("pair")
     assert last["value"].to_dict() == {"0-1": 1, "0-2": 1, "1-2": 0}
     assert last["first"].to_dict() == {"0-1": -1, "0-2": 0, "1-2": 1}  # the page began with completion 1
@@ -108,7 +108,6 @@ def test_one_rater_has_no_agreement_and_is_told_why() -> None:
     found = feedback.agreement(frame)
     assert found["question"].tolist() == ["rank", "rank", "1-7", "1-7"]  # never mixed in one alpha
     assert found["value"].isna().all() and set(found["why"]) == {"no two raters judged the same"}
-    assert (found["left_out"] == 1).all()
     row = feedback.raters(frame).iloc[0]
     assert math.isnan(row["agree"]) and row["judgments"] == 2 and "no pair with another" in row["why"]
 
@@ -124,20 +123,17 @@ def test_all_ties_agree_but_not_beyond_chance() -> None:
 
 
 def test_a_rater_with_only_skips_keeps_a_row() -> None:
-    frame = judged((pair(0), "ana", A), (pair(0), "ben", A), (pair(0), "cy", SKIP), (pair(1), "cy", SKIP))
-    table, figure = feedback.report(frame)
-    row = table.set_index("rater").loc["cy"]
-    assert (row["skips"], row["judgments"]) == (2, 2) and math.isnan(row["agree"])
-    assert len(table) == 3 and len(figure.axes) == 4
-    assert len(feedback.raters(frame[frame["rater"] == "cy"])) == 1
+    frame = judged((pair(0), "ana", A), (pair(0), "cy", SKIP), (pair(1), "cy", SKIP))
+    for part in (frame, frame[frame["rater"] == "cy"]):
+        row = feedback.raters(part).set_index("rater").loc["cy"]
+        assert (row["skips"], row["judgments"]) == (2, 2) and math.isnan(row["agree"])
 
 
 def test_nobody_at_all_is_one_sentence() -> None:
     taken_back = judged((pair(0), "ana", A)).assign(withdrawn=True)
-    for function in (feedback.agreement, feedback.raters, feedback.biases, feedback.report):
-        for frame in (judgments_frame([]), taken_back):
-            with pytest.raises(FeedbackError, match="there are no judgments yet"):
-                function(frame)
+    for frame in (judgments_frame([]), taken_back):
+        with pytest.raises(FeedbackError, match="there are no judgments yet"):
+            feedback.report(frame)
 
 
 # raters ---
@@ -153,7 +149,7 @@ def test_the_table_of_raters_is_what_can_be_counted_by_hand() -> None:
     frame = judged(*said)
     frame.loc[frame["rater"] == "ana", "seconds"] = [3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 0.5, 0.9]
     row = feedback.raters(frame).set_index("rater").loc["ana"]
-    assert (row["judgments"], row["skips"], row["ties"], row["votes"]) == (9, 1, 0, 5)
+    assert (row["judgments"], row["skips"], row["ties"]) == (9, 1, 0)
     assert row["agree"] == 3 / 4 and row["even_votes"] == 1
     assert row["side_bias"] == pytest.approx(4 / 5 - 1 / 2)
     assert row["repeats"] == 3 and row["repeats_changed"] == pytest.approx(2 / 3)
@@ -165,10 +161,9 @@ def test_the_table_of_raters_is_what_can_be_counted_by_hand() -> None:
 
 def test_pairs_judged_in_both_orders_give_the_bias_by_hand() -> None:
     """Six pairs with the first place preferred both times, two with the second, three unmoved: log(6 / 2) / 2."""
-    said, shown = [], {}
-    for k, (one, other) in enumerate([(A, B)] * 6 + [(B, A)] * 2 + [(A, A)] * 3):
-        shown[len(said)], shown[len(said) + 1] = (0, 1), (1, 0)
-        said += [(pair(k), "ana", one), (pair(k), "ana", other)]
+    both = [(A, B)] * 6 + [(B, A)] * 2 + [(A, A)] * 3
+    said = [(pair(k), "ana", ranks) for k, votes in enumerate(both) for ranks in votes]
+    shown = ((0, 1), (1, 0)) * len(both)
     row = position_from_swaps(judged(*said, shown=shown)).iloc[0]
     assert (row["swaps"], row["changed"]) == (11, 8)
     assert row["position_swapped"] == pytest.approx(math.log(3) / 2)
@@ -183,13 +178,12 @@ def test_at_even_quality_place_and_lapses_say_together_how_often_the_first_is_pr
     """Every two of three raters see the two orders. P(first) = 3/4 each, independently: 9 of 16 pairs both the first,
     1 of 16 both the second, 3 and 3 of 16 agree. So quality plays no part, and (1 - lapse) s(position) + lapse / 2 is
     3/4. Nothing says how much of that is lapses, so these stay at the mode of their prior Beta(1.5, 6), .5 / 5.5."""
-    said, shown, k = [], {}, 0
-    for one, other in (("ana", "ben"), ("ben", "cy"), ("cy", "ana")):
-        for ranks in [(A, B)] * 36 + [(B, A)] * 4 + [(A, A)] * 12 + [(B, B)] * 12:
-            for rater, value, order in ((one, ranks[0], (0, 1)), (other, ranks[1], (1, 0))):
-                shown[len(said)] = order
-                said.append((pair(k), rater, value))
-            k += 1
+    said, same = [], [(A, A)] * 12 + [(B, B)] * 12
+    for names in (("ana", "ben"), ("ben", "cy"), ("cy", "ana")):
+        for votes in [(A, B)] * 36 + [(B, A)] * 4 + same:
+            k = len(said)
+            said += [(pair(k), rater, ranks) for rater, ranks in zip(names, votes, strict=True)]
+    shown = ((0, 1), (1, 0)) * (len(said) // 2)
     found = feedback.biases(judged(*said, shown=shown))
     assert np.allclose(found["lapse"], 0.5 / 5.5, atol=0.01)
     first = (1 - found["lapse"]) / (1 + np.exp(-found["position"])) + found["lapse"] / 2
@@ -306,9 +300,9 @@ def test_few_pairs_give_wide_intervals_and_not_wrong_ones() -> None:
 
 @pytest.mark.slow
 def test_a_careless_rater_is_told_from_the_careful() -> None:
-    """In all of ten panels. Of ten intervals of 95% at least eight hold the truth with probability .99."""
+    """In all of eight panels. Of eight intervals of 95% at least six hold the truth with probability .994."""
     lows, inside = [], []
-    for seed in range(10):
+    for seed in range(8):
         panel = Pocket(WORLD).panel(3, seed=100 * seed, lapse=0.02)
         panel.append(pocket.SimulatedRater(WORLD, pocket.Rater(lapse=0.4, name="careless"), 1000 + seed))
         judgments = feedback.ask(texts(300, seed), panel, per_item=4, seed=seed)
@@ -317,8 +311,8 @@ def test_a_careless_rater_is_told_from_the_careful() -> None:
         low, high = found.loc["careless", ["lapse_lo", "lapse_hi"]]
         lows.append(low)
         inside.append(low < 0.4 < high)
-    assert sum(inside) >= 8
-    assert sum(low > 0.1 for low in lows) >= 9 and min(lows) > 0.05  # the careful ones lapse in .02
+    assert sum(inside) >= 6
+    assert sum(low > 0.1 for low in lows) >= 7 and min(lows) > 0.05  # the careful ones lapse in .02
 
 
 @pytest.mark.slow
@@ -327,12 +321,10 @@ def test_both_orders_recover_position_with_nothing_but_bradley_terry() -> None:
     inside = []
     for seed in range(10):
         panel = Pocket(WORLD).panel(6, seed=100 * seed, groups=GROUPS, lapse=0.0, temperature=1.5)
-        items, rows = texts(150, seed), []
-        for item in items:
-            for rater in panel:
-                for order in ((0, 1), (1, 0)):
-                    answer = rater(item.prompt, [item.completions[i] for i in order], "rank")
-                    rows.append(as_row(len(rows), item, rater.name, "rank", answer, order, None, "test"))
+        rows = []
+        for item, rater, order in product(texts(100, seed), panel, ((0, 1), (1, 0))):
+            answer = rater(item.prompt, [item.completions[i] for i in order], "rank")
+            rows.append(as_row(len(rows), item, rater.name, "rank", answer, order, None, "test"))
         found = position_from_swaps(judgments_frame(rows)).set_index("rater")
         for rater in panel:
             row, truth = found.loc[rater.name], rater.rater.position_bias
@@ -350,10 +342,6 @@ def kept(path: Path) -> Store:
     return store
 
 
-def tables(page: str) -> str:
-    return "".join(re.findall("<table.*?</table>", page, re.DOTALL))
-
-
 @pytest.mark.slow
 def test_a_report_is_one_page_with_the_tables_the_figure_and_the_meanings(tmp_path: Path, capsys: Any) -> None:
     store = kept(tmp_path / "<i>.sqlite")
@@ -361,10 +349,11 @@ def test_a_report_is_one_page_with_the_tables_the_figure_and_the_meanings(tmp_pa
     assert cli.main(arguments) == 0
     page = (tmp_path / "report.html").read_text()
     for words in ("119 judgments", "3 raters", "40 items judged", "1 taken back", "alpha is Krippendorff's"):
-        assert words in page.replace("&#x27;", "'"), words
+        assert words in page, words
     assert "data:image/png;base64,iVBOR" in page and "rlhf-kit report" in page and "pandas 3." in page
     assert "<script" not in page and "http" not in page and "<b>" not in page and "<i>" not in page
-    rows = [[cell.text for cell in row] for row in ElementTree.fromstring(f"<all>{tables(page)}</all>").iter("tr")]
+    tables = "".join(re.findall("<table.*?</table>", page, re.DOTALL))
+    rows = [[cell.text for cell in row] for row in ElementTree.fromstring(f"<all>{tables}</all>").iter("tr")]
     columns = [name for row in rows if "rater" in row or "raters" in row for name in row]
     assert {"agree", "lapse", "position", "length", "value"} <= set(columns)
     assert all(f"<dt>{name}</dt>" in page for name in columns if name not in ("rater", "measure"))
@@ -384,11 +373,10 @@ def test_a_report_of_no_store_is_one_sentence_and_touches_nothing(tmp_path: Path
     assert not (tmp_path / "absent").exists() and not (tmp_path / "out.html").exists()
 
 
-def test_the_figure_says_what_is_in_the_table(tmp_path: Path) -> None:
-    table, figure = feedback.report(kept(tmp_path / "feedback.sqlite"))
-    agreement, position, length, _ = figure.axes
-    assert np.allclose(agreement.lines[0].get_xdata(), table["agree"])
-    assert np.allclose(position.lines[0].get_xdata(), table["position"], equal_nan=True)
-    assert np.allclose(length.lines[0].get_xdata(), table["length"], equal_nan=True)
-    assert [text.get_text() for text in agreement.get_yticklabels()] == list(table["rater"])
-    assert all("[" in axes.get_xlabel() for axes in figure.axes)  # the quantity's unit
+def test_the_figure_says_what_is_in_the_table() -> None:
+    frame = judged(*((pair(k, k % 3), name, A if k % 4 else B) for k in range(9) for name in ("ana", "ben")))
+    table, figure = feedback.report(frame)
+    for axes, name in zip(figure.axes, ("agree", "position", "length", "seconds"), strict=True):
+        assert np.allclose(axes.lines[0].get_xdata(), table[name], equal_nan=True)
+        assert "[" in axes.get_xlabel()  # the quantity's unit
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == list(table["rater"])

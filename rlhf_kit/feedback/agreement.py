@@ -28,9 +28,8 @@ def votes(judgments: pd.DataFrame, repeats: bool = False) -> pd.DataFrame:
     """A row per rater and pair, or rated completion: `question, item, rater, pair, value, first, words`.
 
     `pair` names the completions by index, such as "0-1", or "0" for a rating. `first` is +1 where the page began with
-    the pair's first completion, -1 with its second, else 0. `words` is the length of the first less that of the second.
-    Skipped and withdrawn judgments have no row. The last of a rater's repeated votes counts; `repeats` gives them all.
-    Raises FeedbackError if no judgment counts.
+    the pair's first completion, -1 with its second, else 0; `words` is the length of the first less that of the second.
+    The last of a rater's repeated votes counts, unless `repeats` asks for all. FeedbackError if no judgment counts.
     """
     present = judgments[~judgments["withdrawn"]]
     if present.empty:

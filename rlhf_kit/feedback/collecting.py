@@ -28,9 +28,9 @@ MIDDLE = {"good/bad": 0.5, "1-7": 4.0}  # a rating above is good, below is bad
 def items(samples: pd.DataFrame, k: int = 2) -> list[Item]:
     """Each prompt's samples, `k` at a time (0-1, 2-3, ... where k is 2), as items to rank; k = 1: each one, to rate.
 
-    A group keeps its different completions only; a group of equal ones and samples too few for another group are left
-    out. Items carry the columns that are the same for all samples of a prompt (where k is 1, all columns). Warnings
-    count what is left out. Raises FeedbackError if nothing is left.
+    A group keeps its different completions only. Items carry the columns that are the same for all samples of a prompt
+    (where k is 1, all columns). Warnings count what is left out: groups of equal completions, and samples too few for
+    another group. Raises FeedbackError if nothing is left.
     """
     carried = [name for name in samples.columns if name not in (*OF_A_COMPLETION, "prompt")]
     differ = []  # such as scores
@@ -135,8 +135,8 @@ def preferences(judgments: pd.DataFrame, margins: Mapping[str, float] | None = N
 
     This is InstructGPT's way (2203.02155, section 3.5): where K > 2 a column `item` names the ranking of each pair, and
     `train.reward_model` keeps these pairs in one batch. `margins` (such as MARGINS) adds a column `margin` by strength,
-    0 where none was given: Llama 2's loss. Repeated judgments give their pairs again. Ties and skipped items give no
-    pair; a warning counts them. Raises FeedbackError if there is no pair at all.
+    0 where none was given: Llama 2's loss. A warning counts ties and skipped items, which give no pair. Raises
+    FeedbackError if there is no pair at all.
     """
     ranked = _answers(judgments, ["rank"])
     several = ranked["rater"].nunique() > 1

@@ -60,9 +60,9 @@ def constitution(path: str | Path = DEFAULT) -> list[Principle]:
 class Template:
     """The words of a judgment; `{question}`, `{prompt}`, `{first}`, `{second}`, `{completion}` are filled in.
 
-    choices: the answer words to `compare`, for the first and the second completion; verdicts: those to `rate`, yes and
-    no. Without `compare` the model rates each completion of a pair alone, and the ratings are compared. chat: the text
-    goes through the model's chat template if it has one; otherwise the answer follows the text after one space.
+    choices: the answers to `compare`, for the first and the second completion; verdicts: those to `rate`, yes and no.
+    Without `compare` the model rates each completion of a pair alone, and the ratings are compared. chat: ask through
+    the model's chat template if it has one; otherwise the answer follows the text after one space.
     """
 
     compare: str

@@ -33,10 +33,10 @@ class EndpointRater(ModelRater):
     """A model at `base_url` (such as http://localhost:8000/v1) as a rater: asked in words, `concurrency` at a time.
 
     The key is read from the environment variable `key_variable` for each request and kept nowhere (None: a server
-    without keys). The openai client tries 429, 5xx and timeouts again up to `max_retries` times. With a `cache` (a
-    SQLite file) each reply is kept by the SHA-256 of its whole request, and is never paid for again. A reply other than
-    one of the answer words is asked again, twice; then the judgment is skipped, with a note. price_per_million: of
-    tokens in and out, for `costs`. `options` go into each request (temperature 0 by default).
+    without keys). The client tries 429, 5xx and timeouts again up to `max_retries` times. A `cache`, a SQLite file,
+    keeps each reply by the SHA-256 of its whole request. Another reply than an answer word is asked again, twice; then
+    the judgment is skipped, with a note. price_per_million: of tokens in and out, for `costs`. `options` go into each
+    request (temperature 0 by default).
     """
 
     interface = "endpoint-1"
@@ -119,11 +119,11 @@ class EndpointRater(ModelRater):
         text = json.dumps(request, sort_keys=True, ensure_ascii=False)
         digest = hashlib.sha256(text.encode()).hexdigest()
         if known := self._sql("SELECT reply FROM replies WHERE key = ?", digest):
-            self._count(from_cache=1)
+            self._count({"from_cache": 1})
             return known[0][0]
         key = self._key()
         headers = {"Authorization": f"Bearer {key}" if key else openai.Omit()}
-        self._count(asked=1)
+        self._count({"asked": 1})
         try:
             answer = self._client.chat.completions.create(
                 model=self.model, messages=list(chat), extra_body=self.options, extra_headers=headers
@@ -141,22 +141,17 @@ class EndpointRater(ModelRater):
         content = self._without_key(content)
         self._sql("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", digest, text, content)
         if answer.usage:
-            self._count(tokens_in=answer.usage.prompt_tokens, tokens_out=answer.usage.completion_tokens)
-        else:
-            self._count(uncounted=1)
+            self._count({"in": answer.usage.prompt_tokens, "out": answer.usage.completion_tokens})
         return content
 
     def costs(self) -> str:
         """One line: requests, those that the cache saved, tokens and, with prices, the price."""
-        n = self.counts
-        line = f"{n['asked']} requests, {n['from_cache']} more from the cache"
-        line += f", {n['tokens_in']} tokens in, {n['tokens_out']} out"
-        if self.price_per_million is not None:
-            into, out = self.price_per_million
-            line += f", price {(n['tokens_in'] * into + n['tokens_out'] * out) / 1e6:.4f}"
-        return line + (f" ({n['uncounted']} replies came without a count of tokens)" if n["uncounted"] else "")
+        n, prices = self.counts, self.price_per_million
+        price = "" if prices is None else f", price {(n['in'] * prices[0] + n['out'] * prices[1]) / 1e6:.4f}"
+        cached = f"{n['from_cache']} more from the cache"
+        return f"{n['asked']} requests, {cached}, {n['in']} tokens in, {n['out']} out{price}"
 
-    def _count(self, **counts: int) -> None:
+    def _count(self, counts: dict[str, int]) -> None:
         with self._lock:
             self.counts.update(counts)
 
@@ -165,13 +160,12 @@ class EndpointRater(ModelRater):
         said, wait = f"{error} {error.__cause__ or ''}", ""
         if hasattr(error, "response"):
             said = f"{error.status_code}: {error.response.text}"
-            wait = f"Retry-After: {error.response.headers.get('Retry-After', 'not said')}, "
-        said, wait = " ".join(self._without_key(said).split())[:200], self._without_key(wait)
-        kept = "nowhere, without a cache" if self.cache is None else f"in {self.cache}; the next attempt goes on there"
+            wait = self._without_key(f"Retry-After: {error.response.headers.get('Retry-After', 'not said')}, ")
+        said = " ".join(self._without_key(said).split())[:200]
         return (
             f"{self.model} at {self.base_url}: gave no answer ({said}; {wait}timeout={self._client.timeout} s, "
             f"max_retries={self._client.max_retries}); check the model's name, base_url and "
-            f"key_variable={self.key_variable!r}; earlier replies are kept {kept}"
+            f"key_variable={self.key_variable!r}; replies are kept in {self.cache or 'no file (no cache)'}"
         )
 
     def _key(self) -> str:

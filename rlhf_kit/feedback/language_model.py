@@ -106,7 +106,7 @@ class ModelRater(ABC):
         """
         n, mean = len(completions), [0.0] * len(completions)
         places = list(combinations(range(n), 2))
-        a, b = ([completions[pair[side]] for pair in places] for side in (0, 1))
+        a, b = zip(*combinations(completions, 2), strict=True)
         for (i, j), p in zip(places, self.preferences([prompt] * len(places), a, b), strict=True):
             mean[i] += p / (n - 1)
             mean[j] += (1 - p) / (n - 1)

@@ -131,16 +131,14 @@ def page(store: Store, command: str) -> str:
     table, figure = report(frame)
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
+    counted = f"{len(frame)} judgments, {len(table)} raters, {frame['item'].nunique()} items judged, "
+    counted += f"{len(store.items())} items in the store, {table['skips'].sum()} skipped, "
+    counted += (
+        f"{everything['withdrawn'].sum()} taken back; {frame['time'].min()[:16]} to {frame['time'].max()[:16]} UTC"
+    )
     return Template(files(__package__).joinpath("report.html").read_text(encoding="utf-8")).substitute(
         store=html.escape(store.path.name),
-        judgments=len(frame),
-        raters=len(table),
-        judged=frame["item"].nunique(),
-        items=len(store.items()),
-        skips=table["skips"].sum(),
-        withdrawn=everything["withdrawn"].sum(),
-        first=frame["time"].min()[:16],
-        last=frame["time"].max()[:16],
+        counted=counted,
         figure=base64.b64encode(drawn.getvalue()).decode(),
         work=_html(table, "work"),
         sways=_html(table, "sways"),
@@ -152,9 +150,10 @@ def page(store: Store, command: str) -> str:
 
 
 def _html(frame: pd.DataFrame, table: str) -> str:
-    """The columns of one of TABLES, each number with its interval."""
-    rows = frame.to_dict("records")
-    cells = {name.replace("_", " "): [_cell(row, name) for row in rows] for name in TABLES[table].split()}
+    """The columns of one of TABLES, each number with its interval; `why` only where it says something."""
+    rows, names = frame.to_dict("records"), TABLES[table].split()
+    shown = [name for name in names if name != "why" or (frame["why"] != "").any()]
+    cells = {name.replace("_", " "): [_cell(row, name) for row in rows] for name in shown}
     return pd.DataFrame(cells).to_html(index=False, border=0)
 
 
