@@ -151,8 +151,10 @@ def _report(options: argparse.Namespace) -> int:
 
     if not options.store.is_file():  # a store is made where none is; a report only reads
         raise ValueError(f"{options.store}: no such file; name a store of judgments")
-    command = f"rlhf-kit report {options.store}"
-    reporting.write(options.out, lambda: reporting.page(Store(options.store), command), options.force)
+    if options.out.exists() and not options.force:
+        raise ValueError(f"{options.out}: is there already; name another file with --out, or overwrite it with --force")
+    page = reporting.page(Store(options.store), f"rlhf-kit report {options.store}")
+    options.out.write_text(page, encoding="utf-8")
     print(f"the report lies in {options.out}")
     return 0
 

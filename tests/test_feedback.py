@@ -13,9 +13,9 @@ import pytest
 
 from rlhf_kit import data, feedback
 from rlhf_kit.feedback import Answer, FeedbackError, Item
-from rlhf_kit.feedback.judging import as_row, judgments_frame
+from rlhf_kit.feedback.judging import COLUMNS, as_row, dense_ranks, judgments_frame
 from rlhf_kit.models import Prompt
-from rlhf_kit.rewards import Completion, Ensemble
+from rlhf_kit.rewards import Completion
 from rlhf_kit.tasks import Pocket, pocket
 
 W = pocket.world(0)
@@ -33,23 +33,16 @@ class Longest:
 
     def __init__(self, name: str = "longest") -> None:
         self.name = name
-        self.asked: list[tuple[Prompt, tuple[Completion, ...]]] = []
+        self.asked: list[tuple[Completion, ...]] = []
 
     def __call__(self, prompt: Prompt, completions: Sequence[Completion], question: feedback.Question) -> Answer:
-        self.asked.append((prompt, tuple(completions)))
-        if question != "rank":
-            return Answer(rating=int(len(completions[0]) > 3))
-        lengths = sorted({len(each) for each in completions}, reverse=True)
-        return Answer(ranks=tuple(lengths.index(len(each)) + 1 for each in completions))
+        self.asked.append(tuple(completions))
+        return Answer(ranks=dense_ranks([len(each) for each in completions]))
 
 
 def samples(*texts: Sequence[str]) -> pd.DataFrame:
-    rows = [
-        {"prompt_id": p, "sample": k, "prompt": f"p{p}", "completion": text, "kind": "ask"}
-        for p, group in enumerate(texts)
-        for k, text in enumerate(group)
-    ]
-    return pd.DataFrame(rows)
+    rows = [(p, k, f"p{p}", text, "ask") for p, group in enumerate(texts) for k, text in enumerate(group)]
+    return pd.DataFrame(rows, columns=["prompt_id", "sample", "prompt", "completion", "kind"])
 
 
 THREE = samples(["a", "bb"], ["c", "dd"], ["e", "ff"])
@@ -59,9 +52,9 @@ THREE = samples(["a", "bb"], ["c", "dd"], ["e", "ff"])
 
 
 def test_an_items_id_is_its_content() -> None:
-    one = Item("p", ("a", "b"), {"source": "x"})
-    assert one.id == Item("p", ("a", "b")).id
-    assert len({one.id, Item("p", ("b", "a")).id, Item("q", ("a", "b")).id, Item("p", ("a",)).id}) == 4
+    same = [Item("p", ("a", "b"), {"source": "x"}), Item("p", ("a", "b"))]
+    other = [Item("p", ("b", "a")), Item("q", ("a", "b")), Item("p", ("a",))]
+    assert same[0].id == same[1].id and len({item.id for item in [*same, *other]}) == 4
 
 
 @pytest.mark.parametrize(
@@ -70,7 +63,7 @@ def test_an_items_id_is_its_content() -> None:
         ((), "has 0 completions"),
         (tuple("abcdefghij"), "has 10 completions"),
         (("a", None), "completion 1 is missing"),
-        (("a", "b", "a"), "completions 0 and 2 are equal"),
+        (("a", "b", "a"), "has 3 completions, 1 equal"),
     ],
 )
 def test_items_that_cannot_be_judged_are_refused(completions: tuple[Any, ...], said: str) -> None:
@@ -84,7 +77,6 @@ def test_items_that_cannot_be_judged_are_refused(completions: tuple[Any, ...], s
         ({"ranks": (1, 2)}, "rank", 3),
         ({"ranks": (0, 1)}, "rank", 2),
         ({"rating": 1}, "rank", 2),
-        ({"rating": 2}, "good/bad", 1),
         ({"rating": 0}, "1-7", 1),
         ({"ranks": (1,)}, "1-7", 1),
         ({"ranks": (1, 2), "rating": 1}, "rank", 2),
@@ -130,57 +122,52 @@ def test_ranks_and_the_order_shown_are_kept_whatever_the_order() -> None:
     for seed in range(30):
         row = feedback.ask([item], rater, seed=seed).iloc[0]
         assert row["ranks"] == [3, 4, 1, 2]
-        assert rater.asked[-1][1] == tuple(item.completions[i] for i in row["shown"])
+        assert rater.asked[-1] == tuple(item.completions[i] for i in row["shown"])
         orders.add(tuple(row["shown"]))
     assert len(orders) > 10
     first = feedback.ask(feedback.items(samples(*[["a", "bb"]] * 20)), rater)["shown"].str[0]
     assert 3 <= (first == 0).sum() <= 17
 
 
-def test_raters_take_turns_and_the_budget_ends_it() -> None:
+def test_raters_take_turns() -> None:
     raters, made = [Longest(name) for name in ("ana", "ben", "cy")], feedback.items(THREE)
     judged = feedback.ask(made, raters, per_item=2)
-    assert judged["rater"].tolist() == ["ana", "ben", "cy"] * 2
-    assert judged["item"].tolist() == [item.id for item in made for _ in range(2)]
-    assert len(feedback.ask(made, raters, per_item=2, budget=3)) == 3
+    expected = zip(["ana", "ben", "cy"] * 2, (item.id for item in made for _ in range(2)), strict=True)
+    assert list(zip(judged["rater"], judged["item"], strict=True)) == list(expected)
 
 
 @pytest.mark.parametrize(
-    ("raters", "asking", "said"),
+    ("names", "asking", "said"),
     [
-        ([Longest("")], {}, "name"),
-        ([Longest(), Longest()], {}, "a `name` of its own"),
-        ([Longest()], {"per_item": 2}, "there are 1 raters"),
-        ([Longest()], {"question": "stars"}, "there are rank, good/bad, 1-7"),
-        ([Longest()], {"question": "1-7"}, "asks about one completion"),
+        ([""], {}, "name"),
+        (["ana", "ana"], {}, "a `name` of its own"),
+        (["ana"], {"per_item": 2}, "per_item=2"),
+        (["ana"], {"question": "stars"}, "there are rank, good/bad, 1-7"),
+        (["ana"], {"question": "1-7"}, "asks about one completion"),
     ],
 )
-def test_wrong_ways_to_ask_are_refused(raters: list[Longest], asking: dict[str, Any], said: str) -> None:
+def test_wrong_ways_to_ask_are_refused(names: list[str], asking: dict[str, Any], said: str) -> None:
     with pytest.raises(FeedbackError, match=said):
-        feedback.ask([Item("p", ("a", "bb"))], raters, **asking)
+        feedback.ask([Item("p", ("a", "bb"))], [Longest(name) for name in names], **asking)
 
 
 def test_asking_with_a_store_goes_on_where_it_stopped(tmp_path: Any) -> None:
     store, made = feedback.Store(tmp_path / "judgments.db"), feedback.items(THREE)
     first, second = Longest(), Longest()
-    feedback.ask(made, first, budget=2, store=store)
+    feedback.ask(made[:2], first, store=store)
     judged = feedback.ask(made, second, store=store)
     assert len(first.asked) == 2 and len(second.asked) == 1
     without = feedback.ask(made, Longest())
-    same = [name for name in feedback.COLUMNS if name not in ("seconds", "time")]
+    same = [name for name in COLUMNS if name not in ("seconds", "time")]
     pd.testing.assert_frame_equal(judged[same], without[same])
 
 
-def test_items_are_chosen_where_the_ensemble_disagrees_most() -> None:
-    scores = [{"a": 0.0, "b": 1.0, "c": 5.0, "d": 6.0}, {"a": 0.0, "b": 1.0, "c": 8.0, "d": 5.0}]
-    ensemble = Ensemble([lambda p, c, s=each, **_: [s[text] for text in c] for each in scores])
-    made = feedback.items(samples(["a", "b"], ["c", "d"]))
-    # Gaps: 1 and 1; 1 and -3, so each completion's centred score is 2 apart: a standard deviation of sqrt(2).
-    np.testing.assert_allclose(feedback.disagreement(made, ensemble), [0.0, math.sqrt(2)])
-    assert feedback.choose(made, 1, ensemble) == [made[1]] and feedback.choose(made, 2) == made
-    assert len({feedback.choose(made, 1, seed=seed)[0].id for seed in range(20)}) == 2
-    with pytest.raises(FeedbackError, match="there are 2 items"):
-        feedback.choose(made, 3)
+def test_items_are_chosen_at_random_by_a_seed() -> None:
+    made = feedback.items(THREE)
+    assert feedback.choose(made, 3) == made
+    assert len({feedback.choose(made, 1, seed=seed)[0].id for seed in range(20)}) == 3
+    with pytest.raises(FeedbackError, match="there are 3 items"):
+        feedback.choose(made, 4)
 
 
 # Converting ---
@@ -213,8 +200,7 @@ def test_ties_skips_and_withdrawn_judgments_give_no_pair_and_are_counted(tmp_pat
         pairs = preferences(ranked((1, 1, 3), 3), ranked((1, 1)), ranked(None), taken_back)
     assert [(row["chosen"], row["rejected"]) for row in pairs] == [("a", "c"), ("b", "c")]
     assert pairs["shown_first"][:] == ["chosen", "chosen"]
-    turned = preferences(ranked((2, 1)), ranked((1, 2)) | {"shown": []})
-    assert turned["shown_first"][:] == ["rejected", None]
+    assert preferences(ranked((2, 1)))["shown_first"][:] == ["rejected"]
     pairs.to_json(tmp_path / "pairs.jsonl")
     assert data.load(tmp_path / "pairs.jsonl").to_list() == pairs.to_list()
     with pytest.raises(FeedbackError, match="none of 1 judgments puts"):

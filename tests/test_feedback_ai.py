@@ -24,10 +24,9 @@ import tiny
 import torch
 
 from rlhf_kit import feedback, stats
-from rlhf_kit.feedback import Answer, Endpoint, EndpointRater, FeedbackError, Item, LanguageModelRater, Template
-from rlhf_kit.feedback.language_model import _as_rows
-from rlhf_kit.feedback.model_rater import ModelRater
-from rlhf_kit.feedback.templates import read_reply
+from rlhf_kit.feedback import Answer, EndpointRater, FeedbackError, Item, LanguageModelRater, Principle, Template
+from rlhf_kit.feedback.constitution import read_reply
+from rlhf_kit.feedback.language_model import ModelRater, _as_rows
 from rlhf_kit.models import load_causal, load_tokenizer
 from rlhf_kit.tasks import Pocket, pocket
 from rlhf_kit.tasks.pocket.answers import CARELESS, DEMONSTRATION, write
@@ -37,7 +36,8 @@ GOOD, BAD = " the otter lives by the river .", " i am not sure ."
 RATE = "{prompt} {completion} is this good ?"
 PAIR = Template("{prompt} this is {first} that is {second} which is best ?", RATE, ("this", "that"), chat=False)
 ASKED = Template("{question} {prompt} {first} {second} ?", RATE, ("this", "that"), chat=False)
-ONE = feedback.Constitution((feedback.Principle("short", "which is short ?", "say it", "mend it"),))
+ONE = [Principle("short", "which is short ?", "say it", "mend it")]
+ITEM = Item(PROMPT, (GOOD, BAD))
 
 
 class Letters:
@@ -49,32 +49,29 @@ class Letters:
         return Answer(ranks=(1, 2) if len(completions[0]) > len(completions[1]) else (2, 1))
 
 
-# Constitutions --------------------------------------------------------------------------------------------------------
+def preference(rater: ModelRater, a: Any = GOOD, b: Any = BAD, prompt: Any = PROMPT) -> float:
+    return rater.preferences([prompt], [a], [b])[0]
 
 
 FAULTS = {
-    "principles: [": "cannot be read as a constitution",
-    "principles: []": "is one list under the key `principles`, and it is not empty",
-    "principles:\n- just words": "principle 1: 'just words' has a key that is not one of name, compare",
-    "principles:\n- {name: a, compare: b, critique: c}": "principle 1: the key 'revise' is missing or no text",
-    "principles:\n- {name: a, compare: b, critique: c, revise: d, why: e}": "principle 1: {'name': 'a'",
-    "principles:\n- {name: a, compare: 3, critique: c, revise: d}": "principle 1: the key 'compare' is missing or no",
-    "principles:\n- {name: a, compare: b, critique: c, revise: d, weight: .nan}": "principle 1: 'weight' is nan",
-    "principles:\n- &p {name: a, compare: b, critique: c, revise: d}\n- *p": "principle 2: the name 'a' was given",
+    "principles: [": "expected the node content",
+    "rules: 3": "'principles'",
+    "principles:\n- just words": "after 0 principles.*must be a mapping",
+    "principles:\n- {name: a, compare: b, critique: c, revise: d, why: e}": "'why'",
+    "principles:\n- {name: a, compare: b, critique: c, revise: 3}": "needs texts",
+    "principles:\n- {name: a, compare: b, critique: c, revise: d, weight: .nan}": "weight above 0",
+    "principles:\n- &p {name: a, compare: b, critique: c, revise: d}\n- *p": "a name of its own",
 }
 
 
 @pytest.mark.parametrize("text", [None, *FAULTS])
-def test_a_faulty_constitution_is_refused_in_a_sentence_that_names_file_and_principle(
-    tmp_path: Path, text: str | None
-) -> None:
+def test_a_faulty_constitution_is_refused_in_a_sentence(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "mine.yaml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(FeedbackError) as error:
+    with pytest.raises(FeedbackError, match=f"^{path}.*{FAULTS.get(text or '', 'No such file')}") as error:
         feedback.constitution(path)
-    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
-    assert FAULTS.get(text or "", "No such file") in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # A causal LM read at its answer token ---------------------------------------------------------------------------------
@@ -94,9 +91,9 @@ def test_a_preference_is_the_mean_over_both_orders_of_the_answer_words_probabili
     rater = LanguageModelRater(zoo[mode], template=PAIR)
     ab = by_hand(zoo[mode], PAIR.comparison(PROMPT, GOOD, BAD, ""), PAIR.choices)
     ba = by_hand(zoo[mode], PAIR.comparison(PROMPT, BAD, GOOD, ""), PAIR.choices)
-    assert rater.preference(PROMPT, GOOD, BAD) == pytest.approx((ab + 1 - ba) / 2, abs=2e-5)
-    assert rater.position_bias == pytest.approx((ab + ba) / 2 - 0.5, abs=2e-5)
-    assert abs(rater.position_bias) > 0.02  # there is a bias to cancel
+    assert preference(rater) == pytest.approx((ab + 1 - ba) / 2, abs=2e-5)
+    assert rater.firsts == pytest.approx([(ab + ba) / 2], abs=2e-5)
+    assert abs(rater.firsts[0] - 0.5) > 0.02  # there is a bias to cancel
 
 
 @pytest.mark.parametrize("template", [PAIR, pocket.JUDGE_TEMPLATE], ids=["pair", "alone"])
@@ -105,28 +102,19 @@ def test_the_two_orders_cancel_exactly_and_many_rows_are_the_rows_one_by_one(
 ) -> None:
     rater = LanguageModelRater(zoo["gpt2"], template=template, batch_size=3)
     answers = [GOOD, BAD, " the otter eats fish .", " yes ."]
-    pairs = [(a, b) for a in answers for b in answers]
-    a, b = zip(*pairs, strict=True)
+    a, b = zip(*((one, other) for one in answers for other in answers), strict=True)
     together, turned = (np.array(rater.preferences([PROMPT] * 16, *order)) for order in ((a, b), (b, a)))
-    assert (together == 1 - turned).all()
-    one_by_one = [rater.preference(PROMPT, *pair) for pair in pairs]
-    assert one_by_one == [1 - rater.preference(PROMPT, second, first) for first, second in pairs]
-    assert together == pytest.approx(one_by_one, abs=1e-5)
-    assert rater.preference(PROMPT, GOOD, GOOD) == 0.5
+    assert (together + turned == 1).all() and (together[::5] == 0.5).all()  # each fifth is an answer against itself
+    assert together == pytest.approx([preference(rater, *pair) for pair in zip(a, b, strict=True)], abs=1e-5)
 
 
 def test_principles_count_by_their_weights(zoo: dict[str, str]) -> None:
-    short = replace(ONE.principles[0], weight=3)
-    two = feedback.Constitution((short, feedback.Principle("true", "which is true ?", "say it", "mend it")))
-    p, q = (
-        LanguageModelRater(zoo["full"], two, name, ASKED).preference(PROMPT, GOOD, BAD) for name in ("short", "true")
-    )
-    both = LanguageModelRater(zoo["full"], two, template=ASKED).preference(PROMPT, GOOD, BAD)
+    two = [replace(ONE[0], weight=3), Principle("true", "which is true ?", "say it", "mend it")]
+    p, q, both = (preference(LanguageModelRater(zoo["full"], two, name, ASKED)) for name in ("short", "true", None))
     assert abs(p - q) > 1e-3 and both == pytest.approx((3 * p + q) / 4, abs=1e-6)
-    with pytest.raises(FeedbackError, match="principle 'helpful': the template has no {question}"):
-        LanguageModelRater(zoo["full"], principle="helpful", template=PAIR)
-    with pytest.raises(FeedbackError, match="principle 'kind': is not in the constitution, which has helpful, tr"):
-        LanguageModelRater(zoo["full"], principle="kind", template=ASKED)
+    for template in (PAIR, ASKED):  # one has no place for a question, the other is asked about another one
+        with pytest.raises(FeedbackError, match="principle 'kind': is not asked about"):
+            LanguageModelRater(zoo["full"], principle="kind", template=template)
 
 
 def test_a_chat_model_is_asked_through_its_chat_template(zoo: dict[str, str], tmp_path: Path) -> None:
@@ -138,19 +126,18 @@ def test_a_chat_model_is_asked_through_its_chat_template(zoo: dict[str, str], tm
     template = replace(PAIR, choices=("A", "B"), verdicts=("y", "n"), chat=True)
     texts = [f"[{template.comparison(PROMPT, *pair, '')}]:" for pair in ((GOOD, BAD), (BAD, GOOD))]
     ab, ba = (by_hand(tmp_path, text, template.choices, space="") for text in texts)
-    completions = ([{"role": "assistant", "content": text}] for text in (GOOD, BAD))
-    p = LanguageModelRater(tmp_path, template=template).preference([{"role": "user", "content": PROMPT}], *completions)
+    good, bad, prompt = ([{"role": "x", "content": text}] for text in (GOOD, BAD, PROMPT))
+    p = preference(LanguageModelRater(tmp_path, template=template), good, bad, prompt)
     assert p == pytest.approx((ab + 1 - ba) / 2, abs=2e-5)
 
 
 def test_what_a_model_cannot_answer_is_refused(zoo: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(FeedbackError, match="the answer ' former' is not one token .* other answer words"):
-        LanguageModelRater(zoo["full"], template=replace(PAIR, choices=("former", "latter")))
-    with pytest.raises(FeedbackError, match="' this' is .* the same as the other answer's"):
-        LanguageModelRater(zoo["full"], template=replace(PAIR, choices=("this", "this")))
+    for words in (("former", "latter"), ("this", "this")):
+        with pytest.raises(FeedbackError, match="are not two single tokens .* other answer words"):
+            LanguageModelRater(zoo["full"], template=replace(PAIR, choices=words))
     rater = LanguageModelRater(zoo["full"], template=PAIR)
     with pytest.raises(FeedbackError, match="of 7[0-9] tokens and its answer exceed the model's 64 positions"):
-        rater.preference(PROMPT, GOOD * 8, BAD)
+        preference(rater, GOOD * 8)
     with pytest.raises(FeedbackError, match="'1-7' is for people"):
         rater(PROMPT, [GOOD], "1-7")
     judgments = feedback.ask([Item(PROMPT, (GOOD * 9, BAD))], Letters())
@@ -161,15 +148,32 @@ def test_what_a_model_cannot_answer_is_refused(zoo: dict[str, str], tmp_path: Pa
 def test_a_judge_answers_as_a_rater_and_is_a_reward(zoo: dict[str, str]) -> None:
     rater = LanguageModelRater(zoo["full"], template=PAIR, name="judge")
     answers = (GOOD, BAD, " the otter eats fish .")
-    p = {(i, j): rater.preference(PROMPT, answers[i], answers[j]) for i in range(3) for j in range(3) if i != j}
+    p = {(i, j): preference(rater, answers[i], answers[j]) for i in range(3) for j in range(3) if i != j}
     mean = [sum(p[i, j] for j in range(3) if j != i) / 2 for i in range(3)]
     assert rater(PROMPT, answers, "rank").ranks == tuple(1 + sum(other > one for other in mean) for one in mean)
-    judged = feedback.ask([Item(PROMPT, answers[:2])], rater)
+    judged = feedback.ask([ITEM], rater)
     assert judged["ranks"][0][int(p[0, 1] < 0.5)] == 1 and judged["rater"][0] == "judge"
     hand = by_hand(zoo["full"], PAIR.rating(PROMPT, GOOD), PAIR.verdicts)
     [odds] = rater.as_reward()([PROMPT], [GOOD])
     assert odds == pytest.approx(math.log(hand / (1 - hand)), abs=1e-4)
     assert rater(PROMPT, [GOOD], "good/bad") == Answer(rating=int(odds > 0), note=f"P(yes) {hand:.4f}")
+
+
+class Fixed(ModelRater):
+    """A model that rates each completion by the log-odds that it holds."""
+
+    def _log_odds(self, texts: list[str], words: tuple[str, str]) -> list[float]:
+        return [float(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("p", "ranks", "strength"),
+    [(0.5, (1, 1), None), (0.6, (1, 2), "slightly"), (0.25, (2, 1), "clearly"), (0.9001, (1, 2), "much")],
+)
+def test_strength_follows_the_probability(p: float, ranks: tuple[int, ...], strength: str | None) -> None:
+    rater = Fixed("fixed", Template("", "{completion}"))
+    answer = rater(PROMPT, [str(math.log(p / (1 - p)) + 2), "2"], "rank")
+    assert answer == Answer(ranks=ranks, strength=strength, note=f"preferred {p:.4f} {1 - p:.4f}")
 
 
 # A judge of pocket size -----------------------------------------------------------------------------------------------
@@ -210,7 +214,7 @@ def test_a_judge_trained_on_a_raters_judgments_agrees_with_gold_better_than_chan
 
 
 def test_both_orders_of_a_pair_are_training_rows() -> None:
-    judgments = feedback.ask([Item(PROMPT, (GOOD, BAD))], Letters())
+    judgments = feedback.ask([ITEM], Letters())
     ab, ba = (PAIR.comparison(PROMPT, *pair, "") for pair in ((GOOD, BAD), (BAD, GOOD)))
     assert _as_rows(judgments, PAIR) == [(ab, "this"), (ba, "that")]
     good, bad = (pocket.JUDGE_TEMPLATE.rating(PROMPT, each) for each in (GOOD, BAD))
@@ -255,16 +259,15 @@ def server(behave: Behaviour) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         thread.join()
 
 
-def says(text: str) -> Reply:
-    usage = {"prompt_tokens": 100, "completion_tokens": 2}
-    return 200, {}, json.dumps({"choices": [{"message": {"content": text}}], "usage": usage})
+def says(text: str, **usage: int) -> Reply:
+    return 200, {}, json.dumps({"choices": [{"message": {"content": text}}], **({"usage": usage} if usage else {})})
 
 
 def longer(n: int, request: dict[str, Any], headers: Any) -> Reply:
     """A judge who prefers the longer answer, whatever its place."""
     text = request["messages"][0]["content"]
     first, second = (text.split(mark)[1].split("\n\n")[0] for mark in ("[Answer A]\n", "[Answer B]\n"))
-    return says("A" if len(first) > len(second) else "B")
+    return says("A" if len(first) > len(second) else "B", prompt_tokens=100, completion_tokens=2)
 
 
 @pytest.fixture(autouse=True)
@@ -276,72 +279,44 @@ def rater_at(url: str, **changed: Any) -> EndpointRater:
     return EndpointRater(url, "m", **{"constitution": ONE, "timeout": 5.0, **changed})
 
 
+def chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
 def test_both_orders_are_asked_and_averaged_and_the_key_goes_in_the_header_only() -> None:
     with server(longer) as (url, asked):
         rater = rater_at(url, price_per_million=(1.0, 10.0))
-        assert rater.preference(PROMPT, GOOD, BAD) == 1 and rater.preference(PROMPT, BAD, GOOD) == 0
+        assert preference(rater) == 1 and preference(rater, BAD, GOOD) == 0
     assert [one.pop("key") for one in asked] == [f"Bearer {KEY}"] * 4 and KEY not in json.dumps(asked)
     assert asked[0]["path"] == "/v1/chat/completions" and asked[0]["model"] == "m" and asked[0]["temperature"] == 0
-    assert "which is short ?" in asked[0]["messages"][0]["content"] and rater.position_bias == 0
+    assert "which is short ?" in asked[0]["messages"][0]["content"] and rater.firsts == [0.5, 0.5]
     assert rater.costs() == "4 requests, 0 more from the cache, 400 tokens in, 8 out, price 0.0005"
     with server(lambda *_: says("Answer: **A**.")) as (url, _):
         rater = rater_at(url)
-        assert rater(PROMPT, [GOOD, BAD], "rank").ranks == (1, 1) and rater.position_bias == 0.5
+        assert rater(PROMPT, [GOOD, BAD], "rank").ranks == (1, 1) and rater.firsts == [1]
 
 
-def test_all_questions_of_a_judgment_are_asked_at_the_same_time() -> None:
-    both = feedback.Constitution((ONE.principles[0], replace(ONE.principles[0], name="other")))
+def test_requests_are_sent_together_and_replies_come_in_the_order_of_the_prompts() -> None:
     together = threading.Barrier(4, timeout=10)
 
     def waits(n: int, request: dict[str, Any], headers: Any) -> Reply:
         together.wait()  # until four requests have come
-        return longer(n, request, headers)
+        time.sleep(0.05 / (1 + n))  # the first is the slowest
+        return says(request["messages"][-1]["content"])
 
     with server(waits) as (url, _):
-        assert rater_at(url, constitution=both).preference(PROMPT, GOOD, BAD) == 1
+        assert rater_at(url).replies([chat(text) for text in "abcd"]) == list("abcd")
 
 
-def test_replies_come_in_the_order_of_the_prompts_with_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    def later_is_faster(n: int, request: dict[str, Any], headers: Any) -> Reply:
-        text = request["messages"][-1]["content"]
-        time.sleep(0.1 / (1 + int(text)))
-        return says(f"reply {text}")
-
-    with server(later_is_faster) as (url, _):
-        assert Endpoint(url, "m")([str(i) for i in range(10)]) == [f"reply {i}" for i in range(10)]
-    assert "replies of m  10/10  left 0:00" in capsys.readouterr().out
-
-
-class Fixed(ModelRater):
-    """A model that rates each completion by the log-odds that it holds."""
-
-    def _log_odds(self, texts: list[str], words: tuple[str, str]) -> list[float]:
-        return [float(text) for text in texts]
-
-
-@pytest.mark.parametrize(
-    ("p", "ranks", "strength"),
-    [(0.5, (1, 1), None), (0.6, (1, 2), "slightly"), (0.25, (2, 1), "clearly"), (0.9001, (1, 2), "much")],
-)
-def test_strength_follows_the_probability(p: float, ranks: tuple[int, ...], strength: str | None) -> None:
-    rater = Fixed("fixed", Template("", "{completion}"), [])
-    answer = rater(PROMPT, [str(math.log(p / (1 - p)) + 2), "2"], "rank")
-    assert answer == Answer(ranks=ranks, strength=strength, note=f"preferred {p:.4f} {1 - p:.4f}")
-
-
-def test_a_second_run_costs_nothing_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    things, cache = [Item(PROMPT, (GOOD, BAD)), Item(PROMPT, (GOOD, " yes ."))], tmp_path / "replies.sqlite"
+def test_a_second_run_costs_nothing_and_says_so(tmp_path: Path) -> None:
+    things, cache = [ITEM, Item(PROMPT, (GOOD, " yes ."))], tmp_path / "replies.sqlite"
     with server(longer) as (url, asked):
         first = feedback.ask(things, rater_at(url, cache=cache))
-        second = feedback.ask(things, rater_at(url, cache=cache), label="judge")
-        assert second["ranks"].tolist() == first["ranks"].tolist() == [[1, 2], [1, 2]]
-        assert len(asked) == 4
-        assert "endpoint:m: 0 requests, 4 more from the cache, 0 tokens in, 0 out\n" in capsys.readouterr().out
-        rater_at(url, cache=cache, temperature=1.0).preference(PROMPT, GOOD, BAD)  # another request
+        rater = rater_at(url, cache=cache)
+        assert feedback.ask(things, rater)["ranks"].tolist() == first["ranks"].tolist() == [[1, 2], [1, 2]]
+        assert rater.costs() == "0 requests, 4 more from the cache, 0 tokens in, 0 out" and len(asked) == 4
+        preference(rater_at(url, cache=cache, temperature=1.0))  # another request
         assert len(asked) == 6
-    with server(lambda n, *_: says(str(n))) as (url, asked):
-        assert Endpoint(url, "m", cache=cache)(["same"] * 3) == ["0"] * 3
-        assert sorted(Endpoint(url, "m")(["same"] * 3)) == ["1", "2", "3"]  # samples of their own
 
 
 def test_the_key_is_nowhere_but_on_the_wire(
@@ -352,61 +327,57 @@ def test_the_key_is_nowhere_but_on_the_wire(
 
     def repeats(n: int, request: dict[str, Any], headers: Any) -> Reply:
         said = headers["Authorization"]
-        return says(f"your key is {said}") if n < 2 else (400, {}, f"bad request with {said}")
+        return says(f"your key is {said}") if n < 6 else (400, {}, f"bad request with {said}")
 
     with server(repeats) as (url, _):
-        rater = rater_at(url, cache=tmp_path / "replies.sqlite", max_repeats=0)
+        rater = rater_at(url, cache=tmp_path / "replies.sqlite")
         note = rater(PROMPT, [GOOD, BAD], "rank").note
         assert "[key]" in note
-        with pytest.raises(FeedbackError, match=r"refuses .* \(400: bad request with Bearer \[key\]\)") as error:
+        with pytest.raises(FeedbackError, match=r"\(400: bad request with Bearer \[key\];") as error:
             rater(PROMPT, [GOOD, " yes ."], "rank")
     said = capsys.readouterr()
-    seen = [note, str(error.value), said.out, said.err, caplog.text]
-    seen += [str(each) for thing in (rater, rater.endpoint) for each in (repr(thing), vars(thing))]
-    seen += [str(vars(rater.endpoint._client)), *(str(path.read_bytes()) for path in tmp_path.iterdir())]
+    seen = [note, str(error.value), said.out, said.err, caplog.text, repr(rater), str(vars(rater))]
+    seen += [str(vars(rater._client)), *(str(path.read_bytes()) for path in tmp_path.iterdir())]
     assert not [text for text in seen if KEY in text]
 
 
 @pytest.mark.parametrize(
     ("reply", "requests", "says_so"),
     [
-        ((401, {}, f"no, {KEY}"), 1, r"does not accept the key \(401\); .* the key in OPENAI_API_KEY"),
-        ((403, {}, f"no, {KEY}"), 1, r"does not allow the key to use the model \(403\)"),
-        ((404, {}, f"no, {KEY}"), 1, r"knows no such model \(404\); check the model's name, base_url"),
-        ((422, {}, "too\nlong"), 1, r"refuses the request \(422: too long\)"),
-        ((500, SOON, f"no, {KEY}"), 3, r"still answers 500 \(.*max_retries=2: no, \[key\]\); replies are kept only"),
-        ((429, {"Retry-After": "7200"}, ""), 1, r"still answers 429 \(Retry-After: 7200; max_retries=2: \)"),
+        ((401, {}, f"no, {KEY}"), 1, r"\(401: no, \[key\]; .*; check .* key_variable='OPENAI_API_KEY'"),
+        ((422, {}, "too\nlong"), 1, r"\(422: too long;"),
+        ((500, SOON, ""), 3, r"\(500:; .*max_retries=2\).*kept in no file \(no cache"),
+        ((429, {"Retry-After": "7200"}, ""), 1, r"\(429:; Retry-After: 7200, "),
         ((200, {}, "<html>hello</html>"), 1, "answered without a message; is base_url that of a chat"),
         ((200, {"Content-Type": "application/json"}, "<html>"), 1, "answered without a message"),
-        ((200, {}, "[]"), 1, "answered without a message"),
         ((200, {}, '{"choices": []}'), 1, "answered without a message"),
         ((200, {}, '{"choices": [{"message": {}}]}'), 1, "answered without a message"),
     ],
 )
 def test_what_a_server_refuses_is_one_sentence_without_the_key(reply: Reply, requests: int, says_so: str) -> None:
     with server(lambda *_: reply) as (url, asked):
-        with pytest.raises(FeedbackError, match=f"m at {url}: {says_so}") as error:
-            Endpoint(url, "m", max_retries=2).reply([{"role": "user", "content": "hello"}])
+        with pytest.raises(FeedbackError, match=f"m at {url}: .*{says_so}") as error:
+            rater_at(url, max_retries=2).replies([chat("hello")])
         assert len(asked) == requests and KEY not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_first_error_ends_a_batch_and_a_prompt_goes_to_no_other_server() -> None:
     with server(lambda *_: says("A")) as (elsewhere, asked_elsewhere):
         moved = (307, {"Location": f"{elsewhere}/chat/completions"}, "")
-        with server(lambda *_: moved) as (url, asked), pytest.raises(FeedbackError, match=r"refuses the request \(307"):
-            Endpoint(url, "m", concurrency=2)([str(i) for i in range(100)])
+        with server(lambda *_: moved) as (url, asked), pytest.raises(FeedbackError, match=r"gave no answer \(307"):
+            rater_at(url, concurrency=2).replies([chat(str(i)) for i in range(100)])
     assert len(asked) < 20 and not asked_elsewhere
 
 
 def test_a_server_that_fails_for_ever_loses_nothing_that_was_judged(tmp_path: Path) -> None:
-    things = [Item(PROMPT, (GOOD, BAD)), Item(PROMPT, (GOOD, " yes ."))]
+    things = [ITEM, Item(PROMPT, (GOOD, " yes ."))]
     store, cache = feedback.Store(tmp_path / "judgments.sqlite"), tmp_path / "replies.sqlite"
 
     def fails(n: int, request: dict[str, Any], headers: Any) -> Reply:
         return (500, SOON, "") if 3 <= n < 7 else longer(n, request, headers)
 
     with server(fails) as (url, asked):
-        with pytest.raises(FeedbackError, match="still answers 500 .* earlier replies are kept in .*sqlite"):
+        with pytest.raises(FeedbackError, match="gave no answer .500:.*kept in .*sqlite"):
             feedback.ask(things, rater_at(url, cache=cache, max_retries=3, concurrency=1), store=store)
         assert len(asked) == 3 + 4 and len(store.judgments()) == 1
         feedback.ask(things, rater_at(url, cache=cache), store=store)
@@ -417,10 +388,10 @@ def test_a_server_that_is_silent_or_not_there_is_given_up_in_one_sentence() -> N
     silence = threading.Event()
     with server(lambda *_: (silence.wait(5), says("A"))[1]) as (url, asked):
         with pytest.raises(FeedbackError, match=r"gave no answer \(Request timed out.*timeout=0.1 s, max_retries=0\)"):
-            Endpoint(url, "m", timeout=0.1, max_retries=0)(["hello"])
+            rater_at(url, timeout=0.1, max_retries=0).replies([chat("hello")])
         silence.set()
-    with pytest.raises(FeedbackError, match=r"gave no answer \(Connection error.*refused; timeout=60.0 s"):
-        Endpoint(url, "m", max_retries=0)(["hello"])  # its server has gone
+    with pytest.raises(FeedbackError, match=r"gave no answer \(Connection error.*refused; timeout=5.0 s"):
+        rater_at(url, max_retries=0).replies([chat("hello")])  # its server has gone
 
 
 def test_garbage_is_asked_again_and_then_skipped_with_a_note_never_guessed() -> None:
@@ -428,51 +399,46 @@ def test_garbage_is_asked_again_and_then_skipped_with_a_note_never_guessed() -> 
         return says("A or B, who knows?") if n < 2 else longer(n, request, headers)
 
     with server(mumbles) as (url, asked):
-        assert rater_at(url, concurrency=1).preference(PROMPT, GOOD, BAD) == 1
+        assert preference(rater_at(url, concurrency=1)) == 1
         assert [len(one["messages"]) for one in asked] == [1, 1, 3, 3]
     with server(lambda *_: says("both are nice")) as (url, asked):
         rater = rater_at(url)
-        judged = feedback.ask([Item(PROMPT, (GOOD, BAD))], rater)
-        assert len(asked) == 6 and judged["ranks"][0] is None and math.isnan(rater.position_bias)
+        judged = feedback.ask([ITEM], rater)
+        assert len(asked) == 6 and judged["ranks"][0] is None and not rater.firsts
         assert judged["note"][0] == "asked 3 times, endpoint:m gave no answer word; its last reply: 'both are nice'"
 
 
 @pytest.mark.parametrize(
     ("reply", "read"),
-    [("A", 0), (" b.", 1), ("**B**", 1), ("Answer: A", 0), ("Better answer: B", 1), ("A good answer is B", None)]
-    + [("", None), ("AB", None), ("A or B", None), ("neither", None)],
+    [("A", 0), (" b.", 1), ("**B**", 1), ("Better answer: B", 1), ("A good answer is B", None)]
+    + [("", None), ("AB", None), ("A or B", None)],
 )
 def test_only_the_word_itself_is_an_answer(reply: str, read: int | None) -> None:
     assert read_reply(reply, ("A", "B")) == read
 
 
 def test_ratings_and_pairs_of_ratings_at_an_endpoint_without_keys_or_counts() -> None:
-    def judges(n: int, request: dict[str, Any], headers: Any) -> Reply:
-        word = "yes" if "river" in request["messages"][0]["content"] else "no"
-        return 200, {}, json.dumps({"choices": [{"message": {"content": word}}]})
-
-    with server(judges) as (url, asked):
+    with server(lambda n, request, _: says("yes" if "river" in str(request) else "no")) as (url, asked):
         rater = EndpointRater(url, "m", template=pocket.JUDGE_TEMPLATE, key_variable=None, price_per_million=(1, 1))
         assert rater(PROMPT, [GOOD], "good/bad").rating == 1 and rater(PROMPT, [BAD], "good/bad").rating == 0
-        assert rater.preference(PROMPT, GOOD, BAD) == 1 and rater.preference(PROMPT, BAD, " no .") == 0.5
+        assert preference(rater) == 1 and preference(rater, BAD, " no .") == 0.5
         assert {one["key"] for one in asked} == {None}
-    assert rater.costs().endswith("0 out, price 0.0000 (6 replies came without a count of tokens)")
+    assert rater.costs().endswith("0 tokens in, 0 out, price 0.0000")
 
 
 def test_what_cannot_work_is_refused_before_anything_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FeedbackError, match="base_url 'localhost:8000': is no address"):
-        Endpoint("localhost:8000", "m")
-    with pytest.raises(FeedbackError, match="keys belong in an environment variable") as error:
-        Endpoint("https://me:secret@host/v1", "m")
-    assert "secret" not in str(error.value)
+    for url in ("localhost:8000", "https://me:secret@host/v1", "https://host/v1?key=secret"):
+        with pytest.raises(FeedbackError, match="base_url: is an address such as .* environment variable") as error:
+            rater_at(url)
+        assert "secret" not in str(error.value)
     with pytest.raises(FeedbackError, match="the environment variable MY_KEY is not set or holds no key"):
-        Endpoint("http://localhost/v1", "m", key_variable="MY_KEY")
+        rater_at("http://localhost/v1", key_variable="MY_KEY")
     (tmp_path / "text").write_text("no database, but some words of more than a page" * 99)
     with pytest.raises(FeedbackError, match="text: cannot be used as a cache"):
-        Endpoint("http://localhost/v1", "m", cache=tmp_path / "text")
+        rater_at("http://localhost/v1", cache=tmp_path / "text")
     monkeypatch.setitem(sys.modules, "openai", None)  # as if it were not installed
     with pytest.raises(FeedbackError, match=r"needs the openai package: pip install 'rlhf-kit\[endpoint\]'"):
-        Endpoint("http://localhost/v1", "m")
+        rater_at("http://localhost/v1")
 
 
 @pytest.mark.slow
@@ -499,9 +465,9 @@ def test_a_real_server_gives_the_answers_of_the_model_itself(judge: str, tmp_pat
             for each in item.completions:
                 expected = here(item.prompt, [each], "good/bad").rating
                 assert remote(item.prompt, [each], "good/bad").rating == expected
-        assert remote.endpoint.tokens_out == 2 * remote.endpoint.asked  # the word and EOS
+        assert remote.counts["out"] == 2 * remote.counts["asked"]  # the word and EOS
         answers = pd.DataFrame({"prompt": [PROMPT], "completion": [GOOD]})
-        assert feedback.critique_and_revise(remote.endpoint, answers, ONE)["revision"][0]
+        assert feedback.critique_and_revise(remote.replies, answers, ONE)["revision"][0]
     finally:
         process.terminate()
         process.wait(20)
@@ -519,11 +485,11 @@ def test_each_round_shows_the_last_answer_and_asks_by_the_principle_drawn() -> N
 
     answers = pd.DataFrame({"prompt": [PROMPT] * 30, "completion": [BAD] * 30, "kind": "ask"})
     frame = feedback.critique_and_revise(writes, answers, rules, rounds=2, seed=3)
-    assert len(frame) == 60 and set(frame["principle"]) == {each.name for each in rules.principles}
+    assert len(frame) == 60 and set(frame["principle"]) == {each.name for each in rules}
     one, two = (frame[frame["round"] == number].reset_index(drop=True) for number in (1, 2))
     assert two["answer"].tolist() == one["revision"].tolist() and one["answer"][0] == BAD.strip()
     critique, revise = seen[0], seen[30]
-    first = rules[one["principle"][0]]
+    first = next(each for each in rules if each.name == one["principle"][0])
     assert [message["content"] for message in critique] == [PROMPT, BAD.strip(), first.critique]
     assert [message["content"] for message in revise[2:]] == [first.critique, one["critique"][0], first.revise]
     assert [message["role"] for message in revise] == ["user", "assistant"] * 2 + ["user"]
@@ -535,30 +501,16 @@ def test_each_round_shows_the_last_answer_and_asks_by_the_principle_drawn() -> N
 
 
 def test_an_empty_revision_leaves_the_answer_and_is_counted_and_chats_stay_chats() -> None:
-    chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": PROMPT}]
+    prompt = [{"role": "system", "content": "be kind"}, *chat(PROMPT)]
     completions = [[{"role": "assistant", "content": text}] for text in (BAD, GOOD)]
-    answers = pd.DataFrame({"prompt": [chat] * 2, "completion": completions})
+    answers = pd.DataFrame({"prompt": [prompt] * 2, "completion": completions})
     with pytest.warns(UserWarning, match="1 of 2 revisions were empty"):
         frame = feedback.critique_and_revise(lambda prompts: [" ", "better"], answers)
     assert frame["answer"].tolist() == [BAD.strip(), GOOD.strip()]
-    made = feedback.as_demonstrations(frame).to_list()
-    assert made == [
-        {"prompt": chat, "completion": [{"role": "assistant", "content": text}]} for text in (BAD.strip(), "better")
-    ]
-    with pytest.raises(FeedbackError, match="no column completion"):
-        feedback.critique_and_revise(lambda prompts: [], answers[["prompt"]])
-    with pytest.raises(FeedbackError, match="2 texts were asked for, and 1 came back"):
+    made = feedback.as_demonstrations(frame)["completion"][:]
+    assert made == [[{"role": "assistant", "content": text}] for text in (BAD.strip(), "better")]
+    with pytest.raises(ValueError, match="shorter"):
         feedback.critique_and_revise(lambda prompts: ["better"], answers)
-
-
-@pytest.mark.filterwarnings("ignore:.*revisions were empty")  # a base model may end at once
-def test_a_model_directory_writes_and_the_same_seed_writes_the_same() -> None:
-    answers = pd.DataFrame({"prompt": [PROMPT] * 3, "completion": [BAD] * 3})
-    frames = [
-        feedback.critique_and_revise(feedback.writer(Pocket.base_model, 12, seed=5, batch_size=2), answers, ONE)
-        for _ in range(2)
-    ]
-    assert frames[0].equals(frames[1]) and frames[0]["revision"].str.len().min() > 0
 
 
 def test_the_rule_reader_mends_what_a_principle_names_and_gold_rises() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,8 +19,7 @@ from scipy.stats import beta, halfnorm, norm
 
 from rlhf_kit import cli, feedback
 from rlhf_kit.feedback import Answer, FeedbackError, Item, Store
-from rlhf_kit.feedback.bias import gold_gaps
-from rlhf_kit.feedback.choice_model import Choices, Posterior
+from rlhf_kit.feedback.bias import Posterior, position_from_swaps
 from rlhf_kit.feedback.judging import as_row, judgments_frame
 from rlhf_kit.tasks import Pocket, pocket
 from rlhf_kit.tasks.pocket import answers
@@ -33,16 +33,15 @@ def pair(k: int, longer: int = 0) -> Item:
     return Item(f"q{k}", ("a" + " a" * longer, "b"))
 
 
-def judged(*said: tuple[Item, str, Any], shown: dict[int, tuple[int, ...]] | None = None) -> pd.DataFrame:
+def judged(*said: tuple[Item, str, Any], shown: tuple[tuple[int, ...], ...] = ()) -> pd.DataFrame:
     """A frame of (item, rater, ranks in the item's order | rating | None); `shown` by row, else the item's order."""
     rows = []
     for number, (item, rater, value) in enumerate(said):
-        order = (shown or {}).get(number, tuple(range(len(item.completions))))
-        if len(item.completions) > 1:
-            answer = Answer(ranks=None if value is None else tuple(value[i] for i in order))
-            rows.append(as_row(number, item, rater, "rank", answer, order, 1.0, "test"))
-        else:
-            rows.append(as_row(number, item, rater, "1-7", Answer(rating=value), order, 1.0, "test"))
+        order = shown[number] if shown else tuple(range(len(item.completions)))
+        ranking = len(item.completions) > 1
+        answer = Answer(ranks=tuple(value[i] for i in order)) if ranking and value else Answer()
+        answer = answer if ranking else Answer(rating=value)
+        rows.append(as_row(number, item, rater, "rank" if ranking else "1-7", answer, order, 1.0, "test"))
     return judgments_frame(rows)
 
 
@@ -55,7 +54,7 @@ def alpha(*said: tuple[Item, str, Any]) -> float:
 
 def test_a_ranking_is_a_vote_per_pair_and_repeats_count_once() -> None:
     three = Item("q", ("a", "b b", "c , c c"))
-    frame = judged((three, "ana", (1, 3, 2)), (three, "ana", (1, 2, 2)), shown={0: (2, 0, 1), 1: (1, 0, 2)})
+    frame = judged((three, "ana", (1, 3, 2)), (three, "ana", (1, 2, 2)), shown=((2, 0, 1), (1, 0, 2)))
     last = feedback.votes(frame).set_index("pair")
     assert last["value"].to_dict() == {"0-1": 1, "0-2": 1, "1-2": 0}
     assert last["first"].to_dict() == {"0-1": -1, "0-2": 0, "1-2": 1}  # the page began with completion 1
@@ -108,7 +107,6 @@ def test_one_rater_has_no_agreement_and_is_told_why() -> None:
     found = feedback.agreement(frame)
     assert found["question"].tolist() == ["rank", "rank", "1-7", "1-7"]  # never mixed in one alpha
     assert found["value"].isna().all() and set(found["why"]) == {"no two raters judged the same"}
-    assert (found["left_out"] == 1).all()
     row = feedback.raters(frame).iloc[0]
     assert math.isnan(row["agree"]) and row["judgments"] == 2 and "no pair with another" in row["why"]
 
@@ -124,20 +122,17 @@ def test_all_ties_agree_but_not_beyond_chance() -> None:
 
 
 def test_a_rater_with_only_skips_keeps_a_row() -> None:
-    frame = judged((pair(0), "ana", A), (pair(0), "ben", A), (pair(0), "cy", SKIP), (pair(1), "cy", SKIP))
-    table, figure = feedback.report(frame)
-    row = table.set_index("rater").loc["cy"]
-    assert (row["skips"], row["judgments"]) == (2, 2) and math.isnan(row["agree"])
-    assert len(table) == 3 and len(figure.axes) == 4
-    assert len(feedback.raters(frame[frame["rater"] == "cy"])) == 1
+    frame = judged((pair(0), "ana", A), (pair(0), "cy", SKIP), (pair(1), "cy", SKIP))
+    for part in (frame, frame[frame["rater"] == "cy"]):
+        row = feedback.raters(part).set_index("rater").loc["cy"]
+        assert (row["skips"], row["judgments"]) == (2, 2) and math.isnan(row["agree"])
 
 
 def test_nobody_at_all_is_one_sentence() -> None:
     taken_back = judged((pair(0), "ana", A)).assign(withdrawn=True)
-    for function in (feedback.agreement, feedback.raters, feedback.biases, feedback.report):
-        for frame in (judgments_frame([]), taken_back):
-            with pytest.raises(FeedbackError, match="there are no judgments yet"):
-                function(frame)
+    for frame in (judgments_frame([]), taken_back):
+        with pytest.raises(FeedbackError, match="there are no judgments yet"):
+            feedback.report(frame)
 
 
 # raters ---
@@ -153,25 +148,11 @@ def test_the_table_of_raters_is_what_can_be_counted_by_hand() -> None:
     frame = judged(*said)
     frame.loc[frame["rater"] == "ana", "seconds"] = [3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 0.5, 0.9]
     row = feedback.raters(frame).set_index("rater").loc["ana"]
-    assert (row["judgments"], row["skips"], row["ties"], row["votes"]) == (9, 1, 0, 5)
+    assert (row["judgments"], row["skips"], row["ties"]) == (9, 1, 0)
     assert row["agree"] == 3 / 4 and row["even_votes"] == 1
     assert row["side_bias"] == pytest.approx(4 / 5 - 1 / 2)
     assert row["repeats"] == 3 and row["repeats_changed"] == pytest.approx(2 / 3)
     assert row["seconds"] == 3.0 and row["too_fast"] == pytest.approx(2 / 9)
-
-
-def test_agreement_with_gold_scores_each_pair_once_with_its_columns() -> None:
-    asked = []
-
-    def gold(prompts: list[str], completions: list[str], kind: list[str]) -> list[float]:
-        asked.extend(zip(prompts, completions, kind, strict=True))
-        return [float(len(text)) for text in completions]
-
-    items = [Item(f"q{k}", ("a", "bb"), {"kind": "ask"}) for k in range(3)] + [Item("q9", ("a", "b"), {"kind": "ask"})]
-    frame = judged(*((item, "ana", ranks) for item, ranks in zip(items, (B, B, A, A), strict=True)))
-    assert gold_gaps(feedback.votes(frame), frame, gold).tolist() == [-1, -1, -1, 0]
-    assert len(asked) == 8
-    assert feedback.raters(frame, gold).iloc[0]["agree_gold"] == pytest.approx(2 / 3)  # equal gold says nothing
 
 
 # biases ---
@@ -179,17 +160,16 @@ def test_agreement_with_gold_scores_each_pair_once_with_its_columns() -> None:
 
 def test_pairs_judged_in_both_orders_give_the_bias_by_hand() -> None:
     """Six pairs with the first place preferred both times, two with the second, three unmoved: log(6 / 2) / 2."""
-    said, shown = [], {}
-    for k, (one, other) in enumerate([(A, B)] * 6 + [(B, A)] * 2 + [(A, A)] * 3):
-        shown[len(said)], shown[len(said) + 1] = (0, 1), (1, 0)
-        said += [(pair(k), "ana", one), (pair(k), "ana", other)]
-    row = feedback.position_from_swaps(judged(*said, shown=shown)).iloc[0]
+    both = [(A, B)] * 6 + [(B, A)] * 2 + [(A, A)] * 3
+    said = [(pair(k), "ana", ranks) for k, votes in enumerate(both) for ranks in votes]
+    shown = ((0, 1), (1, 0)) * len(both)
+    row = position_from_swaps(judged(*said, shown=shown)).iloc[0]
     assert (row["swaps"], row["changed"]) == (11, 8)
     assert row["position_swapped"] == pytest.approx(math.log(3) / 2)
     # Clopper and Pearson of 6 in 8: [.3491, .9681]
     assert row["position_swapped_lo"] == pytest.approx(0.5 * math.log(0.3491 / 0.6509), abs=1e-3)
     assert row["position_swapped_hi"] == pytest.approx(0.5 * math.log(0.9681 / 0.0319), abs=1e-2)
-    one_way = feedback.position_from_swaps(judged(*said[:12], shown=shown)).iloc[0]
+    one_way = position_from_swaps(judged(*said[:12], shown=shown)).iloc[0]
     assert one_way["position_swapped"] == math.inf and math.isfinite(one_way["position_swapped_lo"])
 
 
@@ -197,13 +177,12 @@ def test_at_even_quality_place_and_lapses_say_together_how_often_the_first_is_pr
     """Every two of three raters see the two orders. P(first) = 3/4 each, independently: 9 of 16 pairs both the first,
     1 of 16 both the second, 3 and 3 of 16 agree. So quality plays no part, and (1 - lapse) s(position) + lapse / 2 is
     3/4. Nothing says how much of that is lapses, so these stay at the mode of their prior Beta(1.5, 6), .5 / 5.5."""
-    said, shown, k = [], {}, 0
-    for one, other in (("ana", "ben"), ("ben", "cy"), ("cy", "ana")):
-        for ranks in [(A, B)] * 36 + [(B, A)] * 4 + [(A, A)] * 12 + [(B, B)] * 12:
-            for rater, value, order in ((one, ranks[0], (0, 1)), (other, ranks[1], (1, 0))):
-                shown[len(said)] = order
-                said.append((pair(k), rater, value))
-            k += 1
+    said, same = [], [(A, A)] * 12 + [(B, B)] * 12
+    for names in (("ana", "ben"), ("ben", "cy"), ("cy", "ana")):
+        for votes in [(A, B)] * 36 + [(B, A)] * 4 + same:
+            k = len(said)
+            said += [(pair(k), rater, ranks) for rater, ranks in zip(names, votes, strict=True)]
+    shown = ((0, 1), (1, 0)) * (len(said) // 2)
     found = feedback.biases(judged(*said, shown=shown))
     assert np.allclose(found["lapse"], 0.5 / 5.5, atol=0.01)
     first = (1 - found["lapse"]) / (1 + np.exp(-found["position"])) + found["lapse"] / 2
@@ -216,14 +195,14 @@ def test_at_even_quality_place_and_lapses_say_together_how_often_the_first_is_pr
 
 def test_the_likelihood_equals_numerical_integration() -> None:
     rng = np.random.default_rng(0)
-    rater, pairs, items = np.array([0, 1, 2] * 3), np.repeat([0, 1, 2], 3), np.repeat([0, 0, 1], 3)
+    rater, pairs, items = np.array([0, 1, 2] * 3), np.repeat([0, 1, 2], 3), np.array([0, 0, 1])
     chosen, sways = rng.choice([-1.0, 1.0], 9), rng.normal(size=(9, 2))
-    choices = Choices(chosen, sways, rater, pairs, items, words=np.repeat([3.0, -1.0, 0.0], 3))
+    words = np.repeat([3.0, -1.0, 0.0], 3)
     weights, lapses = np.array([0.4, -0.7]), np.array([0.0, 0.1, 0.3])
     slopes, widths, odds = np.array([0.5, -1.0]), np.array([0.3, 2.0]), 0.7
     given = np.concatenate([weights, lapses, slopes, np.log(widths), [odds]])
-    found = Posterior(choices, 3).of_pairs(torch.tensor(given))
-    words = choices.words / choices.words.std()
+    found = Posterior(chosen, sways, words, rater, pairs, items).of_pairs(torch.tensor(given))
+    words /= words.std()
     shares = 1 / (1 + np.exp([-odds, odds]))
     for pair_id in range(3):
         rows = np.flatnonzero(pairs == pair_id)
@@ -242,8 +221,8 @@ def test_the_likelihood_equals_numerical_integration() -> None:
 
 def test_the_prior_is_the_one_that_is_written_down() -> None:
     """Against scipy's densities, but for a constant: so between two points."""
-    one = Choices(*(np.ones(shape) for shape in (1, (1, 2))), *(np.zeros(1, dtype=int) for _ in range(3)), np.ones(1))
-    model, density = Posterior(one, 1), []
+    model = Posterior(np.ones(1), np.ones((1, 2)), np.ones(1), *(np.zeros(1, dtype=int) for _ in range(3)))
+    density = []
     points = [[0.4, -5.0, 0.1, 0.5, -1.0, 0.3, 2.0, 0.7], [-1.0, 2.0, 0.5, 3.0, 0.0, 1.0, 7.0, -2.0]]
     for a, b, lapse, slope, other_slope, width, other_width, odds in points:
         normal = norm.logpdf([a / 3, b / 3, slope / 2, other_slope / 2, odds / 1.5]).sum()
@@ -252,13 +231,6 @@ def test_the_prior_is_the_one_that_is_written_down() -> None:
     at = torch.tensor(points, dtype=torch.double)
     at[:, 5:7] = at[:, 5:7].log()
     assert (model.prior(at[1]) - model.prior(at[0])).item() == pytest.approx(density[0] - density[1])
-
-
-def test_choices_without_error_have_no_finite_bias() -> None:
-    said = [(pair(k, longer=k % 3), "ana", A if k % 3 else B) for k in range(30)]
-    frame = judged(*said, shown={k: (0, 1) if k % 2 else (1, 0) for k in range(30)})
-    row = feedback.biases(frame, lambda prompts, completions: [float(len(text)) for text in completions]).iloc[0]
-    assert math.isnan(row["position"]) and row["why"]
 
 
 @cache
@@ -282,14 +254,14 @@ GROUPS = {
 NO_FAULTS = {"knowledge": 1.0, "lapse": 0.0, "politeness": 0.0, "refusal_leniency": 0.0, "agreement": 0.0}
 
 
-def recovered(n_seeds: int, with_gold: bool, pairs: int, k: int = 2, raters: int = 6, **faults: Any) -> pd.DataFrame:
+def recovered(n_seeds: int, pairs: int, k: int = 2, raters: int = 6, **faults: Any) -> pd.DataFrame:
     """What `biases` finds in panels, and what was planted: `bias, truth, value, lo, hi`, over several seeds."""
     rows = []
     for seed in range(n_seeds):
         panel = Pocket(WORLD).panel(raters, seed=100 * seed, groups=GROUPS, **faults)
         judgments = feedback.ask(texts(pairs, seed, k), panel, per_item=raters, seed=seed)
-        found = feedback.biases(judgments, Pocket(WORLD).gold if with_gold else None).set_index("rater")
-        mean = 0.0 if with_gold else np.mean([rater.rater.length for rater in panel])
+        found = feedback.biases(judgments).set_index("rater")
+        mean = np.mean([rater.rater.length for rater in panel])
         for rater in panel:
             truth = {"position": rater.rater.position_bias, "lapse": rater.rater.lapse}
             truth["length"] = (rater.rater.length - mean) / rater.rater.temperature
@@ -305,19 +277,9 @@ def coverage(frame: pd.DataFrame) -> pd.Series:
 
 
 @pytest.mark.slow
-def test_planted_biases_lie_in_their_intervals_with_gold_and_lapses() -> None:
-    """60 intervals of each bias; of the nominal 95%, 85% is three standard errors below."""
-    frame = recovered(10, True, pairs=150, temperature=1.0, **{**NO_FAULTS, "lapse": 0.1})
-    assert (coverage(frame) >= 0.85).all(), coverage(frame)
-    frame = frame[frame["bias"] != "lapse"]
-    errors = (frame["value"] - frame["truth"]).groupby(frame["bias"])
-    assert (errors.mean().abs() < 4 * errors.std() / np.sqrt(60) + 0.01).all()
-
-
-@pytest.mark.slow
 def test_planted_biases_lie_in_their_intervals_whatever_else_the_panel_gets_wrong() -> None:
     """Lapses, gaps of knowledge and tastes that gold does not share, from the judgments alone."""
-    frame = recovered(10, False, pairs=150)
+    frame = recovered(10, pairs=150)
     assert (coverage(frame) >= 0.85).all(), coverage(frame)
     for _, part in frame[frame["bias"] != "lapse"].groupby("bias"):  # that is the same for all of them
         assert np.polyfit(part["truth"], part["value"], 1)[0] == pytest.approx(1, abs=0.35)
@@ -325,21 +287,21 @@ def test_planted_biases_lie_in_their_intervals_whatever_else_the_panel_gets_wron
 
 @pytest.mark.slow
 def test_planted_biases_are_recovered_from_rankings_of_several() -> None:
-    frame = recovered(5, False, k=4, pairs=60, temperature=1.0, **NO_FAULTS)
+    frame = recovered(5, k=4, pairs=60, temperature=1.0, **NO_FAULTS)
     assert (coverage(frame) >= 0.8).all(), coverage(frame)
 
 
 @pytest.mark.slow
 def test_few_pairs_give_wide_intervals_and_not_wrong_ones() -> None:
-    frame = recovered(20, False, raters=3, pairs=60)
+    frame = recovered(20, raters=3, pairs=60)
     assert (coverage(frame) >= 0.85).all(), coverage(frame)
 
 
 @pytest.mark.slow
 def test_a_careless_rater_is_told_from_the_careful() -> None:
-    """In all of ten panels. Of ten intervals of 95% at least eight hold the truth with probability .99."""
+    """In all of eight panels. Of eight intervals of 95% at least six hold the truth with probability .994."""
     lows, inside = [], []
-    for seed in range(10):
+    for seed in range(8):
         panel = Pocket(WORLD).panel(3, seed=100 * seed, lapse=0.02)
         panel.append(pocket.SimulatedRater(WORLD, pocket.Rater(lapse=0.4, name="careless"), 1000 + seed))
         judgments = feedback.ask(texts(300, seed), panel, per_item=4, seed=seed)
@@ -348,8 +310,8 @@ def test_a_careless_rater_is_told_from_the_careful() -> None:
         low, high = found.loc["careless", ["lapse_lo", "lapse_hi"]]
         lows.append(low)
         inside.append(low < 0.4 < high)
-    assert sum(inside) >= 8
-    assert sum(low > 0.1 for low in lows) >= 9 and min(lows) > 0.05  # the careful ones lapse in .02
+    assert sum(inside) >= 6
+    assert sum(low > 0.1 for low in lows) >= 7 and min(lows) > 0.05  # the careful ones lapse in .02
 
 
 @pytest.mark.slow
@@ -358,13 +320,11 @@ def test_both_orders_recover_position_with_nothing_but_bradley_terry() -> None:
     inside = []
     for seed in range(10):
         panel = Pocket(WORLD).panel(6, seed=100 * seed, groups=GROUPS, lapse=0.0, temperature=1.5)
-        items, rows = texts(150, seed), []
-        for item in items:
-            for rater in panel:
-                for order in ((0, 1), (1, 0)):
-                    answer = rater(item.prompt, [item.completions[i] for i in order], "rank")
-                    rows.append(as_row(len(rows), item, rater.name, "rank", answer, order, None, "test"))
-        found = feedback.position_from_swaps(judgments_frame(rows)).set_index("rater")
+        rows = []
+        for item, rater, order in product(texts(100, seed), panel, ((0, 1), (1, 0))):
+            answer = rater(item.prompt, [item.completions[i] for i in order], "rank")
+            rows.append(as_row(len(rows), item, rater.name, "rank", answer, order, None, "test"))
+        found = position_from_swaps(judgments_frame(rows)).set_index("rater")
         for rater in panel:
             row, truth = found.loc[rater.name], rater.rater.position_bias
             inside.append(row["position_swapped_lo"] <= truth <= row["position_swapped_hi"])
@@ -381,10 +341,6 @@ def kept(path: Path) -> Store:
     return store
 
 
-def tables(page: str) -> str:
-    return "".join(re.findall("<table.*?</table>", page, re.DOTALL))
-
-
 @pytest.mark.slow
 def test_a_report_is_one_page_with_the_tables_the_figure_and_the_meanings(tmp_path: Path, capsys: Any) -> None:
     store = kept(tmp_path / "<i>.sqlite")
@@ -392,10 +348,11 @@ def test_a_report_is_one_page_with_the_tables_the_figure_and_the_meanings(tmp_pa
     assert cli.main(arguments) == 0
     page = (tmp_path / "report.html").read_text()
     for words in ("119 judgments", "3 raters", "40 items judged", "1 taken back", "alpha is Krippendorff's"):
-        assert words in page.replace("&#x27;", "'"), words
+        assert words in page, words
     assert "data:image/png;base64,iVBOR" in page and "rlhf-kit report" in page and "pandas 3." in page
     assert "<script" not in page and "http" not in page and "<b>" not in page and "<i>" not in page
-    rows = [[cell.text for cell in row] for row in ElementTree.fromstring(f"<all>{tables(page)}</all>").iter("tr")]
+    tables = "".join(re.findall("<table.*?</table>", page, re.DOTALL))
+    rows = [[cell.text for cell in row] for row in ElementTree.fromstring(f"<all>{tables}</all>").iter("tr")]
     columns = [name for row in rows if "rater" in row or "raters" in row for name in row]
     assert {"agree", "lapse", "position", "length", "value"} <= set(columns)
     assert all(f"<dt>{name}</dt>" in page for name in columns if name not in ("rater", "measure"))
@@ -407,7 +364,7 @@ def test_a_report_is_one_page_with_the_tables_the_figure_and_the_meanings(tmp_pa
 def test_a_report_of_no_store_is_one_sentence_and_touches_nothing(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "text").write_text("no store")
     Store(tmp_path / "empty.sqlite")
-    for name, word in (("absent", "no such file"), ("text", "not a store"), ("empty.sqlite", "no judgment")):
+    for name, word in (("absent", "no such file"), ("text", "no store of"), ("empty.sqlite", "no judgment")):
         assert cli.main(["report", str(tmp_path / name), "--out", str(tmp_path / "out.html")]) == 2
         message = capsys.readouterr().err.strip()
         assert word in message and "\n" not in message, message
@@ -415,12 +372,10 @@ def test_a_report_of_no_store_is_one_sentence_and_touches_nothing(tmp_path: Path
     assert not (tmp_path / "absent").exists() and not (tmp_path / "out.html").exists()
 
 
-def test_the_figure_says_what_is_in_the_table(tmp_path: Path) -> None:
-    table, figure = feedback.report(kept(tmp_path / "feedback.sqlite"), Pocket(WORLD).gold)
-    agreement, position, length, _ = figure.axes
-    assert np.allclose(agreement.lines[0].get_xdata(), table["agree"])
-    assert np.allclose(agreement.lines[1].get_xdata(), table["agree_gold"])
-    assert np.allclose(position.lines[0].get_xdata(), table["position"], equal_nan=True)
-    assert np.allclose(length.lines[0].get_xdata(), table["length"], equal_nan=True)
-    assert [text.get_text() for text in agreement.get_yticklabels()] == list(table["rater"])
-    assert all("[" in axes.get_xlabel() for axes in figure.axes)  # the quantity's unit
+def test_the_figure_says_what_is_in_the_table() -> None:
+    frame = judged(*((pair(k, k % 3), name, A if k % 4 else B) for k in range(9) for name in ("ana", "ben")))
+    table, figure = feedback.report(frame)
+    for axes, name in zip(figure.axes, ("agree", "position", "length", "seconds"), strict=True):
+        assert np.allclose(axes.lines[0].get_xdata(), table[name], equal_nan=True)
+        assert "[" in axes.get_xlabel()  # the quantity's unit
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == list(table["rater"])

@@ -61,7 +61,7 @@ sft, gold = flow.sft(), task.gold
 
 # %%
 rules = rk.feedback.constitution()
-pd.DataFrame([{"principle": each.name, "compare": each.compare, "revise": each.revise} for each in rules.principles])
+pd.DataFrame([{"principle": each.name, "compare": each.compare, "revise": each.revise} for each in rules])
 
 # %% [markdown]
 # A model of this notebook's size cannot read such sentences. With one that can, a judge is one line, and everything

@@ -1,8 +1,7 @@
 """Votes and agreement: what each rater says of each pair, and how far beyond chance raters say the same.
 
 A vote on two completions of a ranked item is +1 (the first in the item's order is better), 0 (a tie) or -1; a vote on a
-rated completion is its rating. The order of an item's completions means nothing, so alpha counts each pair in both
-orders. Otherwise imported preferences, which list the better completion first, would look like agreement by chance.
+rated completion is its rating.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from rlhf_kit import stats
-from rlhf_kit.feedback.converting import rows_of
 from rlhf_kit.feedback.judging import SCALES, FeedbackError
 from rlhf_kit.rewards import Completion
 from rlhf_kit.stats import NOT_MEASURED
@@ -27,30 +25,27 @@ PAIR = ["question", "item", "pair"]  # what a vote is about
 
 
 def votes(judgments: pd.DataFrame, repeats: bool = False) -> pd.DataFrame:
-    """A row per rater and pair, or rated completion: `question, item, pair, rater, value, first, words, judgment`.
+    """A row per rater and pair, or rated completion: `question, item, rater, pair, value, first, words`.
 
     `pair` names the completions by index, such as "0-1", or "0" for a rating. `first` is +1 where the page began with
-    the pair's first completion, -1 with its second, 0 with neither or where it is not known. `words` is the length of
-    the first less that of the second. Skipped and withdrawn judgments have no row. The last of a rater's repeated
-    votes counts; `repeats` gives them all. Raises FeedbackError if no judgment counts.
+    the pair's first completion, -1 with its second, else 0; `words` is the length of the first less that of the second.
+    The last of a rater's repeated votes counts, unless `repeats` asks for all. FeedbackError if no judgment counts.
     """
     present = judgments[~judgments["withdrawn"]]
     if present.empty:
         raise FeedbackError("there are no judgments yet; collect some with feedback.ask or rk.rate")
     rows: list[dict[str, Any]] = []
-    for judgment in rows_of(present):
-        known = {name: judgment[name] for name in ("question", "item", "rater", "judgment")}
+    for judgment in present.to_dict("records"):
+        known = {name: judgment[name] for name in ("question", "item", "rater")}
         lengths = [words(completion) for completion in judgment["completions"]]
-        if judgment["question"] != "rank":
-            if not np.isnan(judgment["rating"]):
-                rows.append({**known, "pair": "0", "value": int(judgment["rating"]), "first": 0, "words": lengths[0]})
-            continue
-        ranks, top = judgment["ranks"] or (), (judgment["shown"] or [None])[0]
+        if not np.isnan(judgment["rating"]):
+            rows.append({**known, "pair": "0", "value": int(judgment["rating"]), "first": 0, "words": lengths[0]})
+        ranks, top = judgment["ranks"] or (), judgment["shown"][0]
         for one, other in combinations(range(len(ranks)), 2):
             value, first = int(np.sign(ranks[other] - ranks[one])), (top == one) - (top == other)
             apart = lengths[one] - lengths[other]
             rows.append({**known, "pair": f"{one}-{other}", "value": value, "first": first, "words": apart})
-    frame = pd.DataFrame(rows, columns=[*PAIR, "rater", "value", "first", "words", "judgment"])
+    frame = pd.DataFrame(rows, columns=[*PAIR, "rater", "value", "first", "words"])
     return frame if repeats else frame.drop_duplicates([*PAIR, "rater"], keep="last").reset_index(drop=True)
 
 
@@ -94,7 +89,9 @@ def agreement(judgments: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 def _alpha(counts: NDArray[np.int64], domain: list[int], rows: NDArray[np.int64]) -> float:
     drawn = counts[rows]
     if domain == DOMAINS["rank"]:
-        drawn = np.concatenate([drawn, drawn[:, ::-1]])  # the same pairs in the other order
+        # Each pair in both orders, because the order of an item's completions means nothing. Preferences that list the
+        # better one first would otherwise look like agreement by chance.
+        drawn = np.concatenate([drawn, drawn[:, ::-1]])
     if (drawn.sum(0) > 0).sum() < 2:
         return float("nan")
     return float(krippendorff.alpha(value_counts=drawn, value_domain=domain, level_of_measurement="ordinal"))

@@ -1,49 +1,53 @@
-"""Collecting judgments: which items to ask about, whom to ask, and how many times."""
+"""Collecting judgments, and the datasets in TRL's columns that they make.
+
+Rankings become pairs, strengths become margins, ratings become labels.
+"""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
-from itertools import cycle
+from collections.abc import Mapping, Sequence
+from itertools import combinations, cycle
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from rlhf_kit.feedback.converting import preferences
 from rlhf_kit.feedback.judging import FeedbackError, Item, Question, Rater, as_row, check_question, judgments_frame
 from rlhf_kit.feedback.store import Store
-from rlhf_kit.progress import Countdown
-from rlhf_kit.rewards import Ensemble
 
 # These columns of samples describe one completion; the others describe the prompt, unless they differ within it.
 OF_A_COMPLETION = ("sample", "completion", "finished", "n_tokens", "kl")
+# Llama 2 (2307.09288, Table 27, "margin small"): how far apart the rewards of a pair should be at least.
+MARGINS = {"slightly": 1 / 3, "clearly": 2 / 3, "much": 1.0}
+MIDDLE = {"good/bad": 0.5, "1-7": 4.0}  # a rating above is good, below is bad
 
 
 def items(samples: pd.DataFrame, k: int = 2) -> list[Item]:
     """Each prompt's samples, `k` at a time (0-1, 2-3, ... where k is 2), as items to rank; k = 1: each one, to rate.
 
-    A group keeps its different completions only; a group of equal ones and samples too few for another group are left
-    out. Items carry the columns that are the same for all samples of a prompt (where k is 1, all columns). Warnings
-    count what is left out. Raises FeedbackError if nothing is left.
+    A group keeps its different completions only. Items carry the columns that are the same for all samples of a prompt
+    (where k is 1, all columns). Warnings count what is left out: groups of equal completions, and samples too few for
+    another group. Raises FeedbackError if nothing is left.
     """
     carried = [name for name in samples.columns if name not in (*OF_A_COMPLETION, "prompt")]
-    differ = [name for name in carried if samples[name].map(str).groupby(samples["prompt_id"]).nunique().max() > 1]
-    differ = differ if k > 1 else []  # such as scores
+    differ = []  # such as scores
+    if k > 1:
+        values = samples[carried].map(str).groupby(samples["prompt_id"]).nunique().max()
+        differ = [name for name in carried if values[name] > 1]
     found, equal, over = [], 0, 0
     for _, group in samples.groupby("prompt_id", sort=False):
         rows = group.to_dict("records")
         over += len(rows) % k
         for start in range(0, len(rows) - k + 1, k):
-            together = rows[start : start + k]
-            different = {str(row["completion"]): row["completion"] for row in together}
-            if len(different) < min(k, 2):
+            different = {str(row["completion"]): row["completion"] for row in rows[start : start + k]}
+            columns = {name: rows[start][name] for name in carried if name not in differ}
+            if len(different) >= min(k, 2):
+                found.append(Item(rows[start]["prompt"], tuple(different.values()), columns))
+            else:
                 equal += 1
-                continue
-            columns = {name: together[0][name] for name in carried if name not in differ}
-            found.append(Item(together[0]["prompt"], tuple(different.values()), columns))
     if not found:
         raise FeedbackError(f"items: no prompt has {k} different samples; draw them with n={max(k, 2)} or more")
     groups = "pairs held two" if k == 2 else f"groups of {k} held only"
@@ -58,27 +62,11 @@ def items(samples: pd.DataFrame, k: int = 2) -> list[Item]:
     return found
 
 
-def choose(items: Sequence[Item], n: int, ensemble: Ensemble | None = None, seed: int = 0) -> list[Item]:
-    """`n` of the items: drawn at random, or those on which the members of an `ensemble` of rewards disagree most."""
-    if not 1 <= n <= len(items):
-        raise FeedbackError(f"choose: n={n}, but there are {len(items)} items; choose between 1 and all of them")
-    if ensemble is None:
-        return [items[i] for i in sorted(np.random.default_rng([seed, 9]).permutation(len(items))[:n])]
-    return [items[i] for i in np.argsort(-disagreement(items, ensemble), kind="stable")[:n]]
-
-
-def disagreement(items: Sequence[Item], ensemble: Ensemble) -> np.ndarray:
-    """How much the members of an ensemble disagree on each item, (n,), in the reward's units.
-
-    It is the standard deviation over members of a completion's reward less the member's mean over the item, because
-    only differences matter (2009.01325, appendix; active choice as in 1706.03741, section 2.2.4).
-    """
-    prompts = [item.prompt for item in items for _ in item.completions]
-    completions = [completion for item in items for completion in item.completions]
-    each = ensemble.each(prompts, completions).numpy()  # (members, completions of all items)
-    ends = np.cumsum([len(item.completions) for item in items])
-    parts = np.split(each, ends[:-1], axis=1)
-    return np.array([(part - part.mean(1, keepdims=True)).std(0, ddof=1).mean() for part in parts])
+def choose(items: Sequence[Item], n: int, seed: int = 0) -> list[Item]:
+    """`n` of the items, drawn at random, in their order; FeedbackError if there are fewer."""
+    if n > len(items):
+        raise FeedbackError(f"choose: n={n}, but there are {len(items)} items")
+    return [items[i] for i in sorted(np.random.default_rng([seed, 9]).permutation(len(items))[:n])]
 
 
 def ask(
@@ -86,31 +74,27 @@ def ask(
     raters: Rater | Sequence[Rater],
     question: Question = "rank",
     per_item: int = 1,
-    budget: int | None = None,
     store: Store | None = None,
     seed: int = 0,
-    label: str | None = None,
 ) -> pd.DataFrame:
-    """Judgments of items, a row each: every item goes to `per_item` raters, in turn, until `budget` is spent.
+    """Judgments of items, a row each: every item goes to `per_item` of the raters, who take turns.
 
     The order in which completions are shown is drawn. A `store` keeps each judgment before the next is asked for, and
-    a rater is not asked again about what the store has from this rater. `label` shows progress. Raises FeedbackError if
-    raters lack names of their own or are fewer than `per_item`, or if the items do not fit the question.
+    a rater is not asked again about what the store has from this rater. Raises FeedbackError if raters lack names of
+    their own or are fewer than `per_item`, or if the items do not fit the question.
     """
     raters = list(raters) if isinstance(raters, Sequence) else [raters]
     check_question(question, items)
     names = [getattr(rater, "name", "") for rater in raters]
-    if not all(map(str.strip, names)) or len(set(names)) < len(names):
-        raise FeedbackError(f"ask: the raters are named {names}; give each a `name` of its own to keep judgments by")
-    if not 1 <= per_item <= len(names):
-        raise FeedbackError(f"ask: per_item={per_item}, but there are {len(names)} raters; it is from 1 to that number")
-    # Raters take turns, so that each judges as many items as the others.
-    planned = list(zip((item for item in items for _ in range(per_item)), cycle(raters)))[:budget]
+    if not all(names) or not 1 <= per_item <= len(set(names)) == len(names):
+        raise FeedbackError(
+            f"ask: per_item={per_item} of raters {names}; give each a `name` of its own, and enough raters"
+        )
+    planned = list(zip((item for item in items for _ in range(per_item)), cycle(raters)))
     known = set()
     if store is not None:
         store.add(items)
         known = {(row.item, row.rater) for row in store.judgments().query("question == @question").itertuples()}
-    countdown = Countdown(label or "judgments", len(planned))
     generator = np.random.default_rng([seed, 8])
     rows: list[dict[str, Any]] = []
     for done, (item, rater) in enumerate(planned, 1):
@@ -125,24 +109,10 @@ def ask(
             store.append(item, rater.name, question, answer, shown, seconds, interface)
         else:
             rows.append(as_row(done, item, rater.name, question, answer, shown, seconds, interface))
-        if label is not None:
-            countdown.at(done)
-    if label is not None:
-        for rater in raters:
-            if hasattr(rater, "costs"):
-                print(f"  {rater.name}: {rater.costs()}", flush=True)
     if store is None:
         return judgments_frame(rows)
     found, asked = store.judgments(), {item.id for item in items}
     return found[found["item"].isin(asked) & found["rater"].isin(names) & (found["question"] == question)]
-
-
-def collect(samples: pd.DataFrame, rater: Rater | Sequence[Rater], seed: int = 0, k: int = 2, **asking: Any) -> Dataset:
-    """Preferences (`prompt, chosen, rejected`) from samples: each prompt's samples are paired 0-1, 2-3, ... and judged.
-
-    Raters rank `k` samples at a time. `asking` goes to `ask`: per_item, budget, store, label.
-    """
-    return preferences(ask(items(samples, k), rater, seed=seed, **asking))
 
 
 def draw_order(n: int, generator: np.random.Generator) -> tuple[int, ...]:
@@ -150,3 +120,79 @@ def draw_order(n: int, generator: np.random.Generator) -> tuple[int, ...]:
     if n == 2:
         return (0, 1) if generator.random() < 0.5 else (1, 0)
     return tuple(int(i) for i in generator.permutation(n))
+
+
+def collect(samples: pd.DataFrame, rater: Rater | Sequence[Rater], seed: int = 0, k: int = 2, **asking: Any) -> Dataset:
+    """Preferences (`prompt, chosen, rejected`) from samples: each prompt's samples are paired 0-1, 2-3, ... and judged.
+
+    Raters rank `k` samples at a time. `asking` goes to `ask`: per_item, store.
+    """
+    return preferences(ask(items(samples, k), rater, seed=seed, **asking))
+
+
+def preferences(judgments: pd.DataFrame, margins: Mapping[str, float] | None = None) -> Dataset:
+    """`prompt, chosen, rejected` from rankings: every pair where a judgment puts one completion above the other.
+
+    This is InstructGPT's way (2203.02155, section 3.5): where K > 2 a column `item` names the ranking of each pair, and
+    `train.reward_model` keeps these pairs in one batch. `margins` (such as MARGINS) adds a column `margin` by strength,
+    0 where none was given: Llama 2's loss. A warning counts ties and skipped items, which give no pair. Raises
+    FeedbackError if there is no pair at all.
+    """
+    ranked = _answers(judgments, ["rank"])
+    several = ranked["rater"].nunique() > 1
+    grouped = any(len(ranks) > 2 for ranks in ranked["ranks"] if ranks is not None)
+    rows, silent = [], 0
+    for judgment in ranked.to_dict("records"):
+        pairs = _pairs(judgment)
+        silent += not pairs
+        known: dict[str, Any] = {"rater": judgment["rater"]} if several else {}
+        if grouped:
+            known["item"] = f"{judgment['item']}/{judgment['rater']}"
+        if margins is not None:
+            known["margin"] = margins.get(judgment["strength"], 0.0)
+        rows += [{**judgment["columns"], "prompt": judgment["prompt"], **pair, **known} for pair in pairs]
+    if not rows:
+        raise FeedbackError(f"preferences: none of {len(ranked)} judgments puts a completion above another")
+    if silent:
+        warnings.warn(f"{silent} of {len(ranked)} judgments are ties or skipped, and give no pair", stacklevel=2)
+    return Dataset.from_list(rows)
+
+
+def labels(judgments: pd.DataFrame) -> Dataset:
+    """`prompt, completion, label` from ratings, for KTO: good is True, bad False; on 1-7, 5 to 7 is good, 1 to 3 bad.
+
+    Ratings of 4 and skipped items give no row; a warning counts them. Raises FeedbackError if there is no row at all.
+    """
+    rated = _answers(judgments, list(MIDDLE))
+    several = rated["rater"].nunique() > 1
+    rows: list[dict[str, Any]] = []
+    for judgment in rated.to_dict("records"):
+        rating, middle = judgment["rating"], MIDDLE[judgment["question"]]
+        if rating < middle or rating > middle:  # a skipped one is NaN, and neither
+            known = {"completion": judgment["completions"][0], "label": rating > middle}
+            rater = {"rater": judgment["rater"]} if several else {}
+            rows.append({**judgment["columns"], "prompt": judgment["prompt"], **known, **rater})
+    if not rows:
+        raise FeedbackError(f"labels: none of {len(rated)} judgments calls a completion good or bad")
+    if left := len(rated) - len(rows):
+        warnings.warn(f"{left} of {len(rated)} ratings are in the middle or skipped, and give no label", stacklevel=2)
+    return Dataset.from_list(rows)
+
+
+def _pairs(judgment: Mapping[Any, Any]) -> list[dict[str, Any]]:
+    """The pairs of one ranking, and which completion of each was shown first."""
+    ranks, texts, shown, pairs = judgment["ranks"] or (), judgment["completions"], list(judgment["shown"]), []
+    for pair in combinations(range(len(ranks)), 2):
+        better, worse = sorted(pair, key=lambda index: ranks[index])
+        if ranks[better] < ranks[worse]:
+            first = "chosen" if shown.index(better) < shown.index(worse) else "rejected"
+            pairs.append({"chosen": texts[better], "rejected": texts[worse], "shown_first": first})
+    return pairs
+
+
+def _answers(judgments: pd.DataFrame, questions: list[str]) -> pd.DataFrame:
+    found = judgments[judgments["question"].isin(questions) & ~judgments["withdrawn"]]
+    if found.empty:
+        asked = ", ".join(sorted(set(judgments["question"]))) or "none"
+        raise FeedbackError(f"no judgment answers {' or '.join(map(repr, questions))}; questions asked: {asked}")
+    return found

@@ -1,4 +1,4 @@
-"""Items, questions, answers, and the raters who give them."""
+"""Items, questions, answers and the raters who give them; a judgment as a row of a frame."""
 
 from __future__ import annotations
 
@@ -57,15 +57,14 @@ class Item:
     columns: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        texts = [canonical(each) for each in self.completions]
-        if not 1 <= len(texts) <= MOST:
-            raise FeedbackError(f"{self._where}: has {len(texts)} completions; an item has 1 to {MOST}")
         for place, each in enumerate(self.completions):
-            same = texts.index(texts[place])
             if not isinstance(each, str | list):
                 raise FeedbackError(f"{self._where}: completion {place} is missing ({each!r}); give a text or a chat")
-            if same < place:
-                raise FeedbackError(f"{self._where}: completions {same} and {place} are equal; leave one of them out")
+        n, different = len(self.completions), len(set(map(canonical, self.completions)))
+        if not 1 <= n <= MOST or different < n:
+            raise FeedbackError(
+                f"{self._where}: has {n} completions, {n - different} equal; give 1 to {MOST} different"
+            )
 
     @property
     def id(self) -> str:
@@ -93,17 +92,15 @@ class Answer:
         if self.ranks is not None and self.rating is not None:
             raise FeedbackError("an answer has ranks or a rating, not both")
         if self.strength is not None and (self.strength not in STRENGTHS or len(set(self.ranks or ())) != 2):
-            known = ", ".join(STRENGTHS)
-            raise FeedbackError(f"strength {self.strength!r}: it is one of {known}, of a pair that is no tie")
+            raise FeedbackError(f"strength {self.strength!r}: it is one of {STRENGTHS}, of a pair that is no tie")
 
     def check(self, question: Question, n: int) -> None:
         """FeedbackError unless this answers `question` about `n` completions; a skip answers every question."""
         if self.ranks is None and self.rating is None:
             return
-        if question == "rank":
-            if self.ranks is None or len(self.ranks) != n or not all(1 <= rank <= n for rank in self.ranks):
-                raise FeedbackError(f"ranks {self.ranks}: a ranking of {n} completions is {n} numbers from 1 to {n}")
-        elif self.rating not in SCALES[question]:
+        if question == "rank" and not (self.ranks and len(self.ranks) == n and set(self.ranks) <= {*range(1, n + 1)}):
+            raise FeedbackError(f"ranks {self.ranks}: a ranking of {n} completions is {n} numbers from 1 to {n}")
+        if question != "rank" and self.rating not in SCALES[question]:
             scale = SCALES[question]
             raise FeedbackError(f"rating {self.rating}: {question} is a number from {scale[0]} to {scale[-1]}")
 
@@ -120,6 +117,16 @@ def dense_ranks(scores: Sequence[float]) -> tuple[int, ...]:
     """Ranks of scores, the highest 1; equal scores tie and leave no gap: (3, 9, 3) -> (2, 1, 2)."""
     levels = sorted(set(scores), reverse=True)
     return tuple(levels.index(score) + 1 for score in scores)
+
+
+def check_question(question: str, items: Sequence[Item]) -> None:
+    """FeedbackError for an unknown question, or an item that it cannot be asked of."""
+    if question not in QUESTIONS:
+        raise FeedbackError(f"question {question!r}: there are {', '.join(QUESTIONS)}")
+    for item in items:
+        if (question == "rank") != (len(item.completions) > 1):
+            needs = "two or more completions" if question == "rank" else "one completion"
+            raise FeedbackError(f"{item._where}: has {len(item.completions)}; {question!r} asks about {needs}")
 
 
 def as_row(
@@ -139,34 +146,20 @@ def as_row(
     if sorted(shown) != list(range(len(item.completions))):
         raise FeedbackError(f"shown {tuple(shown)}: it must name each of {len(item.completions)} completions once")
     ranks = None if answer.ranks is None else [answer.ranks[shown.index(i)] for i in range(len(shown))]
-    said = (ranks, answer.rating, answer.strength, answer.note)
-    known = (item.prompt, list(item.completions), dict(item.columns))
-    row = (judgment, item.id, rater, question, *said, list(shown), seconds, interface, now(), False, *known)
-    return dict(zip(COLUMNS, row, strict=True))
+    said = (ranks, answer.rating, answer.strength, answer.note, list(shown), seconds, interface, now())
+    known = (False, item.prompt, list(item.completions), dict(item.columns))
+    return dict(zip(COLUMNS, (judgment, item.id, rater, question, *said, *known), strict=True))
 
 
 def judgments_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows of COLUMNS as a frame, with the same types whether they come from memory or from a store."""
-    frame = pd.DataFrame([dict(row) for row in rows], columns=list(COLUMNS))
-    frame = frame.astype({"rating": float, "seconds": float, "withdrawn": bool})
-    for name in ("ranks", "shown", "completions", "columns", "strength"):  # None, not NaN
-        frame[name] = pd.Series([row[name] for row in rows], index=frame.index, dtype=object)
-    return frame
+    frame = pd.DataFrame([dict(row) for row in rows], columns=list(COLUMNS), dtype=object)  # keeps None as None
+    return frame.astype({"judgment": int, "rating": float, "seconds": float, "withdrawn": bool})
 
 
 def now() -> str:
     """The time, UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def check_question(question: str, items: Sequence[Item]) -> None:
-    """FeedbackError for an unknown question, or an item that it cannot be asked of."""
-    if question not in QUESTIONS:
-        raise FeedbackError(f"question {question!r}: there are {', '.join(QUESTIONS)}")
-    for item in items:
-        if (question == "rank") != (len(item.completions) > 1):
-            needs = "two or more completions" if question == "rank" else "one completion"
-            raise FeedbackError(f"{item._where}: has {len(item.completions)}; {question!r} asks about {needs}")
 
 
 def canonical(value: Any) -> str:

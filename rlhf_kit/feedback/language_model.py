@@ -1,31 +1,121 @@
-"""Raters that are causal LMs on this machine, read at their answer token; fine-tuning one to judge."""
+"""Raters that are language models, here or (endpoint.py) elsewhere; fine-tuning one to judge."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from scipy.special import expit
 
-from rlhf_kit import train
-from rlhf_kit.feedback.constitution import Constitution
-from rlhf_kit.feedback.converting import labels, preferences
-from rlhf_kit.feedback.judging import FeedbackError
-from rlhf_kit.feedback.model_rater import ModelRater
-from rlhf_kit.feedback.templates import OVERALL, PLAIN, Template, principles_for
-from rlhf_kit.models import (
-    Model,
-    ModelPath,
-    load_causal,
-    load_tokenizer,
-    max_length,
-    next_logprobs,
-    read_notes,
-    write_notes,
-)
+from rlhf_kit import models, train
+from rlhf_kit.feedback.collecting import labels, preferences
+from rlhf_kit.feedback.constitution import OVERALL, PLAIN, Principle, Template, constitution
+from rlhf_kit.feedback.judging import STRENGTHS, Answer, FeedbackError, Question, dense_ranks
+from rlhf_kit.models import Model, ModelPath, Prompt
+from rlhf_kit.rewards import Completion, Reward
+
+Rules = Sequence[Principle] | None  # None: the default constitution
+STEPS = (0.7, 0.9)  # P(preferred) from which a preference is clear, and from which it is strong
+
+
+class ModelRater(ABC):
+    """A language model that rates: it sees each pair in both orders, so that a liking for a place cancels.
+
+    It is asked about each principle of the `rules`, or the one named; [OVERALL] if the template has no place for
+    a question. A number is NaN, and a judgment is skipped, where the model gives none of the answer words.
+    """
+
+    def __init__(
+        self, name: str, template: Template = PLAIN, rules: Rules = None, principle: str | None = None
+    ) -> None:
+        self.name, self.template = name, template
+        self.firsts: list[float] = []  # of each comparison: P(the one shown first), over both orders and all principles
+        rules = rules or constitution()
+        rules = rules if "{question}" in template.compare else [OVERALL]
+        self.principles = [each for each in rules if principle in (None, each.name)]
+        if not self.principles:
+            known = ", ".join(each.name for each in rules)
+            raise FeedbackError(f"principle {principle!r}: is not asked about; the principles are {known}")
+
+    @abstractmethod
+    def _log_odds(self, texts: list[str], words: tuple[str, str]) -> list[float]:
+        """log P(first word) - log P(second word) of the model's answer to each text."""
+
+    def __call__(self, prompt: Prompt, completions: Sequence[Completion], question: Question) -> Answer:
+        if question == "1-7":
+            raise FeedbackError(f"{self.name}: a language model ranks or rates good/bad; the scale '1-7' is for people")
+        if question == "rank":
+            return self._rank(prompt, completions)
+        [odds] = self.good_odds([prompt], completions)
+        return Answer() if math.isnan(odds) else Answer(rating=int(odds > 0), note=f"P(yes) {expit(odds):.4f}")
+
+    def preferences(self, prompts: Sequence[Prompt], a: Sequence[Completion], b: Sequence[Completion]) -> list[float]:
+        """P(a is preferred to b) of each row, all rows asked at once; over principles it is the mean by weight.
+
+        It is exactly 1 - P(b is preferred to a).
+        """
+        # A row's rounding depends on its batch, so a pair is always asked in the same order, whichever of them is `a`.
+        pairs = [sorted(pair, key=str) for pair in zip(a, b, strict=True)]
+        one, other = ([pair[side] for pair in pairs] for side in (0, 1))
+        if self.template.compare:
+            p = self._compare(prompts, one, other)
+        else:
+            odds = np.reshape(self.good_odds([*prompts, *prompts], [*one, *other]), (2, -1))
+            p = expit(odds[0] - odds[1])
+        p = np.where([pair[0] == pair[1] for pair in pairs], 0.5, p)
+        return np.where([first == pair[0] for first, pair in zip(a, pairs, strict=True)], p, 1 - p).tolist()
+
+    def good_odds(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[float]:
+        """log P(yes) - log P(no) to whether each completion is good."""
+        texts = [self.template.rating(prompt, each) for prompt, each in zip(prompts, completions, strict=True)]
+        return self._log_odds(texts, self.template.verdicts)
+
+    def as_reward(self) -> Reward:
+        """The judge as a reward: the log-odds that a completion is good (RLAIF, 2309.00267, section 2.2)."""
+
+        def judge(prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float]:
+            return self.good_odds(prompts, completions)
+
+        return judge
+
+    def _compare(self, prompts: Sequence[Prompt], a: list[Completion], b: list[Completion]) -> np.ndarray:
+        texts = [
+            self.template.comparison(prompt, *shown, principle.compare)
+            for prompt, first, second in zip(prompts, a, b, strict=True)
+            for principle in self.principles
+            for shown in ((first, second), (second, first))
+        ]
+        first_wins = expit(self._log_odds(texts, self.template.choices)).reshape(len(prompts), len(self.principles), 2)
+        self.firsts += [p for p in first_wins.mean((1, 2)).tolist() if not math.isnan(p)]
+        weights = np.array([principle.weight for principle in self.principles])
+        return (first_wins[..., 0] + 1 - first_wins[..., 1]) / 2 @ (weights / weights.sum())
+
+    def _rank(self, prompt: Prompt, completions: Sequence[Completion]) -> Answer:
+        """Ranks by the mean probability of being preferred to each of the others; of a pair also its strength.
+
+        The note holds that probability of each completion, the soft label of RLAIF (2309.00267, section 2.1).
+        """
+        n, mean = len(completions), [0.0] * len(completions)
+        places = list(combinations(range(n), 2))
+        a, b = zip(*combinations(completions, 2), strict=True)
+        for (i, j), p in zip(places, self.preferences([prompt] * len(places), a, b), strict=True):
+            mean[i] += p / (n - 1)
+            mean[j] += (1 - p) / (n - 1)
+        if any(map(math.isnan, mean)):
+            return Answer()
+        ranks = dense_ranks([round(p, 9) for p in mean])  # sums in another order differ by rounding
+        untied_pair = n == 2 and ranks != (1, 1)
+        strength = STRENGTHS[sum(max(mean) >= step for step in STEPS)] if untied_pair else None
+        return Answer(ranks=ranks, strength=strength, note="preferred " + " ".join(f"{p:.4f}" for p in mean))
 
 
 class LanguageModelRater(ModelRater):
@@ -41,76 +131,66 @@ class LanguageModelRater(ModelRater):
     def __init__(
         self,
         model: ModelPath,
-        constitution: Constitution | None = None,
+        constitution: Rules = None,
         principle: str | None = None,
         template: Template | None = None,
         name: str | None = None,
         load_in_4bit: bool | None = None,
         batch_size: int = 32,
     ) -> None:
-        noted = None if template is not None else _noted_template(model)
-        template = template or noted or PLAIN
-        as_trained = noted is not None and constitution is None and principle is None
-        principles = [OVERALL] if as_trained else principles_for(template, constitution, principle)
-        super().__init__(name or f"lm:{model}", template, principles)
-        self.path = str(model)
-        self.batch_size = batch_size
-        self.tokenizer = load_tokenizer(model)
-        self.max_length = max_length(model)
-        self.in_chat = template.chat and self.tokenizer.chat_template is not None
-        self._load_in_4bit = load_in_4bit
-        examples = {template.verdicts: template.rating("q", "a")}
-        if template.compare:
-            examples[template.choices] = template.comparison("q", "a", "b", "w")
+        noted = models.read_notes(model).get("judge")
+        if template is None and noted is not None:
+            words = {name: tuple(noted[name]) for name in ("choices", "verdicts")}  # JSON has made lists of them
+            template = Template(**noted | words)
+            constitution = constitution or (None if principle else [OVERALL])  # as it was trained
+        self.path, self.batch_size, self._load_in_4bit = str(model), batch_size, load_in_4bit
+        super().__init__(name or f"lm:{model}", template or PLAIN, constitution, principle)
+        self.tokenizer = models.load_tokenizer(model)
+        self.max_length = models.max_length(model)
+        self.in_chat = self.template.chat and self.tokenizer.chat_template is not None
+        examples = {self.template.verdicts: self.template.rating("q", "a")}
+        if self.template.compare:
+            examples[self.template.choices] = self.template.comparison("q", "a", "b", "w")
         self._answer_tokens = {words: self._tokens_of(words, text) for words, text in examples.items()}
 
     @cached_property
     def model(self) -> Model:
         """The weights, loaded when they are first needed."""
-        return load_causal(self.path, self._load_in_4bit)
+        return models.load_causal(self.path, self._load_in_4bit)
 
     @torch.no_grad()
     def _log_odds(self, texts: list[str], words: tuple[str, str]) -> list[float]:
         rows = [self._encode(text) for text in texts]
+        order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))  # the longest first
+        if self.max_length is not None and rows and len(rows[order[0]]) >= self.max_length:
+            raise FeedbackError(
+                f"{self.name}: a judgment of {len(rows[order[0]])} tokens and its answer exceed the model's "
+                f"{self.max_length} positions (it begins {texts[order[0]][:40]!r}); shorten the completions, or take "
+                "another judge or template"
+            )
         odds = torch.empty(len(rows))
-        order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            found = next_logprobs(self.model, [rows[row] for row in batch], self._answer_tokens[words])
+            found = models.next_logprobs(self.model, [rows[row] for row in batch], self._answer_tokens[words])
             odds[batch] = (found[:, 0] - found[:, 1]).cpu()
         return odds.tolist()
 
-    def _encode(self, text: str) -> list[int]:
-        ids = self._ids(self._rendered(text))
-        if self.max_length is not None and len(ids) >= self.max_length:
-            raise FeedbackError(
-                f"{self.name}: a judgment of {len(ids)} tokens and its answer exceed the model's {self.max_length} "
-                f"positions (it begins {text[:40]!r}); shorten the completions, or take another judge or template"
-            )
-        return ids
-
-    def _rendered(self, text: str) -> str:
-        if not self.in_chat:
-            return text
-        chat = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=not self.in_chat)["input_ids"])
+    def _encode(self, text: str, answer: str = "") -> list[int]:
+        if self.in_chat:
+            chat = [{"role": "user", "content": text}]
+            text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer(text + answer, add_special_tokens=not self.in_chat)["input_ids"])
 
     def _tokens_of(self, words: tuple[str, str], text: str) -> list[int]:
         """The one token by which the model would write each of two words after a text."""
-        rendered, found = self._rendered(text), []
-        for word in words:
-            answer = word if self.in_chat else f" {word}"
-            before, after = self._ids(rendered), self._ids(rendered + answer)
-            if after[:-1] != before or after[-1] in found:
-                raise FeedbackError(
-                    f"{self.path}: the answer {answer!r} is not one token of its tokenizer, or the same as the other "
-                    "answer's; give a template with other answer words"
-                )
-            found.append(after[-1])
-        return found
+        before = self._encode(text)
+        first, second = (self._encode(text, word if self.in_chat else f" {word}") for word in words)
+        if first[:-1] != before or second[:-1] != before or first == second:
+            raise FeedbackError(
+                f"{self.path}: the answers {words} are not two single tokens of its tokenizer; give a template with "
+                "other answer words"
+            )
+        return [first[-1], second[-1]]
 
 
 def train_judge(
@@ -122,7 +202,7 @@ def train_judge(
     `template.compare` they are the better completion as good and the other as bad. A rating is one row. Raises
     FeedbackError if there are no judgments, or if a row does not fit the model's positions.
     """
-    tokenizer, limit = load_tokenizer(model), max_length(model)
+    tokenizer, limit = models.load_tokenizer(model), models.max_length(model)
     rows = _as_rows(judgments, template)
     longest = max(len(tokenizer(text)["input_ids"]) for text, _ in rows) + 2  # the answer and EOS
     if limit is not None and longest > limit:
@@ -130,15 +210,17 @@ def train_judge(
             f"train_judge: a judgment of {longest} tokens exceeds the {limit} positions of {model}; leave out long "
             "completions, or give a shorter template"
         )
-    texts: list[dict[str, Any]] = [{"prompt": text, "completion": f" {word}"} for text, word in rows]
-    if template.chat and tokenizer.chat_template is not None:
-        roles = (("prompt", "user"), ("completion", "assistant"))
-        texts = [
-            {column: [{"role": role, "content": said}] for (column, role), said in zip(roles, row, strict=True)}
-            for row in rows
-        ]
+    in_chat = template.chat and tokenizer.chat_template is not None
+
+    def turn(role: str, text: str) -> Prompt:
+        return [{"role": role, "content": text}] if in_chat else text
+
+    texts = [
+        {"prompt": turn("user", text), "completion": turn("assistant", word if in_chat else f" {word}")}
+        for text, word in rows
+    ]
     train.sft(model, Dataset.from_list(texts), out, **{"max_length": limit, **settings})
-    write_notes(out, judge=asdict(template))
+    models.write_notes(out, judge=asdict(template))
     return str(out)
 
 
@@ -146,22 +228,14 @@ def _as_rows(judgments: pd.DataFrame, template: Template) -> list[tuple[str, str
     """(text, answer word) of each judgment."""
     asked, rows = set(judgments["question"]), []
     for pair in preferences(judgments) if "rank" in asked else ():
-        prompt, chosen, rejected = pair["prompt"], pair["chosen"], pair["rejected"]
-        if template.compare:
-            rows.append((template.comparison(prompt, chosen, rejected, OVERALL.compare), template.choices[0]))
-            rows.append((template.comparison(prompt, rejected, chosen, OVERALL.compare), template.choices[1]))
-        else:
-            rows.append((template.rating(prompt, chosen), template.verdicts[0]))
-            rows.append((template.rating(prompt, rejected), template.verdicts[1]))
+        for k, (one, other) in enumerate((("chosen", "rejected"), ("rejected", "chosen"))):
+            if template.compare:
+                text = template.comparison(pair["prompt"], pair[one], pair[other], OVERALL.compare)
+                rows.append((text, template.choices[k]))
+            else:
+                rows.append((template.rating(pair["prompt"], pair[one]), template.verdicts[k]))
     for one in labels(judgments) if asked & {"good/bad", "1-7"} else ():
         rows.append((template.rating(one["prompt"], one["completion"]), template.verdicts[0 if one["label"] else 1]))
     if not rows:
         raise FeedbackError("train_judge: there are no judgments to learn from; collect some with feedback.ask")
     return rows
-
-
-def _noted_template(model: ModelPath) -> Template | None:
-    noted: dict[str, Any] | None = read_notes(model).get("judge")
-    if noted is None:
-        return None
-    return Template(**{**noted, "choices": tuple(noted["choices"]), "verdicts": tuple(noted["verdicts"])})

@@ -1,78 +1,108 @@
-"""A report of a body of feedback: the raters as a table and a figure, and both as a self-contained page."""
+"""A report of a body of feedback: a row per rater, a figure, and both as a self-contained page."""
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
+from importlib.resources import files
 from io import BytesIO
-from pathlib import Path
+from string import Template
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf_kit import plots
-from rlhf_kit.feedback.agreement import agreement
+from rlhf_kit.feedback.agreement import PAIR, agreement, votes, words
+from rlhf_kit.feedback.bias import biases, position_from_swaps
 from rlhf_kit.feedback.judging import FeedbackError
-from rlhf_kit.feedback.quality import MEANINGS, raters
 from rlhf_kit.feedback.store import Store
-from rlhf_kit.rewards import Reward
+from rlhf_kit.stats import NOT_MEASURED, bootstrap, columns
 
 PACKAGES = ("rlhf-kit", "krippendorff", "scipy", "pandas")  # the numbers depend on these
-BLUE, ORANGE, GREY = plots.COLOURS["SFT"], plots.COLOURS["PPO"], plots.COLOURS["base"]
-OF_AGREEMENT = {
-    "measure": "",  # its values are explained below
-    "question": "what was asked",
-    "raters": "number of raters",
-    "value": "alpha is Krippendorff's, ordinal: 1 - observed / expected disagreement; 1 is perfect, 0 is what chance "
-    "gives. Each pair counts in both orders, because the order in which an item lists its completions means nothing. "
-    "Percent agreement is the chance that two raters of a pair say the same",
-    "used": "pairs of completions, or rated completions, that two raters or more judged",
-    "left_out": "the others",
-    "why": "why a measure has no value",
+BLUE, GREY = plots.COLOURS["SFT"], plots.COLOURS["base"]
+TOO_FAST = 1 / 3  # of a rater's own median time per word
+# The page's tables. report.html says what their columns mean.
+TABLES = {
+    "work": "rater judgments skips ties agree even_votes lapse seconds too_fast repeats repeats_changed",
+    "sways": "rater side_bias position position_swapped length choices swaps why",
+    "agreement": "measure question raters value used left_out why",
 }
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-div { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #8888; text-align: left; white-space: nowrap; }
-td:last-child { white-space: normal; } img { max-width: 100%; background: #fff; } dt { font-weight: 600; }
-"""
 
 
-def report(judgments: pd.DataFrame | Store, gold: Reward | None = None) -> tuple[pd.DataFrame, Figure]:
+def raters(judgments: pd.DataFrame) -> pd.DataFrame:
+    """A row per rater with the columns of TABLES; `_lo` and `_hi` are the bounds of 95% intervals.
+
+    Intervals of shares are bootstrapped over items; those of log-odds come from `biases` and `position_from_swaps`.
+    What cannot be measured is NaN, and `why` says why a bias is. The last of repeated votes counts.
+    """
+    found, present, repeated = votes(judgments), judgments[~judgments["withdrawn"]], votes(judgments, repeats=True)
+    repeated["before"] = repeated.groupby([*PAIR, "rater"])["value"].shift()
+    repeated, others = repeated[repeated["before"].notna()], _majority_of_others(found)
+    clear, pairs = others[others["majority"].notna()], found[found["question"] == "rank"]
+    sided = pairs[(pairs["value"] != 0) & (pairs["first"] != 0)]
+    shares = {
+        "agree": clear.assign(hit=clear["value"] == clear["majority"]),
+        "side_bias": sided.assign(hit=(sided["value"] == sided["first"]) - 0.5),
+        "repeats_changed": repeated.assign(hit=repeated["value"] != repeated["before"]),
+    }
+    rows = []
+    for rater, given in present.groupby("rater"):
+        per_word = given["seconds"] / given["completions"].map(lambda texts: max(1, sum(map(words, texts))))
+        row: dict[str, Any] = {
+            "rater": rater,
+            "judgments": len(given),
+            "skips": int((given["ranks"].isna() & given["rating"].isna()).sum()),
+            "ties": int((pairs["rater"].eq(rater) & pairs["value"].eq(0)).sum()),
+            "even_votes": int((others["rater"].eq(rater) & others["majority"].isna()).sum()),
+            "seconds": float(given["seconds"].median()),
+            "too_fast": float((per_word.dropna() < TOO_FAST * per_word.median()).mean()),  # NaN where nothing was timed
+            "repeats": int(repeated["rater"].eq(rater).sum()),
+        }
+        for name, frame in shares.items():
+            own = frame[frame["rater"] == rater]
+            share = bootstrap(own["hit"].astype(float), own["item"]) if len(own) else NOT_MEASURED
+            row |= columns(name, share)
+        rows.append(row)
+    return pd.DataFrame(rows).merge(biases(judgments), on="rater").merge(position_from_swaps(judgments), on="rater")
+
+
+def _majority_of_others(found: pd.DataFrame) -> pd.DataFrame:
+    """Votes with `majority`, what most of the other raters say (NaN: evenly divided), where there are others."""
+    said = pd.get_dummies(found["value"], dtype=int)  # (votes, values)
+    others = said.groupby([found[name] for name in PAIR]).transform("sum") - said
+    others = others[others.sum(axis=1) > 0]
+    if others.empty:
+        return found.iloc[:0].assign(majority=np.nan)
+    sole = others.eq(others.max(axis=1), axis=0).sum(axis=1) == 1
+    return found.loc[others.index].assign(majority=others.idxmax(axis=1).where(sole))
+
+
+def report(judgments: pd.DataFrame | Store) -> tuple[pd.DataFrame, Figure]:
     """The table of `raters` and its figure: agreement, position bias, length bias and speed, with 95% intervals.
 
     Raises FeedbackError if there is no judgment.
     """
     frame = judgments.judgments() if isinstance(judgments, Store) else judgments
-    table = raters(frame, gold)
-    return table, draw(table, frame)
-
-
-def draw(table: pd.DataFrame, judgments: pd.DataFrame) -> Figure:
-    """Four panels; each rater has the same row in all of them."""
+    table = raters(frame)
+    numbers = table.set_index("rater").replace([np.inf, -np.inf], np.nan)
+    quartiles = frame[~frame["withdrawn"]].groupby("rater")["seconds"].quantile(np.array([0.25, 0.75]))
+    numbers[["seconds_lo", "seconds_hi"]] = quartiles.unstack()
     panels = {
         "agree": ("Do they agree?", "agreement with most of the others [share of pairs]"),
         "position": ("Does the place sway them?", "bias to the first place [log-odds]"),
-        "length": ("Does length sway them?", f"bias to length, quality from {table['against'][0]} [log-odds per word]"),
+        "length": ("Does length sway them?", "bias to length, quality from the panel [log-odds per word]"),
         "seconds": ("How fast are they?", "time of a judgment [s]: median, middle half"),
     }
-    quartiles = (
-        judgments[~judgments["withdrawn"]].groupby("rater")["seconds"].quantile(np.array([0.25, 0.75])).unstack()
-    )
-    numbers = table.set_index("rater").replace([np.inf, -np.inf], np.nan)
-    numbers[["seconds_lo", "seconds_hi"]] = quartiles
     rows = np.arange(len(table))
     figure, grid = plt.subplots(2, 2, figsize=(12.4, 3 + 0.76 * len(table)), layout="constrained", sharey=True)
     for axes, (name, (title, label)) in zip(grid.flat, panels.items(), strict=True):
-        _intervals(axes, numbers, name, rows, BLUE)
+        axes.hlines(rows, numbers[f"{name}_lo"], numbers[f"{name}_hi"], color=BLUE, linewidth=2.4)
+        axes.plot(numbers[name], rows, "o", color=BLUE, markersize=8)
         for row in rows[numbers[name].isna()]:
             transform = axes.get_yaxis_transform()
             axes.text(0.5, row, "not measured", color=GREY, ha="center", va="center", transform=transform)
@@ -80,18 +110,12 @@ def draw(table: pd.DataFrame, judgments: pd.DataFrame) -> Figure:
         axes.set(xlabel=label, ylim=(len(table) - 0.5, -0.5))
         axes.set_yticks(rows, table["rater"])
         axes.grid(axis="y", visible=False)
-    agree, position, length, speed = grid.flat
-    if "agree_gold" in table:
-        _intervals(agree, numbers, "agree_gold", rows + 0.22, ORANGE, "D")
-        agree.set_xlabel("agreement [share of pairs]")
-        names = ["with most of the others", "with gold"]
-        agree.legend(agree.lines, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
-    for axes in (position, length):
-        axes.axvline(0, color=GREY, linewidth=2, linestyle="--", zorder=1)
-    speed.set_xlim(left=0)
+        if name in ("position", "length"):
+            axes.axvline(0, color=GREY, linewidth=2, linestyle="--", zorder=1)
+    grid[1, 1].set_xlim(left=0)
     figure.suptitle(f"{len(table)} rater{'s' * (len(table) > 1)}, {table['judgments'].sum()} judgments; 95% intervals")
     plt.close(figure)
-    return figure
+    return table, figure
 
 
 def page(store: Store, command: str) -> str:
@@ -107,38 +131,30 @@ def page(store: Store, command: str) -> str:
     table, figure = report(frame)
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
-    used = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Feedback</title><style>{STYLE}</style></head><body>
-<h1>Feedback in {html.escape(store.path.name)}</h1>
-<p>{len(frame)} judgments, {len(table)} raters, {frame["item"].nunique()} items judged, {len(store.items())} items in
-the store, {table["skips"].sum()} skipped, {everything["withdrawn"].sum()} taken back; {frame["time"].min()[:16]} to
-{frame["time"].max()[:16]} UTC. Square brackets hold 95% intervals; a dash stands where there is no number.</p>
-<p><img alt="Agreement, position bias, length bias and speed of each rater"
-src="data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}"></p>
-{"".join(_html(title, table, {"rater": "", **meanings}) for title, meanings in MEANINGS.items())}
-{_html("Agreement", agreement(frame), OF_AGREEMENT)}
-<p>Made by <code>{html.escape(command)}</code> on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC with {used}.</p>
-</body></html>
-"""
+    counted = f"{len(frame)} judgments, {len(table)} raters, {frame['item'].nunique()} items judged, "
+    counted += f"{len(store.items())} items in the store, {table['skips'].sum()} skipped, "
+    counted += (
+        f"{everything['withdrawn'].sum()} taken back; {frame['time'].min()[:16]} to {frame['time'].max()[:16]} UTC"
+    )
+    return Template(files(__package__).joinpath("report.html").read_text(encoding="utf-8")).substitute(
+        store=html.escape(store.path.name),
+        counted=counted,
+        figure=base64.b64encode(drawn.getvalue()).decode(),
+        work=_html(table, "work"),
+        sways=_html(table, "sways"),
+        agreement=_html(agreement(frame), "agreement"),
+        command=html.escape(command),
+        now=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
+        versions=", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES),
+    )
 
 
-def write(path: str | Path, make: Callable[[], str], force: bool = False) -> Path:
-    """Make a page and write it; FeedbackError where the file exists and `force` is not given."""
-    target = Path(path)
-    if target.exists() and not force:
-        raise FeedbackError(f"{target}: is there already; name another file with --out, or overwrite it with --force")
-    target.write_text(make(), encoding="utf-8")
-    return target
-
-
-def _html(title: str, frame: pd.DataFrame, meanings: dict[str, str]) -> str:
-    """Columns of a frame, each number with its interval, and what they mean; `why` only where it says something."""
-    shown = [name for name in meanings if name in frame and not (name == "why" and (frame[name] == "").all())]
-    cells = {name.replace("_", " "): [_cell(row, name) for row in frame.to_dict("records")] for name in shown}
-    meant = (f"<dt>{name.replace('_', ' ')}</dt><dd>{html.escape(meanings[name])}</dd>" for name in shown[1:])
-    return f"<h2>{title}</h2><div>{pd.DataFrame(cells).to_html(index=False, border=0)}</div><dl>{''.join(meant)}</dl>"
+def _html(frame: pd.DataFrame, table: str) -> str:
+    """The columns of one of TABLES, each number with its interval; `why` only where it says something."""
+    rows, names = frame.to_dict("records"), TABLES[table].split()
+    shown = [name for name in names if name != "why" or (frame["why"] != "").any()]
+    cells = {name.replace("_", " "): [_cell(row, name) for row in rows] for name in shown}
+    return pd.DataFrame(cells).to_html(index=False, border=0)
 
 
 def _cell(row: dict[Any, Any], name: str) -> str:
@@ -149,8 +165,3 @@ def _cell(row: dict[Any, Any], name: str) -> str:
     digits = 3 if name == "length" else 2
     text = f"{value:.{digits}f} [{row[lo]:.{digits}f}, {row[hi]:.{digits}f}]" if lo in row else f"{value:.3g}"
     return "-" if np.isnan(value) else text.replace("nan", "-")
-
-
-def _intervals(axes: Axes, numbers: pd.DataFrame, name: str, rows: Any, colour: str, marker: str = "o") -> None:
-    axes.hlines(rows, numbers[f"{name}_lo"], numbers[f"{name}_hi"], color=colour, linewidth=2.4)
-    axes.plot(numbers[name], rows, marker, color=colour, markersize=8)

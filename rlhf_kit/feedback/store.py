@@ -7,6 +7,7 @@ import sqlite3
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ from rlhf_kit.feedback.judging import Answer, FeedbackError, Item, Question, as_
 
 SCHEMA_VERSION = 2
 WAIT = 30.0  # seconds that a write waits for another process's write
-
 # Nothing is ever changed or deleted: what a rater takes back is a withdrawal beside the judgment.
 TABLES = {
     "items": "item TEXT PRIMARY KEY, prompt TEXT NOT NULL, completions TEXT NOT NULL, columns TEXT NOT NULL",
@@ -48,46 +48,32 @@ class Store:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.parent.is_dir():
-            raise FeedbackError(f"{self.path}: its folder {self.path.parent} is not there; make it first")
         try:
             with self._transaction() as connection:  # of two processes that make the same store, one waits
-                self._prepare(connection)
+                [version] = connection.execute("PRAGMA user_version").fetchone()
+                if not version and not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                    _create(connection)
+                elif version != SCHEMA_VERSION:
+                    raise sqlite3.DatabaseError(f"its schema is {version}, and this rlhf-kit reads {SCHEMA_VERSION}")
             with closing(sqlite3.connect(self.path, timeout=WAIT)) as connection:
                 connection.execute("PRAGMA journal_mode = WAL")
         except sqlite3.DatabaseError as error:
-            raise FeedbackError(f"{self.path}: is not a store of judgments ({error}); name another file") from None
-
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        [version] = connection.execute("PRAGMA user_version").fetchone()
-        if version == SCHEMA_VERSION:
-            return
-        if version or connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-            raise FeedbackError(
-                f"{self.path}: is another program's database, or a store of another rlhf-kit (its schema is {version}, "
-                f"and this one reads {SCHEMA_VERSION}); name another file"
-            )
-        for table, columns in TABLES.items():
-            connection.execute(f"CREATE TABLE {table} ({columns})")
-            for verb in ("UPDATE", "DELETE"):
-                refusal = f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
-                connection.execute(f"CREATE TRIGGER {table}_{verb} BEFORE {verb} ON {table} {refusal}")
-        connection.execute("CREATE INDEX judgments_of_rater ON judgments (rater, item)")
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            raise FeedbackError(f"{self.path}: is no store of judgments ({error}); name another file") from None
 
     @contextmanager
-    def _transaction(self, write: bool = True) -> Iterator[sqlite3.Connection]:
-        """A connection for one transaction: committed at the end, undone on an error; only writers wait for others."""
+    def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
+        """A connection for one transaction: committed at the end, undone on an error. IMMEDIATE waits for writers."""
         with closing(sqlite3.connect(self.path, timeout=WAIT, isolation_level=None)) as connection:
+            connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-            try:
+            connection.execute(begin)
+            with connection:
                 yield connection
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
-            connection.execute("COMMIT")
+
+    def _rows(self, select: str, *values: Any) -> list[sqlite3.Row]:
+        with self._transaction("BEGIN") as connection:  # a reader never waits
+            return connection.execute(select, values).fetchall()
 
     def add(self, items: Sequence[Item]) -> int:
         """Put items into the store; returns how many are new.
@@ -100,19 +86,16 @@ class Store:
                 row = (item.id, _json(item.prompt), _json(item.completions), _json(item.columns))
                 added += connection.execute("INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?)", row).rowcount
                 [there] = connection.execute("SELECT columns FROM items WHERE item = ?", row[:1]).fetchone()
-                texts = [canonical(json.loads(columns)) for columns in (there, row[-1])]
-                differ += texts[0] != texts[1]  # compared as texts, because NaN does not equal NaN
+                # Compared as texts, because NaN does not equal NaN.
+                differ += canonical(json.loads(there)) != canonical(json.loads(row[-1]))
         if differ:
-            warnings.warn(
-                f"{differ} of {len(items)} items are in {self.path} with other columns; those stay as they are",
-                stacklevel=2,
-            )
+            note = f"{differ} of {len(items)} items are in {self.path} with other columns; those stay as they are"
+            warnings.warn(note, stacklevel=2)
         return added
 
     def items(self) -> list[Item]:
         """All items, in the order in which they were added."""
-        with self._transaction(write=False) as connection:
-            rows = connection.execute("SELECT prompt, completions, columns FROM items ORDER BY rowid").fetchall()
+        rows = self._rows("SELECT prompt, completions, columns FROM items ORDER BY rowid")
         found = [[json.loads(text) for text in row] for row in rows]
         return [Item(prompt, tuple(completions), columns) for prompt, completions, columns in found]
 
@@ -130,13 +113,11 @@ class Store:
         """Keep a rater's answer about an item, its completions shown in the order `shown`; returns its number.
 
         before: how many judgments of this item by this rater count, as far as the caller knows. FeedbackError if there
-        are more, since another tab or process has then asked the same; and for an item that was not added.
+        are more, since another tab or process has then asked the same; IntegrityError for an item that was not added.
         """
         row = as_row(0, item, rater, question, answer, shown, seconds, interface)
         row |= {"ranks": row["ranks"] and _json(row["ranks"]), "shown": _json(row["shown"])}
         with self._transaction() as connection:
-            if not connection.execute("SELECT 1 FROM items WHERE item = ?", (item.id,)).fetchone():
-                raise FeedbackError(f"item {item.id}: is not in {self.path}; add it first")
             made, last = connection.execute(
                 "SELECT count(*), max(judgment) FROM judgments "
                 f"WHERE item = :item AND rater = :rater AND question = :question AND {COUNTS}",
@@ -154,41 +135,35 @@ class Store:
     def withdraw(self, judgment: int, rater: str) -> None:
         """Take a judgment back: it stays in the history, marked, and counts no more."""
         with self._transaction() as connection:
-            taken = connection.execute(
-                "INSERT INTO withdrawals "
-                f"SELECT judgment, ? FROM judgments WHERE judgment = ? AND rater = ? AND {COUNTS}",
-                (now(), judgment, rater),
-            ).rowcount
-            if not taken:
+            select = f"SELECT judgment, ? FROM judgments WHERE judgment = ? AND rater = ? AND {COUNTS}"
+            if not connection.execute(f"INSERT INTO withdrawals {select}", (now(), judgment, rater)).rowcount:
                 raise FeedbackError(f"judgment {judgment}: is not one of rater {rater!r}, or was withdrawn before")
 
     def judged(self, rater: str, question: Question) -> list[Judged]:
         """The rater's judgments of that question that count, in the order in which they were made."""
-        with self._transaction(write=False) as connection:
-            rows = connection.execute(
-                "SELECT judgment, item, shown, seconds, ranks IS NULL AND rating IS NULL FROM judgments "
-                f"WHERE rater = ? AND question = ? AND {COUNTS} ORDER BY judgment",
-                (rater, question),
-            ).fetchall()
+        columns = "judgment, item, shown, seconds, ranks IS NULL AND rating IS NULL"
+        where = f"WHERE rater = ? AND question = ? AND {COUNTS} ORDER BY judgment"
+        rows = self._rows(f"SELECT {columns} FROM judgments {where}", rater, question)
         return [Judged(j, item, tuple(json.loads(shown)), seconds, bool(no)) for j, item, shown, seconds, no in rows]
 
     def judgments(self, withdrawn: bool = False) -> pd.DataFrame:
         """A row per judgment, COLUMNS, in the order in which they were made; with `withdrawn` those taken back too."""
-        with self._transaction(write=False) as connection:
-            connection.row_factory = sqlite3.Row
-            found = connection.execute(
-                f"SELECT *, NOT {COUNTS} AS withdrawn FROM judgments JOIN items USING (item) ORDER BY judgment"
-            ).fetchall()
+        columns = f"*, NOT {COUNTS} AS withdrawn"
+        found = self._rows(f"SELECT {columns} FROM judgments JOIN items USING (item) ORDER BY judgment")
         rows = [dict(row) for row in found if withdrawn or not row["withdrawn"]]
         return judgments_frame([row | {name: json.loads(row[name] or "null") for name in AS_JSON} for row in rows])
 
 
+def _create(connection: sqlite3.Connection) -> None:
+    for table, columns in TABLES.items():
+        connection.execute(f"CREATE TABLE {table} ({columns})")
+        for verb in ("UPDATE", "DELETE"):
+            refusal = f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+            connection.execute(f"CREATE TRIGGER {table}_{verb} BEFORE {verb} ON {table} {refusal}")
+    connection.execute("CREATE INDEX judgments_of_rater ON judgments (rater, item)")
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    """numpy's numbers as Python's; raises FeedbackError where a column holds what JSON cannot."""
-    if not hasattr(value, "tolist"):
-        raise FeedbackError(f"a column holds {value!r}; a store keeps texts, numbers and lists, so turn it into one")
-    return value.tolist()
+    """JSON, with numpy's numbers and arrays as Python's; an AttributeError names the type of anything else."""
+    return json.dumps(value, ensure_ascii=False, default=methodcaller("tolist"))

@@ -415,7 +415,7 @@ def load_models(
             args.max_memory_gib or memory.device_memory(),
             lora=args.lora,
             load_in_4bit=args.load_in_4bit,
-            prompt_length=max(map(len, models.encode_prompts(tokenizer, longest))),
+            prompt_length=max(map(len, models.encode(tokenizer, longest))),
             max_completion_length=args.max_completion_length,
             rollout=args.per_device_train_batch_size,
             micro_batch_size=args.micro_batch_size,

@@ -54,7 +54,7 @@ class RuleReader:
         prompt, answer = chat[0]["content"], chat[1]["content"]
         if len(chat) == 5:
             return answer if chat[3]["content"] == "no fault" else self._revised(prompt, answer, chat[3]["content"])
-        asked = [each.name for each in self.rules.principles if each.critique == chat[2]["content"]]
+        asked = [each.name for each in self.rules if each.critique == chat[2]["content"]]
         if not asked:
             raise FeedbackError("a RuleReader knows the principles of the default constitution only")
         overlooks = self.generator.random() < self.reader.lapse
