@@ -27,6 +27,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 QUIET = "no-sandbox disable-gpu disable-quic no-first-run disable-sync disable-background-networking "
 QUIET += "disable-component-update"
 START_SECONDS = 60
+IDLE = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 
 
 def chromium() -> str:
