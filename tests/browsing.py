@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -46,14 +45,6 @@ def opened(browser: Browser) -> Page:
     return page
 
 
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
 @contextmanager
 def jupyterlab(page: Page, notebook: Path) -> Iterator[None]:
     """The notebook, open in a JupyterLab on loopback that has nothing of this person's settings, its kernel idle."""
@@ -64,7 +55,7 @@ def jupyterlab(page: Page, notebook: Path) -> Iterator[None]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    address, token = f"http://127.0.0.1:{port}", secrets.token_hex(16)
+    token = secrets.token_hex(16)
     folders = {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     folders |= {f"JUPYTERLAB_{name}_DIR": str(home / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
     environment = os.environ | folders | {"JUPYTER_TOKEN": token, "RLHF_KIT_RESULTS": str(home / "results")}
@@ -76,11 +67,11 @@ def jupyterlab(page: Page, notebook: Path) -> Iterator[None]:
         server = subprocess.Popen(command, env=environment, stdout=lines, stderr=lines)
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not answers(f"{address}/api/status?token={token}"):
+        while not list((home / "runtime").glob("jpserver-*.json")):  # written once it listens
             up = server.poll() is None and time.monotonic() < deadline
             assert up, f"JupyterLab did not start:\n{log.read_text()}"
             time.sleep(0.2)
-        page.goto(f"{address}/lab/tree/{notebook.name}?token={token}")
+        page.goto(f"http://127.0.0.1:{port}/lab/tree/{notebook.name}?token={token}")
         page.wait_for_function(IDLE)
         yield
     finally:

@@ -6,10 +6,9 @@ import http.client
 import json
 import os
 import signal
-import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,24 +132,14 @@ def test_two_processes_that_answer_at_the_same_moment_judge_once(store: Store, m
     assert len(store.judgments()) == 1
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"ranks": [1]},
-        {"ranks": []},
-        {"rating": 1},
-        {"ranks": [1, 1], "strength": "much"},
-        {},
-        {"do": "skip", "ranks": [1, 2]},
-        {"do": "skip", "showing": "another"},
-    ],
-)
-def test_an_answer_that_does_not_fit_is_refused_and_the_item_stays(store: Store, wrong: dict[str, Any]) -> None:
+def test_an_answer_that_does_not_fit_is_refused_and_the_item_stays(store: Store) -> None:
     session = Session(store, PAIRS, "ana")
     before = session.state()
-    after = act(session, **wrong)
-    assert after["error"] and after["time"] > before["time"]
-    assert (texts(after), after["showing"]) == (texts(before), before["showing"])
+    skips = ({"do": "skip", "ranks": [1, 2]}, {"do": "skip", "showing": "another"})
+    for wrong in ({"ranks": [1]}, {"ranks": []}, {"rating": 1}, {"ranks": [1, 1], "strength": "much"}, {}, *skips):
+        after = act(session, **wrong)
+        assert after["error"] and after["time"] > before["time"], wrong
+        assert (texts(after), after["showing"]) == (texts(before), before["showing"])
     assert store.judgments(withdrawn=True).empty
 
 
@@ -177,18 +166,14 @@ def test_the_pace_is_the_median_so_that_one_break_does_not_spoil_it(store: Store
     assert Session(store, PAIRS, "ana").state()["progress"] == "4 of 5 · 6.0 a minute · about 0:20 left"
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
+def test_a_page_that_cannot_be_is_said_at_once(store: Store) -> None:
+    for change, says in (
         ({"question": "1-7"}, "one completion"),
-        ({"question": "best"}, "question 'best'"),
         ({"repeats": -1}, "repeats=-1, but there are 5 different items"),
         ({"repeats": 6}, "repeats=6, but there are 5 different items"),
-    ],
-)
-def test_a_page_that_cannot_be_is_said_at_once(store: Store, change: dict[str, Any], says: str) -> None:
-    with pytest.raises(FeedbackError, match=says):
-        Session(store, PAIRS, "ana", **change)
+    ):
+        with pytest.raises(FeedbackError, match=says):
+            Session(store, PAIRS, "ana", **change)
 
 
 def test_the_cell_takes_samples_and_goes_on_where_the_rater_stopped(tmp_path: Path) -> None:
@@ -266,16 +251,16 @@ def test_of_answers_that_arrive_together_one_is_kept(store: Store) -> None:
 # Files and the command -----------------------------------------------------------------------------------------------
 
 
-def lines(path: Path, rows: list[Any]) -> Path:
+def written(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def test_lists_of_completions_and_samples_become_the_same_items(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i} ?", "completions": ["a", "b"], "topic": "x"} for i in range(3)]
-    listed = lines(tmp_path / "lists.jsonl", rows)
+    listed = written(tmp_path / "lists.jsonl", rows)
     each = [{"prompt": row["prompt"], "completion": text, "topic": "x"} for text in "ab" for row in rows]
-    samples = lines(tmp_path / "samples.jsonl", each)
+    samples = written(tmp_path / "samples.jsonl", each)
     pd.DataFrame(rows).to_parquet(tmp_path / "lists.parquet")
     pd.DataFrame(rows).assign(completions='["a", "b"]').to_csv(tmp_path / "lists.csv", index=False)
     expected = rating.read(listed)
@@ -301,7 +286,7 @@ def test_lists_of_completions_and_samples_become_the_same_items(tmp_path: Path) 
 def test_a_row_at_fault_is_named_and_the_command_ends_with_2(
     tmp_path: Path, row: dict[str, Any], says: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = lines(tmp_path / "f.jsonl", [{"prompt": "a ?", "completions": ["x", "y"]}, row])
+    path = written(tmp_path / "f.jsonl", [{"prompt": "a ?", "completions": ["x", "y"]}, row])
     assert cli.main(["rate", str(path), "--rater", "ana", "--store", str(tmp_path / "j.db")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -309,21 +294,26 @@ def test_a_row_at_fault_is_named_and_the_command_ends_with_2(
     assert not (tmp_path / "j.db").exists()
 
 
-@pytest.mark.slow
-def test_the_command_serves_until_ctrl_c_and_says_how_many_were_judged(tmp_path: Path) -> None:
-    path = lines(tmp_path / "f.jsonl", [{"prompt": f"{i} ?", "completions": ["x", "y"]} for i in range(3)])
-    command = [sys.executable, "-m", "rlhf_kit.cli", "rate", str(path), "--rater", "ana"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent.parent), *sys.path])}
-    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=heeded
-    )
-    assert process.stdout is not None
-    address = next(line.strip() for line in process.stdout if "http://127.0.0.1:" in line)
-    port, token = int(address.split(":")[2].split("/")[0]), address.split("/")[3]
-    assert ask(port, "POST", f"/{token}/act", skip(port, token))[0] == 200
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=30)[0]
-    assert process.returncode == 0
-    assert "ana has judged 1 of 3; in judgments.db: 1 that count" in rest
+def test_the_command_serves_until_ctrl_c_and_says_how_many_were_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "f.jsonl", [{"prompt": f"{i} ?", "completions": ["x", "y"]} for i in range(3)])
+    monkeypatch.chdir(tmp_path)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+
+    def rate_and_leave() -> None:
+        try:
+            printed, deadline = "", time.monotonic() + 10
+            while "page.html" not in printed and time.monotonic() < deadline:
+                printed += capsys.readouterr().out
+            port, token = printed.partition("http://127.0.0.1:")[2].split("/")[:2]
+            assert ask(int(port), "POST", f"/{token}/act", skip(int(port), token))[0] == 200
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as background:
+        left = background.submit(rate_and_leave)
+        assert cli.main(["rate", str(path), "--rater", "ana"]) == 0
+        left.result()
+    assert "ana has judged 1 of 3; in judgments.db: 1 that count" in capsys.readouterr().out
     assert len(Store(tmp_path / "judgments.db").judgments()) == 1

@@ -1,6 +1,6 @@
 // The rating page: one ES module, for a notebook cell (anywidget calls `render`) and for the served page (at the end).
-// `model` has get("state"), on("change:state", f) and send(message); session.py makes the state. Texts are only ever set
-// as text, never as HTML. The page shows the next item when the session has kept the answer.
+// `model` has get("state"), on("change:state", f) and send(message); session.py makes the state. Texts are only ever
+// set as text, never as HTML. The page shows the next item when the session has kept the answer.
 
 const READING = 250; // ms after an item appears in which nothing is taken: a double click must not judge the next one
 const PATIENCE = 2000; // ms without an answer before the page says that it waits
@@ -25,8 +25,8 @@ const keyCap = (key) => make("kbd", { ariaHidden: "true" }, key === "ArrowLeft" 
 function card(name, messages, ...controls) {
   const parts = messages.map(({ role, content }) => make("div", { className: "rk-message" },
     role && make("h3", {}, role), make("div", { className: "rk-text" }, content)));
-  return make("article", { ariaLabel: name }, make("h3", {}, name),
-    make("div", { className: "rk-scroll", tabIndex: 0, role: "group", ariaLabel: `${name}, text` }, ...parts), ...controls);
+  const text = { className: "rk-scroll", tabIndex: 0, role: "group", ariaLabel: `${name}, text` };
+  return make("article", { ariaLabel: name }, make("h3", {}, name), make("div", text, ...parts), ...controls);
 }
 
 function render({ model, el, keyboard }) {
@@ -39,7 +39,8 @@ function render({ model, el, keyboard }) {
   el.replaceChildren(root);
 
   let state, timer;
-  let keys, note, strength, groups; // of this item: what keys do, the field, how much better, the ranking so far
+  // Of this item: what keys do, the field, how it is asked about, how much better, the ranking so far.
+  let keys = {}, note, kind, strength, groups;
 
   const focus = () => item.focus({ preventScroll: true });
   const say = (error) => { alert.textContent = error ?? ""; };
@@ -78,8 +79,7 @@ function render({ model, el, keyboard }) {
     if (complete()) item.querySelector(".rk-confirm").focus();
   }
 
-  // What an item looks like
-  function completion(kind, messages, place) {
+  function completion(messages, place) {
     const name = state.question === "rank" ? `Answer ${place + 1}` : "Answer";
     const better = () => answer({ ranks: place ? [2, 1] : [1, 2], strength });
     const pick = () => rank(rankOf(place) ? without(place) : [...groups, [place]]);
@@ -88,7 +88,7 @@ function render({ model, el, keyboard }) {
       kind === "rank" && button(name, `${place + 1}`, pick, { className: "rk-pick", ariaPressed: "false" }));
   }
 
-  function choices(kind) {
+  function choices() {
     const rate = (rating) => () => answer({ rating });
     if (kind === "good/bad") return [button("Good", "g", rate(1)), button("Bad", "b", rate(0))];
     if (kind === "1-7")
@@ -114,16 +114,16 @@ function render({ model, el, keyboard }) {
     return make("div", { className: "rk-row", role: "group", ariaLabel: label.textContent }, label, ...buttons);
   }
 
-  function opened(kind) {
+  function opened() {
     note = make("textarea", { rows: 1, maxLength: 10000, ariaKeyShortcuts: "n" });
     keys.n = () => note.focus();
     const hint = ["Note ", keyCap("n"), " kept with your answer; Esc leaves it"];
     return [
       card("Prompt", state.prompt),
-      make("div", { className: "rk-answers" }, ...state.completions.map((each, place) => completion(kind, each, place))),
+      make("div", { className: "rk-answers" }, ...state.completions.map(completion)),
       kind === "pair" && strengths(),
       kind === "rank" && make("p", { className: "rk-order", role: "status" }, "Press the answers, the best first."),
-      make("div", { className: "rk-row", role: "group", ariaLabel: "Your answer" }, ...choices(kind)),
+      make("div", { className: "rk-row", role: "group", ariaLabel: "Your answer" }, ...choices()),
       make("footer", { className: "rk-row" }, make("label", { className: "rk-quiet" }, ...hint, note), undo(),
         button("Skip", "s", () => send({ do: "skip" }))),
     ];
@@ -134,14 +134,14 @@ function render({ model, el, keyboard }) {
   function draw() {
     [keys, note, strength, groups] = [{}, null, null, []];
     const done = state.judged === state.total;
-    const kind = state.question === "rank" && state.completions.length === 2 ? "pair" : state.question;
+    kind = state.question === "rank" && state.completions.length === 2 ? "pair" : state.question;
     const counts = `${state.judged - state.skipped} judged, ${state.skipped} skipped`;
     const end = `Done. Thank you. ${counts}, all kept under the name ${state.rater}.`;
     header.replaceChildren(make("h2", {}, done ? "All judged" : HEADINGS[kind]),
       make("p", { className: "rk-quiet", role: "status" }, state.progress),
       make("progress", { ariaLabel: "Judged", max: state.total, value: state.judged }));
     item.ariaLabel = done ? "End" : `Item ${state.judged + 1} of ${state.total}`;
-    item.replaceChildren(...(done ? [make("p", {}, end), make("footer", {}, undo())] : opened(kind).filter(Boolean)));
+    item.replaceChildren(...(done ? [make("p", {}, end), make("footer", {}, undo())] : opened().filter(Boolean)));
   }
 
   function update() {
