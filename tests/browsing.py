@@ -38,13 +38,6 @@ def browser() -> Iterator[Browser]:
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{name}" for name in QUIET.split()])
 
 
-def opened(browser: Browser) -> Page:
-    """An empty page, patient enough for JupyterLab on a busy machine."""
-    page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
-    page.set_default_timeout(START_SECONDS * 1000)
-    return page
-
-
 @contextmanager
 def jupyterlab(page: Page, notebook: Path) -> Iterator[None]:
     """The notebook, open in a JupyterLab on loopback that has nothing of this person's settings, its kernel idle."""

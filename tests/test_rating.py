@@ -45,10 +45,6 @@ def texts(state: dict[str, Any]) -> list[str]:
     return [messages[0]["content"] for messages in (state["prompt"], *state["completions"])]
 
 
-def done(state: dict[str, Any]) -> bool:
-    return bool(state["judged"] == state["total"] and not state["prompt"])
-
-
 # The session ---------------------------------------------------------------------------------------------------------
 
 
@@ -58,7 +54,7 @@ def test_what_is_kept_is_what_was_chosen_in_the_items_own_order(store: Store) ->
     for completion in (0, 1, 0):
         assert best(session, completion)["error"] is None
     act(session, "skip", note="both garbled")
-    assert done(act(session, ranks=[1, 1]))
+    assert not act(session, ranks=[1, 1])["prompt"]
     assert (session.state()["judged"], session.state()["skipped"]) == (5, 1)
     three = Session(store, [TRIPLE], "ana")
     shown = [TRIPLE.completions.index(text) for text in texts(three.state())[1:]]
@@ -96,7 +92,7 @@ def test_items_come_again_at_the_end_with_their_sides_swapped_and_resume_and_und
     undone = act(session, "undo")
     assert (texts(undone), undone["judged"]) == (sixth, 5)
     best(session, 1)
-    assert done(best(session, 0))
+    assert not best(session, 0)["prompt"]
     judged = store.judgments()
     first, second = judged.iloc[:5].set_index("item"), judged.iloc[5:].set_index("item")
     assert list(first.index) == [item.id for item in PAIRS] and second.index.is_unique
