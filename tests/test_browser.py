@@ -226,10 +226,11 @@ def test_a_double_click_a_held_key_and_a_second_tab_judge_each_item_once(page: P
     with opened(page, Session(store, ITEMS, "ana")) as root, page.context.new_page() as behind:
         behind.goto(page.url)
         rating_page(behind, 1)
-        root.get_by_role("button", name="Answer 1 is better").dblclick()
+        root.get_by_role("button", name="Answer 1 is better").dblclick(delay=400)  # the next item takes answers by then
         rating_page(page, 2)
-        for _ in range(5):
+        for _ in range(3):
             page.keyboard.down("2")  # repeats, as a held key does
+            page.wait_for_timeout(400)
         page.keyboard.up("2")
         rating_page(page, 3)
         behind.keyboard.press("1")

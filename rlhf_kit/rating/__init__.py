@@ -21,8 +21,9 @@ __all__ = ["Page", "Session", "rate", "read"]
 
 def rate(
     samples: pd.DataFrame | Sequence[Item],
-    rater: str,
     store: str | Path | Store = "judgments.db",
+    *,
+    rater: str,
     question: Question = "rank",
     k: int = 2,
     seed: int = 0,

@@ -44,14 +44,13 @@ function render({ model, el, keyboard }) {
 
   const focus = () => item.focus({ preventScroll: true });
   const say = (error) => { alert.textContent = error ?? ""; };
+  const answer = (given) => send({ do: "answer", ...given });
 
   function send(message) {
     root.ariaBusy = "true";
     timer = setTimeout(() => say("Not saved yet: waiting for Python, which may be busy with another cell."), PATIENCE);
     model.send({ showing: state.showing, note: note?.value, ...message });
   }
-
-  const answer = (given) => send({ do: "answer", ...given });
 
   function button(label, key, act, properties) {
     keys[key] = () => root.ariaBusy === "true" || act();
