@@ -175,7 +175,9 @@ def _rate(options: argparse.Namespace) -> int:
         print("Ctrl-C ends; the same command goes on where it stopped.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             page.serve_forever()
-    print(f"\njudgments made: {len(session.made)}; in {options.store}: {len(store.judgments())} that count")
+    state = session.state()
+    count = len(store.judgments())
+    print(f"\n{options.rater} has judged {state['judged']} of {state['total']}; in {options.store}: {count} that count")
     return 0
 
 

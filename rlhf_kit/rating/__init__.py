@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pandas as pd
 
-from rlhf_kit.feedback import FeedbackError, Item, Question, Store
+from rlhf_kit import data
+from rlhf_kit.feedback import FeedbackError, Item, Question, Store, items
+from rlhf_kit.feedback.judging import MOST, canonical, check_question
 
-from .reading import of_samples, read
 from .server import Page
 from .session import Session
-
-if TYPE_CHECKING:
-    from .widget import RatingWidget
 
 __all__ = ["Page", "Session", "rate", "read"]
 
@@ -23,17 +22,18 @@ __all__ = ["Page", "Session", "rate", "read"]
 def rate(
     samples: pd.DataFrame | Sequence[Item],
     store: str | Path | Store = "judgments.db",
-    rater: str = "",
+    *,
+    rater: str,
     question: Question = "rank",
     k: int = 2,
     seed: int = 0,
     repeats: int = 0,
-) -> RatingWidget:
+) -> Any:
     """The rating page as a widget: `rater` judges samples, or items, and each judgment is in the `store` at once.
 
-    Samples are ranked `k` at a time per prompt, or rated one by one. The cell can be run again at any time: the new
-    page goes on where this rater stopped. `repeats` items come a second time at the end in the reverse order; they show
-    how steady the rater is. Raises FeedbackError without anywidget (the `notebooks` extra).
+    Samples are ranked `k` at a time per prompt, or rated one by one. Run the cell again at any time: the new page goes
+    on where this rater stopped. `repeats` items come a second time at the end in the reverse order; they show how
+    steady the rater is. Raises FeedbackError without anywidget (the `notebooks` extra).
     """
     try:
         from .widget import RatingWidget
@@ -42,6 +42,41 @@ def rate(
             f"rate: {error.name} is not installed; pip install 'rlhf-kit[notebooks]', or use the command rlhf-kit rate"
         ) from None
     if isinstance(samples, pd.DataFrame):
-        samples = of_samples(samples, question, k)
+        samples = _of_samples(samples, question, k)
     store = store if isinstance(store, Store) else Store(store)
     return RatingWidget(Session(store, samples, rater, question, seed, "notebook", repeats))
+
+
+def read(path: str | Path, question: Question = "rank", k: int = 2) -> list[Item]:
+    """Items of a .jsonl, .csv or .parquet file with `prompt, completions` (a list; in CSV as JSON), or of samples.
+
+    Samples are rows of `prompt, completion`, those of one prompt ranked `k` at a time. Ratings ask about each
+    completion on its own. Raises DataError or FeedbackError naming the row and its fault.
+    """
+    rows = data.load(path)
+    if "completions" not in rows.column_names:
+        data.check(rows, ("prompt", "completion"), str(path))
+        samples = pd.DataFrame(list(rows))
+        if "prompt_id" not in samples:
+            samples["prompt_id"] = pd.factorize(samples["prompt"].map(canonical))[0]
+        return _of_samples(samples, question, k)
+    found: list[Item] = []
+    for index, row in enumerate(rows):
+        prompt, texts = row.pop("prompt"), row.pop("completions")
+        try:
+            texts = json.loads(texts) if isinstance(texts, str) else texts
+            if not isinstance(texts, list) or not texts:
+                raise FeedbackError("give a list of texts or chats")
+            new = [Item(prompt, tuple(each), row) for each in ([texts] if question == "rank" else [[t] for t in texts])]
+            check_question(question, new)
+        except ValueError as error:
+            where = f"{path}, row {index} (counting from 0), column 'completions'"
+            raise FeedbackError(f"{where}: {error}") from None
+        found += new
+    return found
+
+
+def _of_samples(samples: pd.DataFrame, question: Question, k: int) -> list[Item]:
+    if question == "rank" and not 2 <= k <= MOST:
+        raise FeedbackError(f"k={k}: a ranking is of 2 to {MOST} completions")
+    return items(samples, k if question == "rank" else 1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import anywidget
 import traitlets
 
@@ -12,7 +10,7 @@ from .session import Session
 
 
 class RatingWidget(anywidget.AnyWidget):
-    """The page of a session; it waits for nobody, so other cells run while it is open."""
+    """The page of a session; other cells run while it is open."""
 
     _esm = STATIC / "page.js"
     _css = STATIC / "page.css"
@@ -20,8 +18,4 @@ class RatingWidget(anywidget.AnyWidget):
 
     def __init__(self, session: Session) -> None:
         super().__init__(state=session.state())
-        self.session = session
-        self.on_msg(self._act)
-
-    def _act(self, _: RatingWidget, message: Any, buffers: list[bytes]) -> None:
-        self.state = self.session.act(message if isinstance(message, dict) else {})
+        self.on_msg(lambda _, message, buffers: self.set_trait("state", session.act(message)))

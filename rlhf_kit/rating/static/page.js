@@ -1,266 +1,201 @@
-// The rating page: one ES module for a notebook (anywidget) and for the served page.
-//
-// `model` has get("state"), on("change:state", f), off, and send(message); rlhf_kit/rating/session.py says what is in
-// the state. Texts of models are only ever set as textContent. An answer carries the number of the showing that it is
-// about, and the page waits for the session's word before it shows anything else.
+// The rating page: one ES module, for a notebook cell (anywidget calls `render`) and for the served page (at the end).
+// `model` has get("state"), on("change:state", f) and send(message); session.py makes the state. Texts are only ever
+// set as text, never as HTML. The page shows the next item when the session has kept the answer.
 
 const READING = 250; // ms after an item appears in which nothing is taken: a double click must not judge the next one
 const PATIENCE = 2000; // ms without an answer before the page says that it waits
 const SETTLING = 1500; // ms in which a new page sees to it that it has the focus
 
-function make(tag, properties = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name in element) element[name] = value;
-    else element.setAttribute(name, value);
-  }
+const HEADINGS = {
+  pair: "Which answer is better?",
+  rank: "Rank the answers, the best first",
+  "good/bad": "Is this answer good or bad?",
+  "1-7": "How good is this answer, from 1 to 7?",
+};
+
+function make(tag, properties, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
   element.append(...children.filter(Boolean));
   return element;
 }
 
-const keyCap = (key) => make("kbd", { "aria-hidden": "true" }, { ArrowLeft: "\u2190" }[key] ?? key);
+const keyCap = (key) => make("kbd", { ariaHidden: "true" }, key === "ArrowLeft" ? "\u2190" : key);
 
 // A text that can scroll takes the focus, so that the arrow keys can scroll it.
-function transcript(name, messages) {
-  return make("div", { className: "rk-scroll", tabIndex: 0, role: "group", "aria-label": `${name}, text` },
-    ...messages.map(({ role, content }) => make("div", { className: "rk-message" },
-      role && make("div", { className: "rk-role" }, role), make("div", { className: "rk-text" }, content))));
+function card(name, messages, ...controls) {
+  const parts = messages.map(({ role, content }) => make("div", { className: "rk-message" },
+    role && make("h3", {}, role), make("div", { className: "rk-text" }, content)));
+  const text = { className: "rk-scroll", tabIndex: 0, role: "group", ariaLabel: `${name}, text` };
+  return make("article", { ariaLabel: name }, make("h3", {}, name), make("div", text, ...parts), ...controls);
 }
 
-function clock(seconds) {
-  const [hours, minutes, rest] = [seconds / 3600, (seconds / 60) % 60, seconds % 60].map(Math.floor);
-  const pad = (number) => String(number).padStart(2, "0");
-  return hours ? `${hours}:${pad(minutes)}:${pad(rest)}` : `${minutes}:${pad(rest)}`;
-}
-
-function render({ model, el }) {
-  const title = make("h2");
-  const progress = make("p", { className: "rk-progress", role: "status", "aria-live": "polite" });
-  const bar = make("progress", { "aria-label": "Judged" });
-  const alert = make("p", { className: "rk-error", role: "alert", hidden: true });
+function render({ model, el, keyboard }) {
+  const header = make("header", { className: "rk-row" });
+  const alert = make("p", { className: "rk-error", role: "alert" });
   const item = make("div", { className: "rk-item", tabIndex: -1, role: "group" });
-  const root = make("section", { className: "rk-rating", role: "region", "aria-label": "Rating", tabIndex: -1,
-    "data-lm-suppress-shortcuts": "true" }, make("header", {}, title, progress, bar), alert, item);
+  const root = make("section", { className: "rk-rating", role: "region", ariaLabel: "Rating", tabIndex: -1 },
+    header, alert, item);
+  root.dataset.lmSuppressShortcuts = "true"; // JupyterLab's command mode would take a digit for a heading
   el.replaceChildren(root);
 
-  let state = null;
-  let waiting = false; // for the session's word
-  let ready = 0; // when this item takes its first answer
-  let timer;
-  let keys, note, strength, picked; // of this item: what keys do, the field, how much better, levels of a ranking
-  const radios = `rk-strength-${Math.random()}`; // one group of its own, where a notebook shows two pages
+  let state, timer;
+  // Of this item: what keys do, the field, how it is asked about, how much better, the ranking so far.
+  let keys = {}, note, kind, strength, groups;
 
-  const busy = (is) => root.setAttribute("aria-busy", String(is));
-  const early = () => performance.now() < ready;
-
-  function say(error) {
-    alert.textContent = error ?? "";
-    alert.hidden = !error;
-  }
+  const focus = () => item.focus({ preventScroll: true });
+  const say = (error) => { alert.textContent = error ?? ""; };
+  const answer = (given) => send({ do: "answer", ...given });
 
   function send(message) {
-    if (waiting || early()) return;
-    waiting = true;
-    busy(true);
+    root.ariaBusy = "true";
     timer = setTimeout(() => say("Not saved yet: waiting for Python, which may be busy with another cell."), PATIENCE);
-    model.send({ showing: state.showing, note: note?.value ?? "", ...message });
+    model.send({ showing: state.showing, note: note?.value, ...message });
   }
 
-  const answer = (given) => send({ do: "answer", ...given });
-  const undo = () => (state.can_undo ? send({ do: "undo", note: "" }) : say("There is no judgment to take back."));
-
-  function button(label, key, act, properties = {}) {
-    keys[key] = act;
-    const element = make("button", { type: "button", "aria-keyshortcuts": key, ...properties },
+  function button(label, key, act, properties) {
+    keys[key] = () => root.ariaBusy === "true" || act();
+    const element = make("button", { type: "button", ariaKeyShortcuts: key, ...properties },
       keyCap(key), label && make("span", {}, label));
     // The second click of a double click is about what was here before.
-    element.addEventListener("click", (event) => event.detail < 2 && act());
+    element.addEventListener("click", (event) => event.detail < 2 && keys[key]());
     return element;
   }
 
-  // Rankings: `picked` has a level for each place, in the order of picking; ties have the same level.
-  const levels = () => [...new Set(picked.values())].sort((a, b) => a - b);
-  const rankOf = (place) => levels().indexOf(picked.get(place)) + 1;
-  const complete = () => picked.size === state.completions.length;
+  // A ranking is a list of groups of places, the best group first; the places of a group tie.
+  const rankOf = (place) => groups.findIndex((group) => group.includes(place)) + 1;
+  const complete = () => groups.flat().length === state.completions.length;
+  const without = (place) => groups.map((group) => group.filter((each) => each !== place));
 
-  function pick(place) {
-    if (early()) return;
-    if (!picked.delete(place)) picked.set(place, (levels().at(-1) ?? 0) + 1);
-    paint();
+  function rank(changed) {
+    groups = changed.filter((group) => group.length);
+    say(null);
+    item.querySelectorAll(".rk-pick").forEach((element, place) => {
+      element.ariaPressed = String(rankOf(place) > 0);
+      element.lastChild.textContent = `Answer ${place + 1}${rankOf(place) ? `: rank ${rankOf(place)}` : ""}`;
+    });
+    const order = groups.map((group) => group.map((place) => place + 1).join(" = ")).join(" > ");
+    item.querySelector(".rk-order").textContent = order ? `Your order: ${order}` : "Press the answers, the best first.";
     if (complete()) item.querySelector(".rk-confirm").focus();
   }
 
-  function tie() {
-    const [before, last] = levels().slice(-2);
-    for (const [place, level] of picked) if (level === last) picked.set(place, before);
-    paint();
-  }
-
-  function back() {
-    picked.delete([...picked.keys()].at(-1));
-    paint();
-  }
-
-  function confirm() {
-    if (complete()) answer({ ranks: state.completions.map((_, place) => rankOf(place)) });
-    else say(`Rank all ${state.completions.length} answers first: press their numbers, the best one first.`);
-  }
-
-  function paint() {
-    say(null);
-    item.querySelectorAll(".rk-pick").forEach((element, place) => {
-      const rank = rankOf(place);
-      element.setAttribute("aria-pressed", String(rank > 0));
-      element.querySelector("span").textContent = `Answer ${place + 1}${rank ? `: rank ${rank}` : ""}`;
-    });
-    const tied = (level) => [...picked].filter((pair) => pair[1] === level).map(([place]) => place + 1).join(" = ");
-    const order = levels().map(tied).join(" > ");
-    item.querySelector(".rk-order").textContent = order ? `Your order: ${order}` : "Press the answers, the best first.";
-    const disable = (name, is) => item.querySelector(name).setAttribute("aria-disabled", String(is));
-    disable(".rk-confirm", !complete());
-    disable(".rk-tie", levels().length < 2);
-    disable(".rk-back", !picked.size);
-  }
-
-  // What an item looks like
-  const isPair = () => state.question === "rank" && state.completions.length === 2;
-
-  function heading() {
-    if (state.done) return "All judged";
-    if (state.question === "good/bad") return "Is this answer good or bad?";
-    if (state.question === "1-7") return "How good is this answer, from 1 to 7?";
-    return isPair() ? "Which answer is better?" : "Rank the answers, the best first";
-  }
-
-  function card(messages, place) {
+  function completion(messages, place) {
     const name = state.question === "rank" ? `Answer ${place + 1}` : "Answer";
-    const parts = [make("h3", {}, name), transcript(name, messages)];
-    if (isPair()) {
-      const best = () => answer({ ranks: place === 0 ? [1, 2] : [2, 1], strength });
-      parts.push(button(`${name} is better`, String(place + 1), best));
-    } else if (state.question === "rank") {
-      parts.push(button(name, String(place + 1), () => pick(place), { className: "rk-pick" }));
-    }
-    return make("article", { "aria-label": name }, ...parts);
+    const better = () => answer({ ranks: place ? [2, 1] : [1, 2], strength });
+    const pick = () => rank(rankOf(place) ? without(place) : [...groups, [place]]);
+    return card(name, messages,
+      kind === "pair" && button(`${name} is better`, `${place + 1}`, better),
+      kind === "rank" && button(name, `${place + 1}`, pick, { className: "rk-pick", ariaPressed: "false" }));
   }
 
   function choices() {
-    if (state.question === "good/bad") {
-      [keys["1"], keys["2"]] = [() => answer({ rating: 1 }), () => answer({ rating: 0 })];
-      return [button("Good", "g", keys["1"]), button("Bad", "b", keys["2"])];
-    }
-    if (state.question === "1-7")
-      return [1, 2, 3, 4, 5, 6, 7].map((rating) => button({ 1: "worst", 7: "best" }[rating], String(rating),
-        () => answer({ rating }), { "aria-label": `${rating} of 7`, className: "rk-digit" }));
-    if (isPair()) return [button("Tie", "0", () => answer({ ranks: [1, 1] }))];
-    return [button("Ties with the one before", "0", tie, { className: "rk-tie" }),
-      button("Take back the last", "Backspace", back, { className: "rk-back" }),
-      button("Confirm", "Enter", confirm, { className: "rk-confirm" })];
+    const rate = (rating) => () => answer({ rating });
+    if (kind === "good/bad") return [button("Good", "g", rate(1)), button("Bad", "b", rate(0))];
+    if (kind === "1-7")
+      return [1, 2, 3, 4, 5, 6, 7].map((rating) =>
+        button({ 1: "worst", 7: "best" }[rating], `${rating}`, rate(rating), { ariaLabel: `${rating} of 7` }));
+    if (kind === "pair") return [button("Tie", "0", () => answer({ ranks: [1, 1] }))];
+    const confirm = () => complete()
+      ? answer({ ranks: state.completions.map((_, place) => rankOf(place)) })
+      : say(`Rank all ${state.completions.length} answers first: press their numbers, the best one first.`);
+    return [
+      button("Ties with the one before", "0", () => rank([...groups.slice(0, -2), groups.slice(-2).flat()])),
+      button("Take back the last", "Backspace", () => rank(without(groups.flat().at(-1)))),
+      button("Confirm", "Enter", confirm, { className: "rk-confirm" }),
+    ];
   }
 
   function strengths() {
-    const choice = (name, i) => {
-      const key = ["", "7", "8", "9"][i];
-      const shortcut = key && { "aria-keyshortcuts": key };
-      const radio = make("input", { type: "radio", name: radios, checked: i === 0, ...shortcut });
-      radio.addEventListener("change", () => { strength = i ? name : null; });
-      if (key) keys[key] = () => radio.click();
-      return make("label", {}, radio, ` ${name} `, key && keyCap(key));
-    };
-    return make("fieldset", { role: "radiogroup", className: "rk-strengths" },
-      make("legend", {}, "How much better? Optional, said first"), ...["not said", ...state.strengths].map(choice));
+    const buttons = state.strengths.map((name, i) => button(name, `${7 + i}`, () => {
+      strength = strength === name ? null : name;
+      buttons.forEach((each, j) => { each.ariaPressed = String(state.strengths[j] === strength); });
+    }, { ariaPressed: "false" }));
+    const label = make("span", { className: "rk-quiet" }, "How much better? Optional, said first");
+    return make("div", { className: "rk-row", role: "group", ariaLabel: label.textContent }, label, ...buttons);
   }
-
-  const undoButton = () => button("Undo", "ArrowLeft", undo, { "aria-disabled": String(!state.can_undo) });
 
   function opened() {
-    note = make("textarea", { rows: 1, maxLength: 10000, "aria-keyshortcuts": "n" });
+    note = make("textarea", { rows: 1, maxLength: 10000, ariaKeyShortcuts: "n" });
     keys.n = () => note.focus();
-    const hint = make("small", {}, " kept with your answer; Esc leaves it");
+    const hint = ["Note ", keyCap("n"), " kept with your answer; Esc leaves it"];
     return [
-      make("section", { className: "rk-prompt", "aria-label": "Prompt" }, make("h3", {}, "Prompt"),
-        transcript("Prompt", state.prompt)),
-      make("div", { className: "rk-answers" }, ...state.completions.map(card)),
-      isPair() && strengths(),
-      state.completions.length > 2 && make("p", { className: "rk-order", role: "status", "aria-live": "polite" }),
-      make("div", { className: "rk-choices", role: "group", "aria-label": "Your answer" }, ...choices()),
-      make("footer", {}, make("label", { className: "rk-note" }, make("span", {}, "Note ", keyCap("n"), hint), note),
-        undoButton(), button("Skip", "s", () => send({ do: "skip" }))),
-    ].filter(Boolean);
+      card("Prompt", state.prompt),
+      make("div", { className: "rk-answers" }, ...state.completions.map(completion)),
+      kind === "pair" && strengths(),
+      kind === "rank" && make("p", { className: "rk-order", role: "status" }, "Press the answers, the best first."),
+      make("div", { className: "rk-row", role: "group", ariaLabel: "Your answer" }, ...choices()),
+      make("footer", { className: "rk-row" }, make("label", { className: "rk-quiet" }, ...hint, note), undo(),
+        button("Skip", "s", () => send({ do: "skip" }))),
+    ];
   }
 
-  function finished() {
-    const counts = `${state.judged - state.skipped} judged, ${state.skipped} skipped`;
-    return [make("p", { className: "rk-done" }, "Done. Thank you."),
-      make("p", {}, `${counts}, all kept under the name ${state.rater}.`), make("footer", {}, undoButton())];
-  }
+  const undo = () => button("Undo", "ArrowLeft", () => send({ do: "undo" }));
 
   function draw() {
-    [keys, note, strength, picked] = [{}, null, null, new Map()];
-    if (!state.total) return; // the session has not been reached
-    title.textContent = heading();
-    item.setAttribute("aria-label", state.done ? "End" : `Item ${state.position} of ${state.total}`);
-    item.replaceChildren(...(state.done ? finished() : opened()));
-    if (state.completions.length > 2) paint();
+    [keys, note, strength, groups] = [{}, null, null, []];
+    const done = state.judged === state.total;
+    kind = state.question === "rank" && state.completions.length === 2 ? "pair" : state.question;
+    const counts = `${state.judged - state.skipped} judged, ${state.skipped} skipped`;
+    const end = `Done. Thank you. ${counts}, all kept under the name ${state.rater}.`;
+    header.replaceChildren(make("h2", {}, done ? "All judged" : HEADINGS[kind]),
+      make("p", { className: "rk-quiet", role: "status" }, state.progress),
+      make("progress", { ariaLabel: "Judged", max: state.total, value: state.judged }));
+    item.ariaLabel = done ? "End" : `Item ${state.judged + 1} of ${state.total}`;
+    item.replaceChildren(...(done ? [make("p", {}, end), make("footer", {}, undo())] : opened().filter(Boolean)));
   }
 
   function update() {
     const before = state;
-    state = model.get("state") ?? {};
-    waiting = false;
+    state = model.get("state");
     clearTimeout(timer);
-    const parts = [`${state.done ? state.total : state.position} of ${state.total}`];
-    if (state.per_minute) parts.push(`${state.per_minute.toFixed(1)} a minute`);
-    if (state.seconds_left) parts.push(`about ${clock(state.seconds_left)} left`);
-    progress.textContent = state.total ? parts.join(" \u00b7 ") : "";
-    bar.max = state.total ?? 1;
-    bar.value = state.judged ?? 0;
-    if (before === null || state.showing !== before.showing) {
+    const moved = state.showing !== before?.showing;
+    setTimeout(() => { root.ariaBusy = "false"; }, moved ? READING : 0);
+    if (moved) { // otherwise the item stays with its note and its ranking
       draw();
-      ready = performance.now() + READING;
-      setTimeout(() => busy(false), READING);
-      item.focus({ preventScroll: true });
+      focus();
       if (before) root.scrollIntoView({ block: "nearest" });
-    } else busy(false); // nothing moved on: what was ticked and noted stays
+    }
     say(state.error);
   }
 
   function onKey(event) {
     event.stopPropagation();
-    if (event.isComposing || event.ctrlKey || event.metaKey || event.altKey) return;
-    const { target } = event;
-    if (target === note) {
-      if (event.key === "Escape") item.focus({ preventScroll: true });
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target === note) {
+      if (event.key === "Escape") focus();
       return;
     }
-    if (target.type === "radio" && event.key.startsWith("Arrow")) return; // the browser moves among the radios
-    if (target.tagName === "BUTTON" && event.key === "Enter") return; // and presses the button that has the focus
-    const act = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-    if (!act) return;
+    const act = keys[event.key] ?? keys[event.key.toLowerCase()];
+    if (!act || (event.target.tagName === "BUTTON" && event.key === "Enter")) return; // the browser presses the button
     event.preventDefault();
-    if (!event.repeat && !waiting) act(); // a key that is held down is one press
+    if (!event.repeat) act(); // a key that is held down is one press
   }
 
-  root.addEventListener("keydown", onKey);
-  // JupyterLab's command mode would take a digit for a heading.
-  for (const name of ["keyup", "keypress"]) root.addEventListener(name, (event) => event.stopPropagation());
+  (keyboard ?? root).addEventListener("keydown", onKey);
   model.on("change:state", update);
-  busy(true);
+  root.ariaBusy = "true";
   update();
   // JupyterLab attaches a cell's output late, and takes the focus back when the cell has run. Whoever acts, decides.
-  const settling = setInterval(() => {
-    if (!document.activeElement?.closest(".rk-rating")) item.focus({ preventScroll: true });
-  }, 50);
+  const settling = setInterval(() => document.activeElement?.closest(".rk-rating") || focus(), 50);
   const settled = () => clearInterval(settling);
   setTimeout(settled, SETTLING);
-  const acts = ["keydown", "pointerdown"];
-  for (const name of acts) document.addEventListener(name, settled, { capture: true, once: true });
-  return () => {
-    clearTimeout(timer);
-    settled();
-    for (const name of acts) document.removeEventListener(name, settled, { capture: true });
-    model.off("change:state", update);
-  };
+  for (const act of ["keydown", "pointerdown"]) document.addEventListener(act, settled, { capture: true, once: true });
 }
+
+// The served page: fetch in place of a notebook's model, and the keyboard of the whole page.
+async function serve(el) {
+  let state;
+  let update = () => {};
+  async function ask(path, options) {
+    const answer = await fetch(path, options).then((response) => response.ok && response.json()).catch(() => null);
+    const error = "Not saved: rlhf-kit rate does not answer. Start it again, and open the address that it prints.";
+    state = answer || { ...state, error };
+    update();
+  }
+  const send = (message) => ask("act", { method: "POST", body: JSON.stringify(message) });
+  await ask("state");
+  render({ model: { get: () => state, on: (_, changed) => { update = changed; }, send }, el, keyboard: document });
+}
+
+if (document.body.className === "rk-served") serve(document.body);
 
 export default { render };
