@@ -409,7 +409,7 @@ def load_models(
     if args.max_memory_gib is not None or models.device().type != "cpu":
         longest = sorted(prompts["prompt"][:], key=lambda prompt: -len(str(prompt)))[:64]
         separate = [each.path for role, each in learned.items() if role not in joining]
-        advice = memory.advise(
+        fits, _, sentence = memory.advise(
             model,
             "ppo",
             args.max_memory_gib or memory.device_memory(),
@@ -424,8 +424,8 @@ def load_models(
             reward_model=separate[0] if separate else None,
             ensemble=len(learned),
         )
-        if not advice.fits:
-            raise ValueError(f"PPO on {model}: {advice.sentence()}\n(PPOConfig's max_memory_gib sets another limit)")
+        if not fits:
+            raise ValueError(f"PPO on {model}: {sentence}\n(PPOConfig's max_memory_gib sets another limit)")
     roles = models.load_roles(model, ref_model, value_model, args.lora, in_4bit, joining)
     members = [each.on(roles, f"reward_{i}") if f"reward_{i}" in joining else each for i, each in enumerate(members)]
     if len(members) == 1:
