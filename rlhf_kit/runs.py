@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -185,24 +185,21 @@ def sha256_of(path: str | Path) -> str:
 
 def git() -> dict[str, Any] | None:
     """Commit of the checkout that holds this file, and whether tracked files outside results/ differ from it."""
-    options = ["--porcelain=v2", "--branch", "--untracked-files=no", "--", ":/", ":(exclude,top)results"]
-    known: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 20, "check": True}
-    known["env"] = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # a training run takes no lock from its owner's git
+    status = "git --no-optional-locks status --porcelain=v2 --branch --untracked-files=no -- :/ :(exclude,top)results"
     try:
-        done = subprocess.run(["git", "status", *options], cwd=Path(__file__).parent, **known)
+        output = subprocess.check_output(
+            status.split(), cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    first, *lines = done.stdout.splitlines()  # "# branch.oid <commit>", or "(initial)" before the first commit
+    first, *lines = output.splitlines()  # "# branch.oid <commit>", or "(initial)" before the first commit
     return {"commit": first.split()[-1], "dirty": any(line[0] != "#" for line in lines)}
 
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that a result depends on; None for those not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), **dict.fromkeys(PACKAGES)}
-    for package in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    installed = {each.name.replace("-", "_"): each.version for each in importlib.metadata.distributions()}
+    return {"python": platform.python_version(), **{name: installed.get(name) for name in PACKAGES}}
 
 
 def device() -> str:
