@@ -113,7 +113,7 @@ def test_a_file_is_read_from_the_disk_each_time(tmp_path: Path) -> None:
         ("empty.jsonl", b"\n\n", ["empty"]),
         ("notes.txt", b"prompt\n", ["no known kind", ".jsonl", ".csv"]),
         ("no.parquet", b"prompt,chosen\n", ["cannot be read", "arquet"]),
-        ("cut.jsonl.gz", gzip.compress(lines([PAIR]).encode())[:-9], ["cannot be read", "ended"]),
+        ("cut.jsonl.gz", gzip.compress(lines([PAIR]).encode(), mtime=0)[:-9], ["cannot be read", "ended"]),
         ("latin.jsonl", '{"prompt": "a"}\n{"prompt": "caf\u00e9"}'.encode("latin-1"), ["row 2", "UTF-8"]),
         ("broken.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"\n', ["row 3", "JSON"]),
         ("broken.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', ["JSON", "line 2"]),
