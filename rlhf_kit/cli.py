@@ -109,11 +109,7 @@ def _demo(options: argparse.Namespace) -> int:
     set_threads(options.threads)
     pipeline = Pipeline(preset, out, options.fresh)
     pipeline.scores()
-    summary = outputs.write(pipeline)
-    print("\n" + outputs.readable(summary) + "\n")
-    if effects := outputs.readable_effects(out):
-        print(effects + "\n")
-    print(outputs.timing(pipeline).to_string(index=False, formatters={"share": "{:.0%}".format}))
+    print(f"\n{outputs.write(pipeline)}")
     print(f"\nin all {clock(time.monotonic() - started)}; everything lies under {out}/:")
     for path in sorted([*out.glob("*.csv"), *out.glob("*.md"), *out.glob("figures/*.png")]):
         print(f"  {path}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
 from datasets import Dataset
 from matplotlib.figure import Figure
@@ -14,8 +12,8 @@ from rlhf_kit.pipeline import Pipeline
 MODELS = ("base", "SFT", "best-of-n", "PPO", "DPO")
 
 
-def write(pipeline: Pipeline) -> pd.DataFrame:
-    """Write summary.csv, figures/ and samples.md of a whole pipeline; returns the summary, a row per model."""
+def write(pipeline: Pipeline) -> str:
+    """Write summary.csv, figures/ and samples.md of a whole pipeline; returns its tables as text for a terminal."""
     scores, out, task = pipeline.scores(), pipeline.out, pipeline.preset.task
     final = scores[scores["final"]].drop(columns=["step", "n", "final"])
     summary = evaluate.summary(final).set_index("model").loc[list(MODELS)].reset_index()
@@ -25,11 +23,17 @@ def write(pipeline: Pipeline) -> pd.DataFrame:
     plots.style()
     for name, figure in figures(pipeline, scores, judged).items():
         runs.save_figure(out, name, figure)
+    tables = [readable(summary)]
     if (effects := task.effects(final)) is not None:
         effects.to_csv(out / "side_effects.csv", index=False)
+        shares = effects.pivot(index="effect", columns="model", values="share")[list(MODELS)]
+        tables.append(shares.map("{:.0%}".format).to_string())
     if task.source is None:  # a person's own data is not copied into a results folder that may be published
         (out / "samples.md").write_text(samples_table(final), encoding="utf-8")
-    return summary
+    stages = pd.DataFrame([{"stage": name, **run.info, "kept": run.reused} for name, run in pipeline.runs.items()])
+    stages = stages[["stage", "seconds", "kept"]]
+    stages = stages.assign(share=(stages["seconds"] / stages["seconds"].sum()).map("{:.0%}".format))
+    return "\n\n".join([*tables, stages.to_string(index=False)])
 
 
 def figures(pipeline: Pipeline, scores: pd.DataFrame, judged: pd.DataFrame) -> dict[str, Figure]:
@@ -77,26 +81,10 @@ def samples_table(scores: pd.DataFrame, n: int = 10) -> str:
     return "\n".join(lines)
 
 
-def timing(pipeline: Pipeline) -> pd.DataFrame:
-    """Seconds of each stage as it was made, and its share of the whole."""
-    rows = [{"stage": name, "seconds": run.info["seconds"], "kept": run.reused} for name, run in pipeline.runs.items()]
-    table = pd.DataFrame(rows)
-    return table.assign(share=table["seconds"] / table["seconds"].sum())
-
-
 def readable(summary: pd.DataFrame) -> str:
     """The summary as text: mean [95% interval] of each quantity."""
-    quantities = [column for column in summary.columns if f"{column}_lo" in summary.columns]
-    table = pd.DataFrame({"model": summary["model"]})
-    for name in quantities:
+    table = summary[["model"]].copy()
+    for name in (column for column in summary.columns if f"{column}_lo" in summary.columns):
         cells = zip(summary[name], summary[f"{name}_lo"], summary[f"{name}_hi"], strict=True)
         table[name] = [str(stats.Interval(*cell)) for cell in cells]
     return table.to_string(index=False) + "\n(kl of best-of-n is the upper bound log n - (n-1)/n)"
-
-
-def readable_effects(out: Path) -> str:
-    """The side effects as text, the share of each by model; "" where the task knows of none."""
-    if not (out / "side_effects.csv").exists():
-        return ""
-    effects = pd.read_csv(out / "side_effects.csv")
-    return effects.pivot(index="effect", columns="model", values="share")[list(MODELS)].map("{:.0%}".format).to_string()
