@@ -133,7 +133,8 @@ def test_a_reward_model_is_read_where_it_was_trained_also_where_pad_was_eos(mode
 def test_a_reward_model_that_reloads_to_other_scores_is_not_published(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RewardModel, "_text", lambda self, prompt, completion: f"{prompt}{completion}")  # without EOS
+    encode = models.encode
+    monkeypatch.setattr(models, "encode", lambda *given: [ids[:-1] for ids in encode(*given)])  # without EOS
     with pytest.raises(ModelError, match="scores the rows it was trained on differently"):
         train.reward_model(zoo["full"], PREFERENCES, tmp_path / "reward", max_steps=2, **COMMON)
     assert list(tmp_path.iterdir()) == []

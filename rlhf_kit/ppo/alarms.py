@@ -52,10 +52,7 @@ def repetition(text: str) -> float:
 
 
 class Alarms(LossCallback):
-    """Checks every update of a PPO run and prints each alarm with the three samples that show it most.
-
-    An alarm that stays on is printed again every ten updates. The trainer's log keeps each.
-    """
+    """Checks every update of a run; prints, and logs, an alarm with its three worst samples at most every ten."""
 
     def __init__(self, samples: Callable[[], pd.DataFrame]) -> None:
         self.samples = samples
