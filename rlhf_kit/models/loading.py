@@ -63,8 +63,7 @@ def base_of(model: ModelPath) -> str:
 
 def same_base(model: ModelPath, other: ModelPath) -> bool:
     """Whether two models have the same base weights."""
-    a, b = base_of(model), base_of(other)
-    return a == b or (Path(a).is_dir() and Path(b).is_dir() and Path(a).samefile(b))
+    return Path(base_of(model)).resolve() == Path(base_of(other)).resolve()
 
 
 def read_notes(model: ModelPath) -> dict[str, Any]:
@@ -103,7 +102,7 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
     A token of ordinary text would not do, because decoding leaves the pad token out.
     """
     in_use = f"{tokenizer.chat_template} {tokenizer.eos_token} {tokenizer.bos_token}"
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     spare = [token for token in special if token not in in_use]
     spare.sort(key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token, "reserved" not in token))
     for token in (*spare, "\u0100", "<0x00>"):  # the NUL byte as byte-level BPE and as sentencepiece write it

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -43,13 +44,9 @@ class Tokens(NamedTuple):
 
 def padded(rows: list[list[int]], side: str, pad: int = 0) -> tuple[Tensor, Tensor]:
     """Rows of token ids as one tensor, padded on the `side` "left" or "right", with its mask: (B, T) each."""
-    width = max(map(len, rows))
-    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        columns = slice(width - len(row), width) if side == "left" else slice(len(row))
-        ids[i, columns] = torch.tensor(row, dtype=torch.long)
-        mask[i, columns] = 1
-    return ids, mask
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = [torch.ones_like(row) for row in ids]
+    return pad_sequence(ids, True, pad, padding_side=side), pad_sequence(mask, True, padding_side=side)
 
 
 def completion_mask(completion_ids: Tensor, stop_ids: list[int]) -> Tensor:

@@ -56,10 +56,7 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], comp
     heads, wholes = encode(tokenizer, prompts), encode(tokenizer, prompts, completions)
     for row, (head, whole) in enumerate(zip(heads, wholes, strict=True)):
         if whole[: len(head)] != head:
-            raise ValueError(
-                f"row {row}: one token spans the end of the prompt and the start of the completion; "
-                "end the prompt without a space"
-            )
+            raise ValueError(f"row {row}: one token spans prompt and completion; end the prompt without a space")
     tails = [whole[len(head) :] for head, whole in zip(heads, wholes, strict=True)]
     (head_ids, head_mask), (tail_ids, tail_mask) = padded(heads, "left"), padded(tails, "right")
     return Tokens(torch.cat([head_ids, tail_ids], dim=1), torch.cat([head_mask, tail_mask], dim=1), tail_mask)

@@ -13,10 +13,7 @@ from rlhf_kit.progress import LossCallback
 
 
 def check(rows: Sequence[dict[str, float]]) -> Iterator[tuple[str, str, str]]:
-    """The alarms of the last update of a run, from the log rows of all its updates.
-
-    Each is its name, a message (what happened, what to try) and the column that sorts the worst samples.
-    """
+    """Name, message and the column that sorts the worst samples of each alarm, from the log rows of all updates."""
     first, now = rows[0], rows[-1]
     if now["kl"] > 10:
         seen = f"KL is {now['kl']:.1f} nats per sequence (limit 10)"

@@ -170,12 +170,8 @@ class PPOTrainer(Trainer):
         scores = rewards - args.missing_eos_penalty * unfinished
         per_token = maths.token_rewards(scores, logprobs, reference_logprobs, mask, self.kl_coef)
         advantages, returns = maths.gae(per_token, values, mask, args.gamma, args.gae_lambda)
-        self.samples = found.assign(
-            kl=kl.sum(1).tolist(),
-            n_tokens=mask.sum(1).tolist(),
-            finished=(~unfinished).tolist(),
-            repetition=found["completion"].map(repetition),
-        )
+        written = {"kl": kl.sum(1).tolist(), "n_tokens": mask.sum(1).tolist(), "finished": (~unfinished).tolist()}
+        self.samples = found.assign(**written, repetition=found["completion"].map(repetition))
         metrics = {
             "reward": rewards.mean(),
             "kl": kl.sum(1).mean(),

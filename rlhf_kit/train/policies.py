@@ -42,7 +42,7 @@ def pretrain(
     """Train a small Llama from random weights by cross-entropy (nats per token), so that RLHF runs on a CPU.
 
     EOS follows every text. A text longer than `config.max_position_embeddings` goes on in a further row. The vocabulary
-    and the special tokens of `config` become the tokenizer's. Options: see `help(rk.train)`; for TrainingArguments.
+    and the special tokens of `config` become the tokenizer's. Options: see `help(rk.train)` (TrainingArguments).
     """
     if not any(texts):
         raise ValueError("pretrain: there is nothing to learn from; give texts that are not empty")
@@ -180,8 +180,8 @@ def rejection_sampling(
     """Fine-tune on the best of `n` own completions of each prompt (2307.09288, section 3.2.3; RAFT, 2304.06767).
 
     Only completions that ended are chosen, because SFT teaches an end. They are in samples.parquet beside the weights,
-    with their `reward`. A prompt without a finished completion is left out with a warning; ValueError if all are.
-    Options: see `help(rk.train)`.
+    with their `reward`. A prompt without one is left out with a warning; ValueError if all are. Options: see
+    `help(rk.train)`.
     """
     with new_directory(out) as folder:
         training = Training("rejection sampling", trl.SFTConfig, model, folder, **options)

@@ -54,10 +54,9 @@ class ItemBatches:
 
 
 class ItemRewardTrainer(RewardTrainer):
-    """TRL's trainer on batches of whole items (column `item`)."""
+    """TRL's trainer on batches of whole items (column `item`), once TRL has dropped the rows that are too long."""
 
     def get_train_dataloader(self) -> DataLoader:
-        # TRL has dropped over-long rows by now, and kept the column.
         if self.args.world_size > 1:
             raise ValueError("reward_model: train pairs with a column `item` in one process, or remove the column")
         batches = ItemBatches(self.train_dataset["item"][:], self.args.train_batch_size, self.args.seed)
