@@ -33,21 +33,6 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-class Countdown:
-    """Prints ten times on the way how much of `total` is done, and how long the rest will take."""
-
-    def __init__(self, label: str, total: int) -> None:
-        self.label, self.total = label, total
-        self.started, self.tenths = time.monotonic(), 0
-
-    def at(self, done: int) -> None:
-        """Called each time one or several more are done."""
-        if 10 * done // self.total > self.tenths:
-            self.tenths = 10 * done // self.total
-            left = (time.monotonic() - self.started) / done * (self.total - done)
-            print(f"  {self.label}  {done}/{self.total}  left {clock(left)}", flush=True)
-
-
 class LossCallback(TrainerCallback):
     """Calls `on_loss(state, logs)` for each log that has a loss, in one process: not for evaluations and summaries."""
 
@@ -63,7 +48,7 @@ class ProgressCallback(LossCallback):
         self.label, self.every = label, every
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.started, self.table = time.monotonic(), None
+        self.started = time.monotonic()
         self.rows: list[dict[str, str]] = []
         self.first_step = self.next_shown = state.global_step
 
@@ -84,7 +69,4 @@ class ProgressCallback(LossCallback):
         table = pd.DataFrame(self.rows[::-step][::-1]).to_html(index=False, na_rep="")
         html = ipython.display.HTML(f"<b>{self.label}</b>{table}")
         # One display that is updated keeps its last state in the saved notebook; a progress bar would freeze at 0%.
-        if self.table is None:
-            self.table = ipython.display.display(html, display_id=True)
-        else:
-            self.table.update(html)
+        ipython.display.display(html, display_id=f"{self.label} {self.started}", update=len(self.rows) > 1)

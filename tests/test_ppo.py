@@ -602,7 +602,10 @@ def test_a_gradient_that_is_not_finite_is_not_applied(zoo: Zoo, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"eval_dataset": Dataset.from_dict({"question": ["a"]})}, "eval_dataset: no column 'prompt'; it has question"),
+        (
+            {"eval_dataset": Dataset.from_dict({"question": ["a"]})},
+            "eval_dataset: no column 'prompt'; it has 'question'",
+        ),
         ({"ptx_coef": 0.1, "ptx_dataset": Dataset.from_dict({"prompt": ["a"]})}, "ptx_dataset: no column 'completion'"),
         ({"ptx_coef": 0.1}, "go together"),
         ({"load_in_4bit": True}, "4-bit weights cannot be trained"),

@@ -21,7 +21,6 @@ from rlhf_kit import models, sampling, train
 from rlhf_kit.models.rendering import EOS as END
 from rlhf_kit.models.rendering import PAD, wrap
 from rlhf_kit.rewards import RewardModel
-from rlhf_kit.train.policies import _rows
 
 ANSWERS = {"completion": [" by the river .", " no ."] * 8, "label": [True, False] * 8}
 JUDGED = Dataset.from_dict({"prompt": [prompt for prompt in PROMPTS for _ in range(2)], **ANSWERS})
@@ -272,9 +271,8 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(zoo: Zoo, method: str
         run(method, str(tmp_path / "absent"), out, reward=never)
     with pytest.raises(TypeError, match="learning_rat"):
         run(method, zoo["full"], out, reward=never, learning_rat=1.0)
-    if method != "rejection_sampling":
-        with pytest.raises(ValueError, match="4-bit weights cannot be trained|purely quantized"):
-            run(method, zoo["full"], out, reward=never, load_in_4bit=True)
+    with pytest.raises(models.ModelError, match='4-bit weights cannot be trained; pass `lora={"r": 16}`'):
+        run(method, zoo["full"], out, reward=never, load_in_4bit=True)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["taken", "taken/precious"]
 
 
@@ -284,6 +282,8 @@ def test_what_cannot_be_sampled_is_refused_in_one_sentence(zoo: Zoo, tmp_path: P
         train.rloo(zoo["words"], share_of_c, WORDS.select([0, 1]), out, **ONLINE)
     with pytest.raises(ValueError, match="exceed the model's 64 positions"):
         run("rloo", zoo["words"], out, max_completion_length=63)
+    with pytest.raises(ValueError, match="pretrain: there is nothing to learn from"):
+        train.pretrain([], models.load_tokenizer(zoo["words"]), LlamaConfig(), out)
     with pytest.raises(models.ModelError, match="counts positions from the start of the padding"):
         run("rloo", zoo["gpt2"], out)
     with pytest.raises(ValueError, match="gave \\[16\\] values for 16 completions, 16 of them not finite"):
@@ -293,6 +293,7 @@ def test_what_cannot_be_sampled_is_refused_in_one_sentence(zoo: Zoo, tmp_path: P
 
 # --- pretraining -----------------------------------------------------------------------------------------------------
 
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXTBOOK = ["the cat sat on the mat .", "the dog sat on the log , and slept ."] * 8
 
 
@@ -301,13 +302,23 @@ def trained_tokenizer() -> PreTrainedTokenizerFast:
     return train.train_tokenizer(TEXTBOOK, vocab_size=280)
 
 
-def test_a_trained_tokenizer_and_the_rows_of_long_texts(trained_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_trained_tokenizer_and_the_rows_of_long_texts(
+    trained_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     assert len(trained_tokenizer) <= 280 and trained_tokenizer.pad_token_id != trained_tokenizer.eos_token_id
     for text in [*TEXTBOOK[:2], "Ünseen 🦉 text\n\n  here"]:
         assert trained_tokenizer.decode(trained_tokenizer(text).input_ids) == text
     ids = [*trained_tokenizer(TEXTBOOK[0] * 5).input_ids, trained_tokenizer.eos_token_id]
     assert len(ids) < len(TEXTBOOK[0] * 5)
-    rows = _rows([TEXTBOOK[0] * 5], trained_tokenizer, max_length=16)
+
+    class Rows(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any, **kwargs: Any) -> None:
+            rows.extend(train_dataloader.dataset["input_ids"])
+
+    rows: list[list[int]] = []
+    config = LlamaConfig(max_position_embeddings=16, **SIZES)
+    few: dict[str, Any] = {"max_steps": 1, "callbacks": [Rows()]}
+    train.pretrain([TEXTBOOK[0] * 5], trained_tokenizer, config, tmp_path / "out", **few)
     assert all(len(row) <= 16 for row in rows) and len(rows) > 2
     assert [token for row in rows for token in row] == ids[: sum(map(len, rows))] and len(ids) - sum(map(len, rows)) < 2
 
@@ -315,11 +326,10 @@ def test_a_trained_tokenizer_and_the_rows_of_long_texts(trained_tokenizer: PreTr
 def test_pretraining_learns_the_same_from_the_same_seed_and_leaves_a_whole_directory(
     trained_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     few = QUIET | {"max_steps": 30, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
     outs = []
     for number, seed in enumerate((0, 0, 1)):
-        config = LlamaConfig(max_position_embeddings=64, **sizes)
+        config = LlamaConfig(max_position_embeddings=64, **SIZES)
         outs.append(train.pretrain(TEXTBOOK, trained_tokenizer, config, tmp_path / str(number), seed=seed, **few))
     losses = train.history(outs[0])["loss"]
     assert len(losses) == 30 and losses.iloc[-1] < 0.5 * losses.iloc[0]

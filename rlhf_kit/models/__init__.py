@@ -9,6 +9,7 @@ from rlhf_kit.models.loading import (
     ModelError,
     ModelPath,
     base_of,
+    check_trainable,
     decoder,
     device,
     is_4bit,
@@ -27,4 +28,4 @@ from rlhf_kit.models.loading import (
 )
 from rlhf_kit.models.logprobs import Tokens, completion_kl, completion_logprobs, completion_mask, next_logprobs, padded
 from rlhf_kit.models.rendering import Prompt, decode_completions, encode, encode_pairs
-from rlhf_kit.models.roles import Roles, load_roles, shares_base, switch_off_dropout
+from rlhf_kit.models.roles import Roles, load_roles, switch_off_dropout

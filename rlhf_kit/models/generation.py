@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf_kit.models.loading import Model, without_adapters
@@ -64,13 +65,11 @@ def generate(
     return Tokens(output, torch.cat([attention_mask, completions], dim=1), completions)
 
 
-def _generate_dropping(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, settings: GenerationConfig
-) -> torch.Tensor:
-    """What `model.generate` returns, prompts with completions (B, P + C), without computing rows that have ended.
+def _generate_dropping(model: Any, input_ids: Tensor, attention_mask: Tensor, settings: GenerationConfig) -> Tensor:
+    """`model.generate`: prompts with completions (B, P + C), without computing rows that have ended until all have.
 
-    `generate` computes every row until the longest completion ends. Here it stops after each DROP_EVERY tokens and
-    continues from its cache without the rows that have ended. A recurrent model's cache cannot drop rows: one call.
+    It stops after each DROP_EVERY tokens and continues from its cache without the rows that have ended. A recurrent
+    model's cache cannot drop rows: one call.
     """
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     attends = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
@@ -80,9 +79,8 @@ def _generate_dropping(
     rows, cache = torch.arange(len(input_ids), device=input_ids.device), None
     while True:
         settings.max_new_tokens = min(DROP_EVERY, output.shape[1] - width) if attends else length
-        found = model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, generation_config=settings
-        )
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache}
+        found = model.generate(**given, generation_config=settings)
         written = found.sequences[:, width:]
         output[rows, width : width + written.shape[1]] = written
         width += written.shape[1]
@@ -94,7 +92,7 @@ def _generate_dropping(
         cache.batch_select_indices(going)
 
 
-def finished(tokens: Tokens, stops: list[int]) -> torch.Tensor:
+def finished(tokens: Tokens, stops: list[int]) -> Tensor:
     """Whether each completion ends with a stop token: (B,) bool."""
     last = tokens.completion_mask.sum(1, keepdim=True) - 1
     return torch.isin(tokens.completion_ids.gather(1, last), torch.tensor(stops, device=last.device)).squeeze(1)

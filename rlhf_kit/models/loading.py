@@ -20,6 +20,9 @@ ModelPath: TypeAlias = str | Path
 Lora: TypeAlias = LoraConfig | Mapping[str, Any]
 
 
+NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
 class ModelError(ValueError):
     """A model directory or hub id that cannot be used, with the reason and what to do."""
 
@@ -33,6 +36,14 @@ def lora_config(lora: Lora | None) -> LoraConfig | None:
         return deepcopy(lora)  # peft writes the modules that it finds into its config
     defaults = {"r": 16, "lora_alpha": 2 * lora.get("r", 16), "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return LoraConfig(**{**defaults, **lora})
+
+
+def check_trainable(model: ModelPath, lora: Lora | None, load_in_4bit: bool | None) -> None:
+    """ModelError for a new adapter over an adapter, and for 4-bit weights to be trained without one."""
+    if is_adapter(model) and lora is not None:
+        raise ModelError(f"{model}: is an adapter already, and is trained on as it is; leave `lora` out")
+    if not is_adapter(model) and lora is None and is_4bit(model, load_in_4bit):
+        raise ModelError(f'{model}: 4-bit weights cannot be trained; pass `lora={{"r": 16}}` to train an adapter')
 
 
 def device() -> torch.device:
@@ -52,8 +63,7 @@ def base_of(model: ModelPath) -> str:
 
 def same_base(model: ModelPath, other: ModelPath) -> bool:
     """Whether two models have the same base weights."""
-    a, b = base_of(model), base_of(other)
-    return a == b or (Path(a).is_dir() and Path(b).is_dir() and Path(a).samefile(b))
+    return Path(base_of(model)).resolve() == Path(base_of(other)).resolve()
 
 
 def read_notes(model: ModelPath) -> dict[str, Any]:
@@ -75,8 +85,7 @@ def write_notes(model: ModelPath, **notes: Any) -> None:
 def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, padding on the left with a token that is not EOS; ModelError where it has none.
 
-    transformers' score heads read the last token that is not the pad token. With EOS as the pad token they would be
-    trained at the last word, but a finished completion is scored at EOS.
+    transformers' score heads read the last token that is not the pad token, and a finished completion is scored at EOS.
     """
     source = model if (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
     tokenizer = _load(transformers.AutoTokenizer.from_pretrained, source, padding_side="left")
@@ -93,7 +102,7 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
     A token of ordinary text would not do, because decoding leaves the pad token out.
     """
     in_use = f"{tokenizer.chat_template} {tokenizer.eos_token} {tokenizer.bos_token}"
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     spare = [token for token in special if token not in in_use]
     spare.sort(key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token, "reserved" not in token))
     for token in (*spare, "\u0100", "<0x00>"):  # the NUL byte as byte-level BPE and as sentencepiece write it
@@ -108,11 +117,10 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
 def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False) -> Model:
     """A causal LM from full weights or an adapter: to train, or frozen, in eval mode and on the device.
 
-    `load_in_4bit=None` loads it as its notes say. Raises ModelError where `model` is no model, or where 4-bit weights
-    would be trained without an adapter.
+    `load_in_4bit=None` loads it as its notes say. ModelError where `model` is no model, or cannot be trained.
     """
-    if trainable and not is_adapter(model) and is_4bit(model, load_in_4bit):
-        raise ModelError(f"{model}: 4-bit weights cannot be trained; pass lora={{'r': 16}} to train an adapter")
+    if trainable:
+        check_trainable(model, None, load_in_4bit)
     loaded = load_base(model, transformers.AutoModelForCausalLM.from_pretrained, load_in_4bit)
     if is_adapter(model):
         loaded = PeftModel.from_pretrained(loaded, str(model), is_trainable=trainable)
@@ -125,13 +133,8 @@ def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bi
     if not is_4bit(model, load_in_4bit):
         return _load(from_pretrained, base, dtype=torch.float32, **kwargs)
     compute = torch.bfloat16 if device().type == "cuda" else torch.float32
-    quantization = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=["lm_head", "score", "embed_out"],
-    )
+    heads = ["lm_head", "score", "embed_out"]
+    quantization = transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=compute, llm_int8_skip_modules=heads)
     kwargs |= {"dtype": compute, "quantization_config": quantization, "device_map": {"": device()}}
     loaded = _load(from_pretrained, base, **kwargs)
     for module in loaded.modules():

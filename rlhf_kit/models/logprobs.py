@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -16,27 +18,23 @@ LOGITS_CHUNK_GIB = 0.25
 
 
 class Tokens(NamedTuple):
-    """Prompts padded on the left and completions padded on the right, side by side.
+    """Prompts padded on the left and completions padded on the right, side by side."""
 
-    input_ids, attention_mask: (B, P + C); completion_mask: (B, C), 1 up to and including the first EOS.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    completion_mask: torch.Tensor
+    input_ids: Tensor  # (B, P + C)
+    attention_mask: Tensor  # (B, P + C)
+    completion_mask: Tensor  # (B, C), 1 up to and including the first EOS
 
     @property
-    def completion_ids(self) -> torch.Tensor:
-        """(B, C)"""
+    def completion_ids(self) -> Tensor:  # (B, C)
         return self.input_ids[:, -self.completion_mask.shape[1] :]
 
-    def rows(self, index: torch.Tensor | slice) -> Tokens:
+    def rows(self, index: Tensor | slice) -> Tokens:
         """The given rows, without the columns that are padding in all of them."""
         ids, mask, completion = (tensor[index] for tensor in self)
-        width = completion.shape[1]
-        start = int(mask[:, :-width].any(0).long().argmax()) if mask[:, :-width].any() else mask.shape[1] - width
+        prompts = mask[:, : -completion.shape[1]]
+        start = int(prompts.any(0).long().argmax()) if prompts.any() else prompts.shape[1]
         keep = max(1, int(completion.sum(1).max()))
-        stop = mask.shape[1] - width + keep
+        stop = prompts.shape[1] + keep
         return Tokens(ids[:, start:stop], mask[:, start:stop], completion[:, :keep])
 
     def to(self, device: torch.device) -> Tokens:
@@ -44,25 +42,20 @@ class Tokens(NamedTuple):
         return Tokens(*(tensor.to(device) for tensor in self))
 
 
-def padded(rows: list[list[int]], side: str, pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: list[list[int]], side: str, pad: int = 0) -> tuple[Tensor, Tensor]:
     """Rows of token ids as one tensor, padded on the `side` "left" or "right", with its mask: (B, T) each."""
-    width = max(map(len, rows))
-    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        columns = slice(width - len(row), width) if side == "left" else slice(len(row))
-        ids[i, columns] = torch.tensor(row, dtype=torch.long)
-        mask[i, columns] = 1
-    return ids, mask
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = [torch.ones_like(row) for row in ids]
+    return pad_sequence(ids, True, pad, padding_side=side), pad_sequence(mask, True, padding_side=side)
 
 
-def completion_mask(completion_ids: torch.Tensor, stop_ids: list[int]) -> torch.Tensor:
+def completion_mask(completion_ids: Tensor, stop_ids: list[int]) -> Tensor:
     """1 up to and including the first stop token, 0 after it: (B, C) -> (B, C); the pad token has no effect."""
-    is_stop = torch.isin(completion_ids, torch.tensor(stop_ids, device=completion_ids.device))
-    stops_before = is_stop.long().cumsum(1) - is_stop.long()
-    return (stops_before == 0).long()
+    is_stop = torch.isin(completion_ids, torch.tensor(stop_ids, device=completion_ids.device)).long()
+    return (is_stop.cumsum(1) - is_stop == 0).long()
 
 
-def completion_hidden(backbone: PreTrainedModel, tokens: Tokens) -> torch.Tensor:
+def completion_hidden(backbone: PreTrainedModel, tokens: Tokens) -> Tensor:
     """Hidden states (B, C, D); index t has seen the prompt and the tokens before token t, never token t."""
     width, length = tokens.completion_mask.shape[1], int(tokens.attention_mask.sum(1).max())
     # Rows are aligned on the left. The padding then comes last, where causal attention never looks: no mask is needed,
@@ -77,7 +70,7 @@ def completion_hidden(backbone: PreTrainedModel, tokens: Tokens) -> torch.Tensor
 
 def completion_logprobs(
     model: Model, tokens: Tokens, temperature: float = 1.0, with_entropy: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """log pi(y_t | x, y_<t) and, if asked, the entropy at each token, in nats: (B, C) each, 0 where masked.
 
     `temperature` divides the logits as in sampling, so that the policy that is scored is the one that was sampled.
@@ -85,7 +78,7 @@ def completion_logprobs(
     real = tokens.completion_mask.bool()
     hidden = completion_hidden(decoder(model), tokens)[real]
 
-    def chunk(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def chunk(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         log_softmax = _log_softmax(model, hidden, temperature)
         logprobs = log_softmax.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         entropy = -(log_softmax.exp() * log_softmax).sum(-1) if with_entropy else torch.zeros_like(logprobs)
@@ -95,7 +88,7 @@ def completion_logprobs(
     return _scatter(logprobs, real), _scatter(entropy, real)
 
 
-def completion_kl(policy: Model, reference: Model, tokens: Tokens, temperature: float = 1.0) -> torch.Tensor:
+def completion_kl(policy: Model, reference: Model, tokens: Tokens, temperature: float = 1.0) -> Tensor:
     """KL(policy || reference) in nats (B,): the exact KL over the vocabulary, summed over a completion's positions.
 
     Its mean over completions drawn from the policy is the sequence KL (chain rule), with much less variance than the
@@ -104,7 +97,7 @@ def completion_kl(policy: Model, reference: Model, tokens: Tokens, temperature: 
     real = tokens.completion_mask.bool()
     ours, theirs = (completion_hidden(decoder(model), tokens)[real] for model in (policy, reference))
 
-    def chunk(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor]:
+    def chunk(ours: Tensor, theirs: Tensor) -> tuple[Tensor]:
         p, q = _log_softmax(policy, ours, temperature), _log_softmax(reference, theirs, temperature)
         return ((p.exp() * (p - q)).sum(-1),)
 
@@ -112,7 +105,7 @@ def completion_kl(policy: Model, reference: Model, tokens: Tokens, temperature: 
     return _scatter(kl, real).sum(1)
 
 
-def next_logprobs(model: Model, rows: list[list[int]], choices: list[int]) -> torch.Tensor:
+def next_logprobs(model: Model, rows: list[list[int]], choices: list[int]) -> Tensor:
     """Log-probs in nats of each of `choices` as the token after each row of ids: (B, len(choices))."""
     ids, mask = (tensor.to(next(model.parameters()).device) for tensor in padded(rows, "right"))
     # No mask is needed: the padding comes last, where causal attention never looks.
@@ -135,19 +128,16 @@ def check_logprobs(model: Model) -> None:
         )
 
 
-def _log_softmax(model: Model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+def _log_softmax(model: Model, hidden: Tensor, temperature: float) -> Tensor:
     """Log-probs of the whole vocabulary: (N, D) -> (N, V) in fp32."""
     head: Any = without_adapters(model).get_output_embeddings()
     logits = head(hidden.to(head.weight.dtype)).float()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if softcap:
+    if softcap := getattr(model.config.get_text_config(), "final_logit_softcapping", None):
         logits = softcap * torch.tanh(logits / softcap)
     return F.log_softmax(logits / temperature, dim=-1)
 
 
-def _by_chunk(
-    function: Callable[..., tuple[torch.Tensor, ...]], model: Model, *tensors: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def _by_chunk(function: Callable[..., tuple[Tensor, ...]], model: Model, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Apply `function` to chunks of (N, ...) tensors; the fp32 logits of a chunk take at most LOGITS_CHUNK_GIB.
 
     Where there are several chunks, the backward pass recomputes their logits one by one instead of keeping them.
@@ -160,6 +150,6 @@ def _by_chunk(
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
 
-def _scatter(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def _scatter(values: Tensor, real: Tensor) -> Tensor:
     """(N,) values at the places where `real` (B, C) is true, zeros elsewhere."""
     return torch.zeros(real.shape, dtype=values.dtype, device=values.device).masked_scatter(real, values)

@@ -27,11 +27,8 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(EOS, special=True), AddedToken(PAD, special=True)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    own: dict[str, Any] = {"eos_token": EOS, "pad_token": PAD, "chat_template": CHAT_TEMPLATE}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **own)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Any = None) -> str:
@@ -59,10 +56,7 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], comp
     heads, wholes = encode(tokenizer, prompts), encode(tokenizer, prompts, completions)
     for row, (head, whole) in enumerate(zip(heads, wholes, strict=True)):
         if whole[: len(head)] != head:
-            raise ValueError(
-                f"row {row}: one token spans the end of the prompt and the start of the completion; "
-                "end the prompt without a space"
-            )
+            raise ValueError(f"row {row}: one token spans prompt and completion; end the prompt without a space")
     tails = [whole[len(head) :] for head, whole in zip(heads, wholes, strict=True)]
     (head_ids, head_mask), (tail_ids, tail_mask) = padded(heads, "left"), padded(tails, "right")
     return Tokens(torch.cat([head_ids, tail_ids], dim=1), torch.cat([head_mask, tail_mask], dim=1), tail_mask)

@@ -20,8 +20,7 @@ VALUE_HEAD = "value_head.safetensors"
 class Roles(nn.Module):
     """The models of PPO by role: `policy`, `reference`, `value`, and reward models that share the policy's base.
 
-    A role is a module and, where the module is shared, the adapter to switch on. A trainer takes log-probs and values
-    by role and cannot tell separate models from adapters over one base.
+    A role is a module and, where the module is shared, the adapter to switch on; a trainer cannot tell which.
     """
 
     def __init__(self, parts: Mapping[str, tuple[Any, str | None]], value_head: nn.Linear) -> None:
@@ -61,7 +60,7 @@ class Roles(nn.Module):
         return loading.decoder(module) if self.parts[role][1] is not None else module
 
     def activation_checkpointing_enable(self, **kwargs: object) -> None:
-        """Recompute activations in the backward pass; transformers.Trainer calls this."""
+        """Called by transformers.Trainer."""
         for model in self.models:
             model.activation_checkpointing_enable(**kwargs)
 
@@ -107,9 +106,10 @@ def load_roles(
     """Policy, reference (default: a frozen copy of the policy) and value model (default: a copy with a zero head).
 
     `value` is a saved value model or a reward model, whose head becomes the value head. Where the policy is an adapter
-    or `lora` is given, all roles are adapters over one base, and so are `rewards`: reward adapters by role name for
-    which `shares_base` holds. Raises ModelError where a model is not over the policy's base.
+    or `lora` is given, all roles are adapters over one base, and so are `rewards`, by role name. ModelError where one
+    of them is not over the policy's base.
     """
+    loading.check_trainable(policy, lora, load_in_4bit)
     parts: dict[str, tuple[Any, str | None]]
     if lora is None and not is_adapter(policy):
         parts = {
@@ -134,8 +134,6 @@ def _adapters(
     for other in others.values():
         if other is not None and not loading.same_base(other, policy):
             raise ModelError(f"{other}: its base is {loading.base_of(other)}, not the policy's; adapters need one base")
-    if is_adapter(policy) and lora is not None:
-        raise ModelError(f"{policy}: is an adapter already and is trained as it is; leave `lora` out")
     base = loading.load_base(policy, AutoModelForCausalLM.from_pretrained, load_in_4bit)
     if lora is None:
         model = PeftModel.from_pretrained(base, str(policy), adapter_name="policy", is_trainable=True)
@@ -150,12 +148,6 @@ def _adapters(
         if source is None:
             set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="policy"), role)
     return model
-
-
-def shares_base(reward: ModelPath, reward_in_4bit: bool | None, policy: ModelPath, load_in_4bit: bool | None) -> bool:
-    """Whether a reward model is an adapter over the policy's base: the same weights in the same precision."""
-    same_precision = loading.is_4bit(reward, reward_in_4bit) == loading.is_4bit(policy, load_in_4bit)
-    return same_precision and is_adapter(reward) and loading.same_base(reward, policy)
 
 
 def _value_head(policy: Model, value: ModelPath | None) -> nn.Linear:

@@ -13,10 +13,7 @@ from rlhf_kit.progress import LossCallback
 
 
 def check(rows: Sequence[dict[str, float]]) -> Iterator[tuple[str, str, str]]:
-    """The alarms of the last update of a run, from the log rows of all its updates.
-
-    Each is its name, a message (what happened, what to try) and the column that sorts the worst samples.
-    """
+    """Name, message and the column that sorts the worst samples of each alarm, from the log rows of all updates."""
     first, now = rows[0], rows[-1]
     if now["kl"] > 10:
         seen = f"KL is {now['kl']:.1f} nats per sequence (limit 10)"
@@ -52,10 +49,7 @@ def repetition(text: str) -> float:
 
 
 class Alarms(LossCallback):
-    """Checks every update of a PPO run and prints each alarm with the three samples that show it most.
-
-    An alarm that stays on is printed again every ten updates. The trainer's log keeps each.
-    """
+    """Checks every update of a run; prints, and logs, an alarm with its three worst samples at most every ten."""
 
     def __init__(self, samples: Callable[[], pd.DataFrame]) -> None:
         self.samples = samples

@@ -33,7 +33,6 @@ class PPOConfig(TrainingArguments):
     data_seed: int | None = None
     logging_nan_inf_filter: bool = False
     save_strategy: str = "no"
-    report_to: str = "none"
     disable_tqdm: bool = True
     log_level: str = "error"
     remove_unused_columns: bool = False

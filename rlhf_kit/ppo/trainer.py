@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
-from rlhf_kit import memory, models
+from rlhf_kit import data, memory, models
 from rlhf_kit.models import ModelPath, Roles, Tokens
 from rlhf_kit.ppo import maths
 from rlhf_kit.ppo.alarms import Alarms, repetition
@@ -35,24 +36,23 @@ from rlhf_kit.progress import ProgressCallback
 from rlhf_kit.rewards import Ensemble, Reward, RewardModel, checked
 
 STATE = "ppo_state.json"
+Rows = list[dict[str, Any]]  # of a dataset
+Minibatches = list[list[Tensor]]  # each is a list of micro-batches of row numbers
+Metrics = dict[str, float]
 
 
 class Trajectory(NamedTuple):
-    """A batch of B completions of up to C tokens; every (B, C) tensor is 0 where `tokens.completion_mask` is 0.
-
-    logprobs, reference_logprobs: nats (B, C); values, advantages, returns: (B, C); scores: (B,), rewards less the
-    missing-EOS penalty.
-    """
+    """A batch of B completions of up to C tokens; every (B, C) tensor is 0 where `tokens.completion_mask` is 0."""
 
     tokens: Tokens
-    logprobs: torch.Tensor
-    reference_logprobs: torch.Tensor
-    values: torch.Tensor
-    scores: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
+    logprobs: Tensor  # (B, C), nats
+    reference_logprobs: Tensor  # (B, C), nats
+    values: Tensor  # (B, C)
+    scores: Tensor  # (B,), rewards less the missing-EOS penalty
+    advantages: Tensor  # (B, C)
+    returns: Tensor  # (B, C)
 
-    def rows(self, index: torch.Tensor, where: torch.device) -> Trajectory:
+    def rows(self, index: Tensor, where: torch.device) -> Trajectory:
         """The given rows on a device, without the columns that are padding in all of them."""
         tokens = self.tokens.rows(index)
         width = tokens.completion_mask.shape[1]
@@ -87,9 +87,8 @@ class PPOTrainer(Trainer):
     ) -> None:
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "ptx_dataset": ptx_dataset}
         for name, dataset in datasets.items():
-            columns = {"prompt", "completion"} if name == "ptx_dataset" else {"prompt"}
-            if dataset is not None and (missing := columns - set(dataset.column_names)):
-                raise ValueError(f"{name}: no column {max(missing)!r}; it has {', '.join(dataset.column_names)}")
+            if dataset is not None:
+                data.require(dataset, ["prompt", "completion"] if name == "ptx_dataset" else ["prompt"], name)
         if (args.ptx_coef > 0) != (ptx_dataset is not None):
             raise ValueError("ptx_coef and ptx_dataset go together: give both or neither")
         set_seed(args.seed)  # new adapters are drawn before Trainer sets the seed
@@ -102,7 +101,7 @@ class PPOTrainer(Trainer):
         self.kl_coef = args.kl_coef
         self.ptx_dataset: Any = ptx_dataset
         self.samples = pd.DataFrame()  # the last rollouts: prompt, completion, reward, kl, n_tokens, finished
-        self._metrics: list[dict[str, float]] = []  # of each update since the last log
+        self._metrics: list[Metrics] = []  # of each update since the last log
         callbacks = [ProgressCallback("PPO", every=1)] if callbacks is None else callbacks
         super().__init__(
             model=self.roles,
@@ -117,29 +116,26 @@ class PPOTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("PPO divides prompts among processes, not weights: use DDP instead of FSDP or DeepSpeed")
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One update (steps 1 to 4 above); Trainer makes the optimizer step of its last minibatch, logs and saves."""
-        args, started = self.args, time.perf_counter()
+        args, rows, started = self.args, inputs["rows"], time.perf_counter()
         self.roles.eval()
-        tokens = self.rollout(inputs["rows"])
+        tokens = self.rollout(rows)
         minibatches = self.partition(tokens)
-        trajectory, metrics = self.make_trajectory(inputs["rows"], tokens, minibatches)
+        trajectory, metrics = self.make_trajectory(rows, tokens, minibatches)
         rolled_out = time.perf_counter()
         self.roles.train()
         loss, optimisation = self.optimise(trajectory, minibatches)
-        if args.adaptive_kl_target is not None:
-            completions = len(inputs["rows"]) * args.world_size
-            target, horizon = args.adaptive_kl_target, args.kl_horizon
-            self.kl_coef = maths.adapt_kl_coef(self.kl_coef, metrics["kl"], target, completions, horizon)
+        if (target := args.adaptive_kl_target) is not None:
+            completions = len(rows) * args.world_size
+            self.kl_coef = maths.adapt_kl_coef(self.kl_coef, metrics["kl"], target, completions, args.kl_horizon)
         times = {"seconds_rollout": rolled_out - started, "seconds_optimise": time.perf_counter() - rolled_out}
         self._metrics.append({**metrics, **optimisation, **times})
         return loss.to(args.device)
 
     # 1. Roll out ---------------------------------------------------------------------------------------------------
 
-    def rollout(self, rows: list[dict[str, Any]]) -> Tokens:
+    def rollout(self, rows: Rows) -> Tokens:
         """A completion from the policy for the prompt of each row: Tokens (B, P + C) on the CPU."""
         args, tokenizer, policy = self.args, self.processing_class, self.roles.use("policy")
         prompts = models.encode(tokenizer, [row["prompt"] for row in rows])
@@ -147,16 +143,14 @@ class PPOTrainer(Trainer):
             tokens = models.generate(policy, tokenizer, prompts, args.max_completion_length, args.temperature)
         return tokens.to(torch.device("cpu"))
 
-    def partition(self, tokens: Tokens) -> list[list[torch.Tensor]]:
-        """The minibatches of one epoch, each as a list of micro-batches of row numbers."""
+    def partition(self, tokens: Tokens) -> Minibatches:
+        """The minibatches of one epoch."""
         return maths.partition(tokens.attention_mask.sum(1), self.args.num_minibatches, self.args.micro_batch_size)
 
     # 2. Score, 3. estimate advantages ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def make_trajectory(
-        self, rows: list[dict[str, Any]], tokens: Tokens, minibatches: list[list[torch.Tensor]]
-    ) -> tuple[Trajectory, dict[str, float]]:
+    def make_trajectory(self, rows: Rows, tokens: Tokens, minibatches: Minibatches) -> tuple[Trajectory, Metrics]:
         """What the loss needs to know of the completions, and the metrics of the rollout.
 
         The log-probs are computed in the micro-batches of the first epoch, so that its first ratios are exactly 1.
@@ -176,12 +170,8 @@ class PPOTrainer(Trainer):
         scores = rewards - args.missing_eos_penalty * unfinished
         per_token = maths.token_rewards(scores, logprobs, reference_logprobs, mask, self.kl_coef)
         advantages, returns = maths.gae(per_token, values, mask, args.gamma, args.gae_lambda)
-        self.samples = found.assign(
-            kl=kl.sum(1).tolist(),
-            n_tokens=mask.sum(1).tolist(),
-            finished=(~unfinished).tolist(),
-            repetition=found["completion"].map(repetition),
-        )
+        written = {"kl": kl.sum(1).tolist(), "n_tokens": mask.sum(1).tolist(), "finished": (~unfinished).tolist()}
+        self.samples = found.assign(**written, repetition=found["completion"].map(repetition))
         metrics = {
             "reward": rewards.mean(),
             "kl": kl.sum(1).mean(),
@@ -199,7 +189,7 @@ class PPOTrainer(Trainer):
         means = self._summed(torch.stack(list(metrics.values()))) / args.world_size
         return trajectory, dict(zip(metrics, means.tolist(), strict=True)) | {"kl_coef": self.kl_coef}
 
-    def rewards(self, rows: list[dict[str, Any]], tokens: Tokens) -> pd.DataFrame:
+    def rewards(self, rows: Rows, tokens: Tokens) -> pd.DataFrame:
         """`prompt, completion, reward` of each row, and an ensemble's `disagreement`: its standard deviation."""
         prompts = [row["prompt"] for row in rows]
         texts: list[Any] = models.decode_completions(self.processing_class, tokens)
@@ -215,23 +205,21 @@ class PPOTrainer(Trainer):
             rewards = self.reward(prompts, texts, **columns)
         return found.assign(reward=checked(rewards, len(rows)).tolist())
 
-    def logprobs(self, role: str, tokens: Tokens, with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def logprobs(self, role: str, tokens: Tokens, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probs of the completions under a role and, if asked, entropies, in nats: (B, C) each."""
         with self.accelerator.autocast():  # Trainer does this only for a model that it calls itself
             return models.completion_logprobs(self.roles.use(role), tokens, self.args.temperature, with_entropy)
 
-    def values(self, tokens: Tokens) -> torch.Tensor:
+    def values(self, tokens: Tokens) -> Tensor:
         """V(x, y_<t) (B, C)."""
         with self.accelerator.autocast():
             return self.roles.values(tokens)
 
     # 4. Optimise ---------------------------------------------------------------------------------------------------
 
-    def optimise(
-        self, trajectory: Trajectory, minibatches: list[list[torch.Tensor]]
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    def optimise(self, trajectory: Trajectory, minibatches: Minibatches) -> tuple[Tensor, Metrics]:
         """All epochs over one trajectory: the mean loss (scalar) and metrics; the last gradient is not applied."""
-        history: list[torch.Tensor] = []
+        history: list[Tensor] = []
         later = (minibatch for _ in range(self.args.ppo_epochs - 1) for minibatch in self.partition(trajectory.tokens))
         for minibatch in chain(minibatches, later):
             if history:
@@ -250,7 +238,7 @@ class PPOTrainer(Trainer):
         metrics = dict(zip(names, mean[1:5].tolist(), strict=True))
         return mean[0], metrics | {"first_ratio_deviation": history[0][5].item(), "minibatches": float(len(history))}
 
-    def accumulate_gradient(self, trajectory: Trajectory, minibatch: list[torch.Tensor]) -> torch.Tensor:
+    def accumulate_gradient(self, trajectory: Trajectory, minibatch: list[Tensor]) -> Tensor:
         """Gradient of one minibatch: a mean over its tokens, whatever the micro-batches and processes.
 
         Returns loss, policy loss, value loss, approximate KL, clip fraction (token means) and max |ratio - 1|: (6,).
@@ -301,7 +289,7 @@ class PPOTrainer(Trainer):
             total += nll.item()
         return total
 
-    def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _summed(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
         return self.accelerator.reduce(tensor.to(self.args.device), "sum").to(tensor.device)
 
@@ -313,14 +301,12 @@ class PPOTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     @torch.no_grad()
-    def evaluate(
-        self, eval_dataset: Dataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Metrics:
         """Means over the evaluation prompts, with the same random numbers each time; ValueError without prompts."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
             raise ValueError("evaluate: there is no eval_dataset; give one here or to the trainer")
-        totals: dict[str, float] = defaultdict(float)
+        totals: Metrics = defaultdict(float)
         was_training = self.roles.training
         self.roles.eval()
         with torch.random.fork_rng():
@@ -339,7 +325,7 @@ class PPOTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, totals)
         return dict(totals)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: Metrics, start_time: float | None = None) -> None:
         """Trainer.log with the means of PPO's metrics since the last log."""
         if "loss" in logs:
             logs |= {name: sum(row[name] for row in self._metrics) / len(self._metrics) for name in self._metrics[0]}
@@ -366,7 +352,7 @@ class PPOTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
-    def _refuse_nan(self, loss: torch.Tensor) -> None:
+    def _refuse_nan(self, loss: Tensor) -> None:
         """Raise FloatingPointError before a gradient that is not finite is applied, so that checkpoints stay good."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.roles.learning if p.grad is not None])
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
@@ -395,38 +381,32 @@ def load_models(
     given = given if isinstance(given, list | tuple) else [given]
     members = [each if callable(each) else RewardModel(each) for each in given]
     learned = {f"reward_{i}": each for i, each in enumerate(members) if isinstance(each, RewardModel)}
-    adapters, in_4bit = args.lora is not None or models.is_adapter(model), args.load_in_4bit
-    if value_model is None and isinstance(members[0], RewardModel):
-        path, vocabulary = members[0].path, members[0].tokenizer.get_vocab()
-        over_base = models.is_adapter(path) and models.same_base(path, model)
-        if vocabulary == tokenizer.get_vocab() and (over_base if adapters else not models.is_adapter(path)):
-            value_model = path
+    adapters, in_4bit = args.lora is not None or models.is_adapter(model), models.is_4bit(model, args.load_in_4bit)
+
+    def fits_the_policy(path: str) -> bool:
+        """Whether a model stands on the policy's base or, in full fine-tuning, on weights of its own."""
+        return models.is_adapter(path) == adapters and (not adapters or models.same_base(path, model))
+
+    first: Any = members[0]
+    if value_model is None and isinstance(first, RewardModel) and fits_the_policy(first.path):
+        value_model = first.path if first.tokenizer.get_vocab() == tokenizer.get_vocab() else None
     joining = {
         role: each.path
         for role, each in learned.items()
-        if adapters and models.shares_base(each.path, each.load_in_4bit, model, in_4bit)
+        if adapters and fits_the_policy(each.path) and models.is_4bit(each.path, each.load_in_4bit) == in_4bit
     }
     if args.max_memory_gib is not None or models.device().type != "cpu":
         longest = sorted(prompts["prompt"][:], key=lambda prompt: -len(str(prompt)))[:64]
         separate = [each.path for role, each in learned.items() if role not in joining]
-        fits, _, sentence = memory.advise(
-            model,
-            "ppo",
-            args.max_memory_gib or memory.device_memory(),
-            lora=args.lora,
-            load_in_4bit=args.load_in_4bit,
-            prompt_length=max(map(len, models.encode(tokenizer, longest))),
-            max_completion_length=args.max_completion_length,
-            rollout=args.per_device_train_batch_size,
-            micro_batch_size=args.micro_batch_size,
-            gradient_checkpointing=args.gradient_checkpointing,
-            optim=args.optim,
-            reward_model=separate[0] if separate else None,
-            ensemble=len(learned),
-        )
+        same = ("lora", "load_in_4bit", "max_completion_length", "micro_batch_size", "gradient_checkpointing", "optim")
+        settings: dict[str, Any] = {name: getattr(args, name) for name in same}
+        settings["prompt_length"] = max(map(len, models.encode(tokenizer, longest)))
+        settings |= {"rollout": args.per_device_train_batch_size, "ensemble": len(learned)}
+        settings["reward_model"] = separate[0] if separate else None
+        fits, _, sentence = memory.advise(model, "ppo", args.max_memory_gib or memory.device_memory(), **settings)
         if not fits:
             raise ValueError(f"PPO on {model}: {sentence}\n(PPOConfig's max_memory_gib sets another limit)")
-    roles = models.load_roles(model, ref_model, value_model, args.lora, in_4bit, joining)
+    roles = models.load_roles(model, ref_model, value_model, args.lora, args.load_in_4bit, joining)
     members = [each.on(roles, f"reward_{i}") if f"reward_{i}" in joining else each for i, each in enumerate(members)]
     if len(members) == 1:
         return roles, members[0]

@@ -1,11 +1,11 @@
 """Every way to train but PPO, each thin over one of TRL's trainers. Only this folder knows TRL.
 
 A method takes a model directory or hub id and a dataset in TRL's columns, writes the directory `out` and returns its
-path. Its options are the settings of its trainer's config by their own names (`max_steps`, `learning_rate`, ...) and:
+path. Options are the settings of its trainer's config in TRL (`SFTConfig`: `max_steps`, `learning_rate`, ...) and:
 
     lora           settings of a new adapter (`models.lora_config`); without it, all weights or the given adapter train
     load_in_4bit   whether the base is in 4 bits; by default as the given model was trained
-    seed           of the order of the data, a new adapter, a score head and samples (default 0)
+    seed           of the order of the data, a new adapter, a score head and samples; 0 by default
     callbacks      transformers' callbacks in place of the one that shows progress
 
 FileExistsError if `out` holds anything, ModelError if the model cannot be trained so, TypeError for an unknown option.

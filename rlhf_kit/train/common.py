@@ -1,9 +1,8 @@
-"""What all functions of this folder share: refuse before training, train in fp32, publish only a whole directory."""
+"""What the methods share: refuse before training, train in fp32, publish only a whole directory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,19 @@ from rlhf_kit.models import Lora, Model, ModelPath
 from rlhf_kit.progress import ProgressCallback
 
 
-@contextmanager
-def new_directory(out: ModelPath) -> Iterator[Path]:
-    """Yield a temporary name that becomes `out` at the end; FileExistsError if `out` holds anything already."""
+def new_directory(out: ModelPath) -> AbstractContextManager[Path]:
+    """A temporary name that becomes `out` at the end of the block; FileExistsError if `out` holds anything already."""
     if Path(out).is_file() or any(Path(out).glob("*")):
         raise FileExistsError(f"{out}: is there already, and is not overwritten; name another `out` or delete it")
-    with replacing(out) as folder:
-        yield folder
+    return replacing(out)
+
+
+DEFAULTS: dict[str, Any] = {"seed": 0, "save_strategy": "no", "logging_steps": 10, "gradient_checkpointing": False}
+DEFAULTS |= {"disable_tqdm": True, "log_level": "error", "logging_nan_inf_filter": False}  # or NaN would look harmless
 
 
 class Training:
-    """One use of one of the trainers; its options are checked before any weights are loaded."""
+    """One use of a trainer; its options are checked before any weights are loaded."""
 
     def __init__(
         self,
@@ -39,40 +40,27 @@ class Training:
         folder: Path,
         lora: Lora | None = None,
         load_in_4bit: bool | None = None,
-        seed: int = 0,
         callbacks: list[TrainerCallback] | None = None,
         **settings: Any,
     ) -> None:
-        if models.is_adapter(model) and lora is not None:
-            raise models.ModelError(f"{model}: is an adapter already, and is trained on as it is; leave `lora` out")
-        self.model, self.lora, self.load_in_4bit, self.seed = model, lora, load_in_4bit, seed
+        models.check_trainable(model, lora, load_in_4bit)
+        self.model, self.lora, self.load_in_4bit = model, lora, load_in_4bit
         self.callbacks = [ProgressCallback(label)] if callbacks is None else callbacks
         self.tokenizer = models.load_tokenizer(model)
         self.tokenizer.padding_side = "right"
         on_gpu = torch.cuda.is_available()
-        defaults: dict[str, Any] = {
-            "seed": seed,
-            "bf16": on_gpu,
-            "use_cpu": not on_gpu,
-            "gradient_checkpointing": False,
-            "logging_steps": 10,
-            "logging_nan_inf_filter": False,  # it would show a loss that is not finite as a harmless number
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "log_level": "error",
-        }
-        self.args = config_class(output_dir=str(folder), **(defaults | settings))
+        settings = DEFAULTS | {"bf16": on_gpu, "use_cpu": not on_gpu} | settings
+        self.args = config_class(output_dir=str(folder), **settings)
 
     def trainer(self, trainer_class: type[Trainer], dataset: Dataset, start: Model | None = None, **more: Any) -> Any:
         """The trainer, with what it trains in fp32: in bf16 small updates would be rounded away.
 
-        The reference of the methods that have one must be `self.model` as it was. Full weights go in as a path: TRL
-        loads the reference from it again. An adapter goes in loaded: TRL clones it as the reference. If TRL only
-        switched the adapter off, the reference would be the raw base, not the SFT model.
+        The reference of the methods that have one must be `self.model` as it was, not the raw base. Full weights go in
+        as a path: TRL loads the reference from it again. An adapter goes in loaded: TRL clones it as the reference.
         """
-        full = self.lora is None and not models.is_adapter(self.model) and not self.load_in_4bit
         given: Any = str(self.model)
-        if not full or not hasattr(self.args, "beta"):  # beta is the weight of a reference
+        adapter = self.lora is not None or models.is_adapter(self.model)
+        if adapter or not hasattr(self.args, "beta"):  # beta is the weight of a reference
             given = start or models.load_causal(self.model, self.load_in_4bit, trainable=self.lora is None)
         exact = {}
         if getattr(given, "is_loaded_in_4bit", False):  # TRL rounds what it trains to bf16, unlike its reference

@@ -54,10 +54,9 @@ class ItemBatches:
 
 
 class ItemRewardTrainer(RewardTrainer):
-    """TRL's trainer on batches of whole items (column `item`)."""
+    """TRL's trainer on batches of whole items (column `item`), once TRL has dropped the rows that are too long."""
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches as `ItemBatches` makes them; TRL has dropped over-long rows by now, and kept the column."""
         if self.args.world_size > 1:
             raise ValueError("reward_model: train pairs with a column `item` in one process, or remove the column")
         batches = ItemBatches(self.train_dataset["item"][:], self.args.train_batch_size, self.args.seed)
@@ -72,7 +71,7 @@ def reward_model(model: ModelPath, dataset: Dataset, out: ModelPath, **options: 
     dataset's completions, so these should be the SFT model's own. A column `margin` m asks for more where the raters
     were sure: -log sigmoid(r_chosen - r_rejected - m) (Llama 2, 2307.09288, eq. 2). A column `item` names the ranking
     that a pair comes from: the pairs of one item stay in one batch, because they are overfitted when they are shuffled
-    among others (2203.02155, section 3.5). Raises ValueError if there are items and several processes.
+    among others (2203.02155, section 3.5); ValueError if several processes train. Options: see `help(rk.train)`.
     """
     with new_directory(out) as folder:
         training = Training("reward model", RewardConfig, model, folder, **options)
@@ -80,8 +79,7 @@ def reward_model(model: ModelPath, dataset: Dataset, out: ModelPath, **options: 
         trainer = training.trainer(trainer_class, dataset, start=_with_score_head(training))
         fit(trainer, folder)
         prompts, texts, own, tolerance = _own_scores(trainer)
-        # The saved model is loaded next, and the trained one must not be in memory beside it.
-        del trainer
+        del trainer  # the saved model is loaded next, and the trained one must not be in memory beside it
         gc.collect()
         torch.cuda.empty_cache()
         again = torch.tensor(RewardModel(folder)(prompts, texts))
@@ -97,35 +95,31 @@ def reward_model(model: ModelPath, dataset: Dataset, out: ModelPath, **options: 
 
 def _own_scores(trainer: RewardTrainer) -> tuple[list[Any], list[Any], torch.Tensor, float]:
     """Some prompts and their 2N completions, the trained model's scores (2N,), how far rounding may move a score."""
-    rows = list(islice(trainer.train_dataset, CHECKED))
-    batch, model = trainer.data_collator(rows), trainer.model.eval()
+    rows, model = list(islice(trainer.train_dataset, CHECKED)), trainer.model.eval()
+    batch = trainer.data_collator(rows)
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
     with torch.no_grad(), trainer.accelerator.autocast():
         own = model(**inputs).logits[:, 0].float().cpu()
-    # TRL has joined each prompt with its completions and has put EOS after those that are texts.
+    # TRL has joined each prompt with its completions.
     texts = [row[side][len(row["prompt"]) :] for side in ("chosen", "rejected") for row in rows]
-    eos = trainer.processing_class.eos_token
-    texts = [text.removesuffix(eos) if isinstance(text, str) else text for text in texts]
     rounded = trainer.args.bf16 or getattr(model, "is_loaded_in_4bit", False)
     return 2 * [row["prompt"] for row in rows], texts, own, 2e-2 if rounded else 1e-4
 
 
 def _with_score_head(training: Training) -> Model:
     """The model with a fresh score head, N(0, 1 / (d + 1)) as in Stiennon et al. 2020 (2009.01325), to train."""
-    model, seed = str(training.model), training.seed
-    torch.manual_seed(seed)  # a new adapter is drawn from it; the trainer seeds only later
+    model, given = str(training.model), models.is_adapter(training.model)
+    torch.manual_seed(training.args.seed)  # a new adapter is drawn from it; the trainer seeds only later
     auto = AutoModelForSequenceClassification.from_pretrained
     base = models.load_base(model, auto, training.load_in_4bit, num_labels=1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(training.args.seed)
     head = torch.randn(base.score.weight.shape, generator=generator) / (base.score.in_features + 1) ** 0.5
     base.score.weight.data.copy_(head)
-    given = models.is_adapter(model)
     config = PeftConfig.from_pretrained(model) if given else models.lora_config(training.lora)
     if config is None:
         return base
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
     wrapped = get_peft_model(base, config)
     if given:
-        score = {"base_model.model.score.weight": head}
-        set_peft_model_state_dict(wrapped, load_peft_weights(model) | score)
+        set_peft_model_state_dict(wrapped, load_peft_weights(model) | {"base_model.model.score.weight": head})
     return wrapped
