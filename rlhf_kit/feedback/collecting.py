@@ -118,7 +118,7 @@ def draw_order(n: int, generator: np.random.Generator) -> tuple[int, ...]:
 
 
 def collect(samples: pd.DataFrame, rater: Rater | Sequence[Rater], seed: int = 0, k: int = 2, **asking: Any) -> Dataset:
-    """Preferences (`prompt, chosen, rejected`) from samples: those of `items` of k, judged as `ask` does (`asking`)."""
+    """Preferences (`prompt, chosen, rejected`) from samples, k to an item; `asking` (per_item, store) goes to `ask`."""
     return preferences(ask(items(samples, k), rater, seed=seed, **asking))
 
 

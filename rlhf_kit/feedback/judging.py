@@ -45,19 +45,18 @@ class Item:
     def __post_init__(self) -> None:
         for place, each in enumerate(self.completions):
             if not isinstance(each, str | list):
-                raise FeedbackError(f"{self._where}: completion {place} is missing ({each!r}); give a text or a chat")
+                raise FeedbackError(f"{self}: completion {place} is missing ({each!r}); give a text or a chat")
         n, different = len(self.completions), len(set(map(canonical, self.completions)))
         if not 1 <= n <= MOST or different < n:
             equal = n - different
-            raise FeedbackError(f"{self._where}: has {n} completions, {equal} equal; give 1 to {MOST} different")
+            raise FeedbackError(f"{self}: has {n} completions, {equal} equal; give 1 to {MOST} different")
 
     @property
     def id(self) -> str:
         """A hash of the content: the same prompt and completions in the same order have the same id everywhere."""
         return hashlib.sha256(canonical([self.prompt, *self.completions]).encode()).hexdigest()[:16]
 
-    @property
-    def _where(self) -> str:
+    def __str__(self) -> str:
         return f"item {str(self.prompt)[:60]!r}"
 
 
@@ -116,7 +115,7 @@ def check_question(question: str, items: Sequence[Item]) -> None:
     for item in items:
         if (question == "rank") != (len(item.completions) > 1):
             needs = "two or more completions" if question == "rank" else "one completion"
-            raise FeedbackError(f"{item._where}: has {len(item.completions)}; {question!r} asks about {needs}")
+            raise FeedbackError(f"{item}: has {len(item.completions)}; {question!r} asks about {needs}")
 
 
 def as_row(
