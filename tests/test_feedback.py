@@ -32,7 +32,7 @@ class Longest:
     """Ranks by length, the longest first; a single completion is good if it is long."""
 
     def __init__(self, name: str = "longest") -> None:
-        self.name = name
+        self.name, self.slow = name, False
         self.asked: list[tuple[Completion, ...]] = []
 
     def __call__(self, prompt: Prompt, completions: Sequence[Completion], question: feedback.Question) -> Answer:
@@ -162,6 +162,17 @@ def test_asking_with_a_store_goes_on_where_it_stopped(tmp_path: Any) -> None:
     pd.testing.assert_frame_equal(judged[same], without[same])
 
 
+def test_only_slow_raters_have_their_progress_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    rater = Longest("model")
+    feedback.ask(feedback.items(THREE), rater)
+    assert not capsys.readouterr().out
+    rater.slow = True
+    feedback.ask(feedback.items(THREE), rater)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in lines] == [["judged", "by", "model", f"{n}/3"] for n in (1, 2, 3)]
+    assert all("left 0:" in line for line in lines)
+
+
 def test_items_are_chosen_at_random_by_a_seed() -> None:
     made = feedback.items(THREE)
     assert feedback.choose(made, 3) == made
@@ -176,7 +187,7 @@ def test_items_are_chosen_at_random_by_a_seed() -> None:
 def ranked(ranks: Sequence[int] | None, n: int = 2, strength: str | None = None, rater: str = "ana") -> dict[str, Any]:
     item = Item("p", tuple("abcdefghi"[:n]), {"kind": "ask"})
     answer = Answer(ranks=None if ranks is None else tuple(ranks), strength=strength)
-    return as_row(0, item, rater, "rank", answer, range(n), 1.0, "test-1")
+    return as_row(item, rater, "rank", answer, range(n), 1.0, "test-1")
 
 
 def preferences(*rows: dict[str, Any], **options: Any) -> Any:
@@ -216,7 +227,7 @@ def test_strengths_become_llama_2s_margins_only_if_asked() -> None:
 def test_ratings_become_ktos_labels() -> None:
     def rated(question: Any, *ratings: int | None) -> pd.DataFrame:
         item = Item("p", ("a",), {"kind": "ask"})
-        return judgments_frame([as_row(0, item, "ana", question, Answer(rating=r), [0], 1.0, "t") for r in ratings])
+        return judgments_frame([as_row(item, "ana", question, Answer(rating=r), [0], 1.0, "t") for r in ratings])
 
     assert feedback.labels(rated("good/bad", 0, 1))["label"][:] == [False, True]
     with pytest.warns(UserWarning, match="2 of 6 ratings are in the middle"):

@@ -145,13 +145,14 @@ def test_what_a_model_cannot_answer_is_refused(zoo: dict[str, str], tmp_path: Pa
         feedback.train_judge(zoo["full"], judgments, tmp_path / "judge", pocket.JUDGE_TEMPLATE)
 
 
-def test_a_judge_answers_as_a_rater_and_is_a_reward(zoo: dict[str, str]) -> None:
+def test_a_judge_answers_as_a_rater_and_is_a_reward(zoo: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     rater = LanguageModelRater(zoo["full"], template=PAIR, name="judge")
     answers = (GOOD, BAD, " the otter eats fish .")
     p = {(i, j): preference(rater, answers[i], answers[j]) for i in range(3) for j in range(3) if i != j}
     mean = [sum(p[i, j] for j in range(3) if j != i) / 2 for i in range(3)]
     assert rater(PROMPT, answers, "rank").ranks == tuple(1 + sum(other > one for other in mean) for one in mean)
     judged = feedback.ask([ITEM], rater)
+    assert "judged by judge  1/1  left 0:00" in capsys.readouterr().out
     assert judged["ranks"][0][int(p[0, 1] < 0.5)] == 1 and judged["rater"][0] == "judge"
     hand = by_hand(zoo["full"], PAIR.rating(PROMPT, GOOD), PAIR.verdicts)
     [odds] = rater.as_reward()([PROMPT], [GOOD])

@@ -19,8 +19,8 @@ from scipy.stats import beta, halfnorm, norm
 
 from rlhf_kit import cli, feedback
 from rlhf_kit.feedback import Answer, FeedbackError, Item, Store
-from rlhf_kit.feedback.bias import Posterior, position_from_swaps
 from rlhf_kit.feedback.judging import as_row, judgments_frame
+from rlhf_kit.feedback.quality import Posterior, position_from_swaps
 from rlhf_kit.tasks import Pocket, pocket
 from rlhf_kit.tasks.pocket import answers
 
@@ -41,7 +41,7 @@ def judged(*said: tuple[Item, str, Any], shown: tuple[tuple[int, ...], ...] = ()
         ranking = len(item.completions) > 1
         answer = Answer(ranks=tuple(value[i] for i in order)) if ranking and value else Answer()
         answer = answer if ranking else Answer(rating=value)
-        rows.append(as_row(number, item, rater, "rank" if ranking else "1-7", answer, order, 1.0, "test"))
+        rows.append(as_row(item, rater, "rank" if ranking else "1-7", answer, order, 1.0, "test"))
     return judgments_frame(rows)
 
 
@@ -323,7 +323,7 @@ def test_both_orders_recover_position_with_nothing_but_bradley_terry() -> None:
         rows = []
         for item, rater, order in product(texts(100, seed), panel, ((0, 1), (1, 0))):
             answer = rater(item.prompt, [item.completions[i] for i in order], "rank")
-            rows.append(as_row(len(rows), item, rater.name, "rank", answer, order, None, "test"))
+            rows.append(as_row(item, rater.name, "rank", answer, order, None, "test"))
         found = position_from_swaps(judgments_frame(rows)).set_index("rater")
         for rater in panel:
             row, truth = found.loc[rater.name], rater.rater.position_bias

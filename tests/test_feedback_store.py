@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rlhf_kit.feedback import Answer, FeedbackError, Item, Store
+from rlhf_kit.feedback.judging import as_row
 
 ITEM = Item("is it even ?", ("yes .", "no ."), {"topic": "numbers"})
 FIRST = Answer(ranks=(1, 2))
@@ -25,8 +26,8 @@ def judging(path: Path, rater: str, n: int, said: Any) -> None:
     for i in range(n):
         item = Item(f"{rater} {i} ?", ("yes", "no"))
         store.add([item])
-        answer = Answer(ranks=(1, 2), note=str(i))
-        said.send((store.append(item, rater, "rank", answer, (1, 0), 0.1, "test", before=0), str(i)))
+        row = as_row(item, rater, "rank", Answer(ranks=(1, 2), note=str(i)), (1, 0), 0.1, "test")
+        said.send((store.append(row, before=0), str(i)))
 
 
 @pytest.fixture
@@ -37,12 +38,12 @@ def store(tmp_path: Path) -> Store:
 
 
 def judge(store: Store, rater: str = "ana", before: int | None = 0) -> int:
-    return store.append(ITEM, rater, "rank", FIRST, (0, 1), 2.0, "test", before)
+    return store.append(as_row(ITEM, rater, "rank", FIRST, (0, 1), 2.0, "test"), before)
 
 
 def test_a_judgment_comes_back_as_it_was_given_in_the_items_own_order(store: Store) -> None:
     answer = Answer(ranks=(1, 2), strength="much", note="Ünïcode")
-    judgment = store.append(ITEM, "ana", "rank", answer, (1, 0), 2.5, "page, 1.0")
+    judgment = store.append(as_row(ITEM, "ana", "rank", answer, (1, 0), 2.5, "page, 1.0"))
     [row] = store.judgments().to_dict("records")
     assert row["ranks"] == [2, 1]  # the second completion was shown first, and is the better one
     known = {"shown": [1, 0], "strength": "much", "note": "Ünïcode", "seconds": 2.5, "interface": "page, 1.0"}
@@ -60,8 +61,10 @@ def test_an_item_is_added_once_and_keeps_its_columns(store: Store) -> None:
         store.add([nan, Item(ITEM.prompt, ITEM.completions, {"topic": "parity"})])
     assert store.items() == [ITEM, nan] and store.items()[0].columns == ITEM.columns
     assert store.items()[1].columns["scores"] == [1.5, 2.5]
-    with pytest.raises(AttributeError, match="PosixPath"):
-        store.add([Item("third ?", ("a", "b")), Item("fourth ?", ("a", "b"), {"where": Path("x")})])
+    for value in (Path("x"), {(1, 2): "x"}):
+        with pytest.raises(FeedbackError, match="cannot hold all of {'where': .*") as error:
+            store.add([Item("third ?", ("a", "b")), Item("fourth ?", ("a", "b"), {"where": value})])
+        assert "\n" not in str(error.value)
     assert len(store.items()) == 2
 
 
@@ -124,7 +127,7 @@ def test_what_was_judged_is_judged_again_only_after_a_withdrawal(store: Store) -
 def test_what_does_not_fit_is_refused(store: Store, change: dict[str, object], says: str) -> None:
     given = {"item": ITEM, "rater": "ana", "question": "rank", "answer": FIRST, "shown": (0, 1), "seconds": None}
     with pytest.raises((FeedbackError, sqlite3.IntegrityError), match=says):
-        store.append(**given | change, interface="test")  # type: ignore[arg-type]
+        store.append(as_row(**given | change, interface="test"))  # type: ignore[arg-type]
     assert store.judgments().empty
 
 

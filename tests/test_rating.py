@@ -19,6 +19,7 @@ from browsing import served
 import rlhf_kit as rk
 from rlhf_kit import cli, rating
 from rlhf_kit.feedback import Answer, FeedbackError, Item, Store
+from rlhf_kit.feedback.judging import as_row
 from rlhf_kit.rating import Page, Session
 
 PAIRS = [Item(f"is {i} even ?", (f"yes , {i} is .", f"no , {i} is odd ."), {"model": "secret-7b"}) for i in range(5)]
@@ -158,7 +159,7 @@ def test_nothing_moves_on_until_the_store_has_it(store: Store) -> None:
 def test_the_pace_is_the_median_so_that_one_break_does_not_spoil_it(store: Store) -> None:
     assert Session(store, PAIRS, "ana").state()["progress"] == "1 of 5"
     for item, seconds in zip(PAIRS, (10.0, 3600.0, 10.0), strict=False):
-        store.append(item, "ana", "rank", Answer(), (0, 1), seconds, "test")
+        store.append(as_row(item, "ana", "rank", Answer(), (0, 1), seconds, "test"))
     assert Session(store, PAIRS, "ana").state()["progress"] == "4 of 5 · 6.0 a minute · about 0:20 left"
 
 

@@ -1,7 +1,4 @@
-"""Collecting judgments, and the datasets in TRL's columns that they make.
-
-Rankings become pairs, strengths become margins, ratings become labels.
-"""
+"""Collecting judgments, and the datasets in TRL's columns that they make: pairs from rankings, labels from ratings."""
 
 from __future__ import annotations
 
@@ -17,6 +14,7 @@ from datasets import Dataset
 
 from rlhf_kit.feedback.judging import FeedbackError, Item, Question, Rater, as_row, check_question, judgments_frame
 from rlhf_kit.feedback.store import Store
+from rlhf_kit.progress import Countdown
 
 # These columns of samples describe one completion; the others describe the prompt, unless they differ within it.
 OF_A_COMPLETION = ("sample", "completion", "finished", "n_tokens", "kl")
@@ -29,25 +27,22 @@ def items(samples: pd.DataFrame, k: int = 2) -> list[Item]:
     """Each prompt's samples, `k` at a time (0-1, 2-3, ... where k is 2), as items to rank; k = 1: each one, to rate.
 
     A group keeps its different completions only. Items carry the columns that are the same for all samples of a prompt
-    (where k is 1, all columns). Warnings count what is left out: groups of equal completions, and samples too few for
-    another group. Raises FeedbackError if nothing is left.
+    (where k is 1, all columns). Warnings count what is left out. Raises FeedbackError if nothing is left.
     """
     carried = [name for name in samples.columns if name not in (*OF_A_COMPLETION, "prompt")]
-    differ = []  # such as scores
-    if k > 1:
-        values = samples[carried].map(str).groupby(samples["prompt_id"]).nunique().max()
-        differ = [name for name in carried if values[name] > 1]
+    values = samples[carried].map(str).groupby(samples["prompt_id"]).nunique().max()
+    differ = [name for name in carried if k > 1 and values[name] > 1]  # such as scores
     found, equal, over = [], 0, 0
     for _, group in samples.groupby("prompt_id", sort=False):
         rows = group.to_dict("records")
         over += len(rows) % k
         for start in range(0, len(rows) - k + 1, k):
             different = {str(row["completion"]): row["completion"] for row in rows[start : start + k]}
-            columns = {name: rows[start][name] for name in carried if name not in differ}
-            if len(different) >= min(k, 2):
-                found.append(Item(rows[start]["prompt"], tuple(different.values()), columns))
-            else:
+            if len(different) < min(k, 2):
                 equal += 1
+                continue
+            columns = {name: rows[start][name] for name in carried if name not in differ}
+            found.append(Item(rows[start]["prompt"], tuple(different.values()), columns))
     if not found:
         raise FeedbackError(f"items: no prompt has {k} different samples; draw them with n={max(k, 2)} or more")
     groups = "pairs held two" if k == 2 else f"groups of {k} held only"
@@ -87,28 +82,28 @@ def ask(
     check_question(question, items)
     names = [getattr(rater, "name", "") for rater in raters]
     if not all(names) or not 1 <= per_item <= len(set(names)) == len(names):
-        raise FeedbackError(
-            f"ask: per_item={per_item} of raters {names}; give each a `name` of its own, and enough raters"
-        )
-    planned = list(zip((item for item in items for _ in range(per_item)), cycle(raters)))
+        raise FeedbackError(f"ask: per_item={per_item} of {names}; give each a `name` of its own, and enough raters")
     known = set()
     if store is not None:
         store.add(items)
-        known = {(row.item, row.rater) for row in store.judgments().query("question == @question").itertuples()}
-    generator = np.random.default_rng([seed, 8])
-    rows: list[dict[str, Any]] = []
-    for done, (item, rater) in enumerate(planned, 1):
+        known = {(each.item, name) for name in names for each in store.judged(name, question)}
+    generator, waiting = np.random.default_rng([seed, 8]), []
+    for item, rater in zip((item for item in items for _ in range(per_item)), cycle(raters)):
         shown = draw_order(len(item.completions), generator)  # also where it is known: a resumed run draws the same
-        if (item.id, rater.name) in known:
-            continue
+        if (item.id, rater.name) not in known:
+            waiting.append((item, rater, shown))
+    countdown = Countdown(f"judged by {', '.join(names)}", len(waiting))
+    rows = []
+    for done, (item, rater, shown) in enumerate(waiting, 1):
         started = time.monotonic()
         answer = rater(item.prompt, [item.completions[place] for place in shown], question)
         seconds = time.monotonic() - started if getattr(rater, "timed", True) else None
         interface = getattr(rater, "interface", type(rater).__name__)
+        rows.append(as_row(item, rater.name, question, answer, shown, seconds, interface) | {"judgment": done})
         if store is not None:
-            store.append(item, rater.name, question, answer, shown, seconds, interface)
-        else:
-            rows.append(as_row(done, item, rater.name, question, answer, shown, seconds, interface))
+            store.append(rows[-1])
+        if getattr(rater, "slow", False):
+            countdown.at(done)
     if store is None:
         return judgments_frame(rows)
     found, asked = store.judgments(), {item.id for item in items}
@@ -123,10 +118,7 @@ def draw_order(n: int, generator: np.random.Generator) -> tuple[int, ...]:
 
 
 def collect(samples: pd.DataFrame, rater: Rater | Sequence[Rater], seed: int = 0, k: int = 2, **asking: Any) -> Dataset:
-    """Preferences (`prompt, chosen, rejected`) from samples: each prompt's samples are paired 0-1, 2-3, ... and judged.
-
-    Raters rank `k` samples at a time. `asking` goes to `ask`: per_item, store.
-    """
+    """Preferences (`prompt, chosen, rejected`) from samples, k to an item; `asking` (per_item, store) goes to `ask`."""
     return preferences(ask(items(samples, k), rater, seed=seed, **asking))
 
 
@@ -139,18 +131,16 @@ def preferences(judgments: pd.DataFrame, margins: Mapping[str, float] | None = N
     FeedbackError if there is no pair at all.
     """
     ranked = _answers(judgments, ["rank"])
-    several = ranked["rater"].nunique() > 1
-    grouped = any(len(ranks) > 2 for ranks in ranked["ranks"] if ranks is not None)
+    grouped = any(len(judgment["ranks"] or ()) > 2 for judgment in ranked)
     rows, silent = [], 0
-    for judgment in ranked.to_dict("records"):
-        pairs = _pairs(judgment)
+    for judgment in ranked:
+        pairs, known = _pairs(judgment), judgment["known"]
         silent += not pairs
-        known: dict[str, Any] = {"rater": judgment["rater"]} if several else {}
         if grouped:
             known["item"] = f"{judgment['item']}/{judgment['rater']}"
         if margins is not None:
             known["margin"] = margins.get(judgment["strength"], 0.0)
-        rows += [{**judgment["columns"], "prompt": judgment["prompt"], **pair, **known} for pair in pairs]
+        rows += [known | pair for pair in pairs]
     if not rows:
         raise FeedbackError(f"preferences: none of {len(ranked)} judgments puts a completion above another")
     if silent:
@@ -163,15 +153,11 @@ def labels(judgments: pd.DataFrame) -> Dataset:
 
     Ratings of 4 and skipped items give no row; a warning counts them. Raises FeedbackError if there is no row at all.
     """
-    rated = _answers(judgments, list(MIDDLE))
-    several = rated["rater"].nunique() > 1
-    rows: list[dict[str, Any]] = []
-    for judgment in rated.to_dict("records"):
+    rated, rows = _answers(judgments, list(MIDDLE)), []
+    for judgment in rated:
         rating, middle = judgment["rating"], MIDDLE[judgment["question"]]
         if rating < middle or rating > middle:  # a skipped one is NaN, and neither
-            known = {"completion": judgment["completions"][0], "label": rating > middle}
-            rater = {"rater": judgment["rater"]} if several else {}
-            rows.append({**judgment["columns"], "prompt": judgment["prompt"], **known, **rater})
+            rows.append(judgment["known"] | {"completion": judgment["completions"][0], "label": rating > middle})
     if not rows:
         raise FeedbackError(f"labels: none of {len(rated)} judgments calls a completion good or bad")
     if left := len(rated) - len(rows):
@@ -180,7 +166,6 @@ def labels(judgments: pd.DataFrame) -> Dataset:
 
 
 def _pairs(judgment: Mapping[Any, Any]) -> list[dict[str, Any]]:
-    """The pairs of one ranking, and which completion of each was shown first."""
     ranks, texts, shown, pairs = judgment["ranks"] or (), judgment["completions"], list(judgment["shown"]), []
     for pair in combinations(range(len(ranks)), 2):
         better, worse = sorted(pair, key=lambda index: ranks[index])
@@ -190,9 +175,14 @@ def _pairs(judgment: Mapping[Any, Any]) -> list[dict[str, Any]]:
     return pairs
 
 
-def _answers(judgments: pd.DataFrame, questions: list[str]) -> pd.DataFrame:
+def _answers(judgments: pd.DataFrame, questions: list[str]) -> list[dict[Any, Any]]:
+    """The rows that answer one of the questions; `known` is what each gives to a dataset, with the rater of several."""
     found = judgments[judgments["question"].isin(questions) & ~judgments["withdrawn"]]
     if found.empty:
         asked = ", ".join(sorted(set(judgments["question"]))) or "none"
         raise FeedbackError(f"no judgment answers {' or '.join(map(repr, questions))}; questions asked: {asked}")
-    return found
+    rows, several = found.to_dict("records"), found["rater"].nunique() > 1
+    for row in rows:
+        rater = {"rater": row["rater"]} if several else {}
+        row["known"] = {**row["columns"], "prompt": row["prompt"], **rater}
+    return rows

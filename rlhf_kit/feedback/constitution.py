@@ -60,9 +60,9 @@ def constitution(path: str | Path = DEFAULT) -> list[Principle]:
 class Template:
     """The words of a judgment; `{question}`, `{prompt}`, `{first}`, `{second}`, `{completion}` are filled in.
 
-    choices: the answers to `compare`, for the first and the second completion; verdicts: those to `rate`, yes and no.
-    Without `compare` the model rates each completion of a pair alone, and the ratings are compared. chat: ask through
-    the model's chat template if it has one; otherwise the answer follows the text after one space.
+    `choices` answer `compare`, `verdicts` answer `rate`. Without `compare` the model rates each completion of a pair
+    alone, and the ratings are compared. chat: ask through the model's chat template if it has one; otherwise the answer
+    follows the text after one space.
     """
 
     compare: str
@@ -72,12 +72,10 @@ class Template:
     chat: bool = True
 
     def comparison(self, prompt: Prompt, first: Completion, second: Completion, question: str) -> str:
-        """The text that asks which of two completions is better."""
         texts = {"prompt": as_text(prompt), "first": as_text(first), "second": as_text(second)}
         return self.compare.format(question=question, **texts)
 
     def rating(self, prompt: Prompt, completion: Completion) -> str:
-        """The text that asks whether a completion is good."""
         return self.rate.format(prompt=as_text(prompt), completion=as_text(completion))
 
 
@@ -112,31 +110,31 @@ def critique_and_revise(
 
     Each round draws a principle by weight, shows the model the prompt and the answer as a chat, and asks for a
     critique, then for a revision, which is the next round's answer (section 3.1). `write` returns a text for each chat,
-    such as `EndpointRater.replies`, or `sample` of a chat model. `answers` has `prompt, completion`; other columns are
-    carried. An empty revision leaves the answer as it was; a warning counts these.
+    such as `EndpointRater.replies`. `answers` has `prompt, completion`; other columns are carried. An empty revision
+    leaves the answer as it was; a warning counts these.
     """
     rules = rules or constitution()
     weights = np.array([principle.weight for principle in rules])
     given, parts, empty = [as_text(completion) for completion in answers["completion"]], [], 0
+    carried = answers.drop(columns="completion").assign(row=range(len(answers)))
     for number in range(1, rounds + 1):
         generator = np.random.default_rng([seed, 10, number])
         drawn = generator.choice(len(weights), size=len(answers), p=weights / weights.sum())
         principles = [rules[k] for k in drawn]
-        chats: list[Prompt] = [
-            [*_chat("user", prompt), *_chat("assistant", answer), *_chat("user", principle.critique)]
+        chats = [
+            [*as_chat("user", prompt), *as_chat("assistant", answer), *as_chat("user", principle.critique)]
             for prompt, answer, principle in zip(answers["prompt"], given, principles, strict=True)
         ]
         critiques = [text.strip() for text in write(chats)]
         chats = [
-            [*_chat("user", chat), *_chat("assistant", critique), *_chat("user", principle.revise)]
+            [*chat, *as_chat("assistant", critique), *as_chat("user", principle.revise)]
             for chat, critique, principle in zip(chats, critiques, principles, strict=True)
         ]
         revisions = [text.strip() for text in write(chats)]
         empty += revisions.count("")
         revisions = [text or answer for text, answer in zip(revisions, given, strict=True)]
-        names = [principle.name for principle in principles]
-        made = {"principle": names, "answer": given, "critique": critiques, "revision": revisions}
-        parts.append(answers.drop(columns="completion").assign(row=range(len(answers)), round=number, **made))
+        made = {"principle": [principle.name for principle in principles], "answer": given}
+        parts.append(carried.assign(round=number, **made, critique=critiques, revision=revisions))
         given = revisions
     if empty:
         total = rounds * len(answers)
@@ -146,14 +144,14 @@ def critique_and_revise(
 
 def as_demonstrations(frame: pd.DataFrame) -> Dataset:
     """`prompt, completion` of each answer's last revision, for `train.sft`; completions of texts begin with a space."""
-    last = frame.sort_values("round", kind="stable").groupby("row").tail(1).sort_values("row")
+    last = frame.sort_values(["row", "round"]).drop_duplicates("row", keep="last")
     rows = []
     for prompt, text in zip(last["prompt"], last["revision"], strict=True):
-        completion = f" {text}" if isinstance(prompt, str) else _chat("assistant", text)
+        completion = f" {text}" if isinstance(prompt, str) else as_chat("assistant", text)
         rows.append({"prompt": prompt, "completion": completion})
     return Dataset.from_list(rows)
 
 
-def _chat(role: str, content: Prompt) -> list[dict[str, str]]:
+def as_chat(role: str, content: Prompt) -> list[dict[str, str]]:
     """A text as a chat of one message; a chat as it is."""
     return [{"role": role, "content": content}] if isinstance(content, str) else list(content)

@@ -12,17 +12,15 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlhf_kit.feedback.constitution import PLAIN, Principle, Template, read_reply
-from rlhf_kit.feedback.judging import Answer, FeedbackError, Question
-from rlhf_kit.feedback.language_model import ModelRater
+from rlhf_kit.feedback.constitution import PLAIN, Template, as_chat, read_reply
+from rlhf_kit.feedback.judging import FeedbackError
+from rlhf_kit.feedback.language_model import ModelRater, Rules
 from rlhf_kit.models import Prompt
-from rlhf_kit.rewards import Completion
 
 CERTAIN = 1000.0  # log-odds of a word that was replied
 ATTEMPTS = 3  # at getting an answer word
@@ -34,9 +32,9 @@ class EndpointRater(ModelRater):
 
     The key is read from the environment variable `key_variable` for each request and kept nowhere (None: a server
     without keys). The client tries 429, 5xx and timeouts again up to `max_retries` times. A `cache`, a SQLite file,
-    keeps each reply by the SHA-256 of its whole request. Another reply than an answer word is asked again, twice; then
-    the judgment is skipped, with a note. price_per_million: of tokens in and out, for `costs`. `options` go into each
-    request (temperature 0 by default).
+    keeps each reply. Where a reply is no answer word, the model is asked again, twice; then the judgment is skipped,
+    with a note. price_per_million: of tokens in and out, for `costs`. `options` go into each request (temperature 0 by
+    default).
     """
 
     interface = "endpoint-1"
@@ -45,7 +43,7 @@ class EndpointRater(ModelRater):
         self,
         base_url: str,
         model: str,
-        constitution: Sequence[Principle] | None = None,
+        constitution: Rules = None,
         principle: str | None = None,
         template: Template = PLAIN,
         name: str | None = None,
@@ -64,15 +62,12 @@ class EndpointRater(ModelRater):
             raise FeedbackError("an endpoint needs the openai package: pip install 'rlhf-kit[endpoint]'") from None
         address = urlsplit(base_url)
         if address.scheme not in ("http", "https") or address.username or address.password or address.query:
-            raise FeedbackError(
-                "base_url: is an address such as http://localhost:8000/v1, without a name, password or query; keys "
-                "belong in an environment variable"
-            )
+            said = "is an address such as http://localhost:8000/v1, without a name, password or query"
+            raise FeedbackError(f"base_url: {said}; keys belong in an environment variable")
         self.base_url, self.model, self.key_variable = base_url.rstrip("/"), model, key_variable
         self.concurrency, self.price_per_million = concurrency, price_per_million
         self.options = {"temperature": 0.0, **options}
         self.counts: Counter[str] = Counter()
-        self.unread = ""  # the last reply that was no answer word
         self._lock = Lock()  # of the counts
         self._key()  # raises if there is none
         self.cache = None if cache is None else Path(cache)
@@ -84,27 +79,19 @@ class EndpointRater(ModelRater):
             api_key="none", base_url=self.base_url, max_retries=max_retries, timeout=timeout, http_client=http
         )
 
-    def __call__(self, prompt: Prompt, completions: Sequence[Completion], question: Question) -> Answer:
-        answer = super().__call__(prompt, completions, question)
-        if answer != Answer():
-            return answer
-        said = " ".join(self.unread.split())[:80]
-        return replace(
-            answer, note=f"asked {ATTEMPTS} times, {self.name} gave no answer word; its last reply: {said!r}"
-        )
-
     def _log_odds(self, texts: list[str], words: tuple[str, str]) -> list[float]:
-        chats: list[Prompt] = [[{"role": "user", "content": text}] for text in texts]
-        odds, again = [math.nan] * len(texts), f"Reply with one word and nothing else: {words[0]} or {words[1]}."
+        chats, odds = [as_chat("user", text) for text in texts], [math.nan] * len(texts)
+        again = as_chat("user", f"Reply with one word and nothing else: {words[0]} or {words[1]}.")
         for _ in range(ATTEMPTS):
-            waiting = [i for i in range(len(texts)) if math.isnan(odds[i])]
+            waiting = [i for i, known in enumerate(odds) if math.isnan(known)]
             for i, reply in zip(waiting, self.replies([chats[i] for i in waiting]), strict=True):
                 found = read_reply(reply, words)
                 if found is not None:
                     odds[i] = CERTAIN * (1 - 2 * found)
-                else:
-                    self.unread = reply
-                    chats[i] = [*chats[i], {"role": "assistant", "content": reply}, {"role": "user", "content": again}]
+                    continue
+                chats[i] += [*as_chat("assistant", reply), *again]
+                last = " ".join(reply.split())[:80]
+                self.why_skipped = f"asked {ATTEMPTS} times, {self.name} gave no answer word; its last reply: {last!r}"
         return odds
 
     def replies(self, chats: Sequence[Prompt]) -> list[str]:
@@ -134,10 +121,8 @@ class EndpointRater(ModelRater):
         except openai.APIError as error:
             raise FeedbackError(self._reason(error)) from None
         except (ValueError, AttributeError, IndexError, TypeError):  # what came is no JSON, or JSON without a message
-            raise FeedbackError(
-                f"{self.model} at {self.base_url}: answered without a message; is base_url that of a chat-completions "
-                "server (it often ends in /v1)?"
-            ) from None
+            said = "answered without a message; is base_url that of a chat-completions server (it often ends in /v1)?"
+            raise FeedbackError(f"{self.model} at {self.base_url}: {said}") from None
         content = self._without_key(content)
         self._sql("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", digest, text, content)
         if answer.usage:
@@ -156,7 +141,6 @@ class EndpointRater(ModelRater):
             self.counts.update(counts)
 
     def _reason(self, error: Any) -> str:
-        """What the server or the client says, without the key, and what to do."""
         said, wait = f"{error} {error.__cause__ or ''}", ""
         if hasattr(error, "response"):
             said = f"{error.status_code}: {error.response.text}"
@@ -171,14 +155,11 @@ class EndpointRater(ModelRater):
     def _key(self) -> str:
         key = os.environ.get(self.key_variable, "") if self.key_variable else ""
         if self.key_variable and not re.fullmatch("[!-~]+", key):
-            raise FeedbackError(
-                f"the environment variable {self.key_variable} is not set or holds no key (it has spaces or the like); "
-                "put the key there, or pass key_variable=None for a server without keys"
-            )
+            said = f"the environment variable {self.key_variable} is not set or holds no key (it has spaces, say)"
+            raise FeedbackError(f"{said}; put the key there, or pass key_variable=None for a server without keys")
         return key
 
     def _without_key(self, text: str) -> str:
-        """What a server said, in case it repeats the key."""
         key = self._key()
         return text.replace(key, "[key]") if key else text
 

@@ -15,30 +15,16 @@ from rlhf_kit.models import Prompt
 from rlhf_kit.rewards import Completion
 
 Question = Literal["rank", "good/bad", "1-7"]
-QUESTIONS: tuple[Question, ...] = get_args(Question)
 SCALES: dict[Question, range] = {"good/bad": range(2), "1-7": range(1, 8)}  # of ratings; good is 1, bad 0
 STRENGTHS = ("slightly", "clearly", "much")  # how much better the preferred one of a pair is
 MOST = 9  # completions of one ranking: each has a key
 
-# The columns of a frame of judgments, a row each. `ask` and `Store.judgments` return such frames.
-COLUMNS = (
-    "judgment",  # a number that grows with time
-    "item",
-    "rater",
-    "question",
-    "ranks",  # of the item's completions in its own order, 1 the best; None: a rating, or skipped
-    "rating",  # NaN: a ranking, or skipped
-    "strength",
-    "note",
-    "shown",  # shown[place] is the index of the completion at that place of the page
-    "seconds",
-    "interface",  # where it was given, with version
-    "time",  # UTC, ISO 8601
-    "withdrawn",
-    "prompt",
-    "completions",
-    "columns",  # what else is known of the item
-)
+# Columns of the frames of judgments that `ask` and `Store.judgments` return, a row each. `judgment` is a number that
+# grows with time. `ranks` are of the item's completions in its own order, 1 the best; None: a rating, or skipped.
+# `rating` is NaN for a ranking, or skipped. `shown[place]` is the index of the completion at that place of the page.
+# `interface` says where the judgment was given, `time` when (UTC, ISO 8601). `columns` hold what else the item has.
+COLUMNS = ["judgment", "item", "rater", "question", "ranks", "rating", "strength", "note", "shown", "seconds"]
+COLUMNS += ["interface", "time", "withdrawn", "prompt", "completions", "columns"]
 
 
 class FeedbackError(ValueError):
@@ -59,20 +45,18 @@ class Item:
     def __post_init__(self) -> None:
         for place, each in enumerate(self.completions):
             if not isinstance(each, str | list):
-                raise FeedbackError(f"{self._where}: completion {place} is missing ({each!r}); give a text or a chat")
+                raise FeedbackError(f"{self}: completion {place} is missing ({each!r}); give a text or a chat")
         n, different = len(self.completions), len(set(map(canonical, self.completions)))
         if not 1 <= n <= MOST or different < n:
-            raise FeedbackError(
-                f"{self._where}: has {n} completions, {n - different} equal; give 1 to {MOST} different"
-            )
+            equal = n - different
+            raise FeedbackError(f"{self}: has {n} completions, {equal} equal; give 1 to {MOST} different")
 
     @property
     def id(self) -> str:
         """A hash of the content: the same prompt and completions in the same order have the same id everywhere."""
         return hashlib.sha256(canonical([self.prompt, *self.completions]).encode()).hexdigest()[:16]
 
-    @property
-    def _where(self) -> str:
+    def __str__(self) -> str:
         return f"item {str(self.prompt)[:60]!r}"
 
 
@@ -98,15 +82,20 @@ class Answer:
         """FeedbackError unless this answers `question` about `n` completions; a skip answers every question."""
         if self.ranks is None and self.rating is None:
             return
-        if question == "rank" and not (self.ranks and len(self.ranks) == n and set(self.ranks) <= {*range(1, n + 1)}):
-            raise FeedbackError(f"ranks {self.ranks}: a ranking of {n} completions is {n} numbers from 1 to {n}")
-        if question != "rank" and self.rating not in SCALES[question]:
+        if question != "rank":
             scale = SCALES[question]
-            raise FeedbackError(f"rating {self.rating}: {question} is a number from {scale[0]} to {scale[-1]}")
+            if self.rating not in scale:
+                raise FeedbackError(f"rating {self.rating}: {question} is a number from {scale[0]} to {scale[-1]}")
+        elif not (self.ranks and len(self.ranks) == n and set(self.ranks) <= {*range(1, n + 1)}):
+            raise FeedbackError(f"ranks {self.ranks}: a ranking of {n} completions is {n} numbers from 1 to {n}")
 
 
 class Rater(Protocol):
-    """Judges completions of one prompt, shown in this order: a simulated person, a language model, a person."""
+    """Judges completions of one prompt, shown in this order: a simulated person, a language model, a person.
+
+    It may also have an `interface` (a name for the judgments), `timed = False` (they hold no seconds) and `slow = True`
+    (`ask` prints the time left).
+    """
 
     name: str
 
@@ -121,16 +110,15 @@ def dense_ranks(scores: Sequence[float]) -> tuple[int, ...]:
 
 def check_question(question: str, items: Sequence[Item]) -> None:
     """FeedbackError for an unknown question, or an item that it cannot be asked of."""
-    if question not in QUESTIONS:
-        raise FeedbackError(f"question {question!r}: there are {', '.join(QUESTIONS)}")
+    if question not in get_args(Question):
+        raise FeedbackError(f"question {question!r}: there are {', '.join(get_args(Question))}")
     for item in items:
         if (question == "rank") != (len(item.completions) > 1):
             needs = "two or more completions" if question == "rank" else "one completion"
-            raise FeedbackError(f"{item._where}: has {len(item.completions)}; {question!r} asks about {needs}")
+            raise FeedbackError(f"{item}: has {len(item.completions)}; {question!r} asks about {needs}")
 
 
 def as_row(
-    judgment: int,
     item: Item,
     rater: str,
     question: Question,
@@ -139,7 +127,7 @@ def as_row(
     seconds: float | None,
     interface: str,
 ) -> dict[str, Any]:
-    """A judgment made now as a row of COLUMNS; FeedbackError if rater, answer or order do not fit the question."""
+    """A judgment made now as a row of COLUMNS, not numbered yet; FeedbackError where these do not fit each other."""
     if not rater.strip():
         raise FeedbackError("a judgment needs a rater's name; give one, such as rater='ana'")
     answer.check(question, len(item.completions))
@@ -148,12 +136,12 @@ def as_row(
     ranks = None if answer.ranks is None else [answer.ranks[shown.index(i)] for i in range(len(shown))]
     said = (ranks, answer.rating, answer.strength, answer.note, list(shown), seconds, interface, now())
     known = (False, item.prompt, list(item.completions), dict(item.columns))
-    return dict(zip(COLUMNS, (judgment, item.id, rater, question, *said, *known), strict=True))
+    return dict(zip(COLUMNS, (0, item.id, rater, question, *said, *known), strict=True))
 
 
 def judgments_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows of COLUMNS as a frame, with the same types whether they come from memory or from a store."""
-    frame = pd.DataFrame([dict(row) for row in rows], columns=list(COLUMNS), dtype=object)  # keeps None as None
+    frame = pd.DataFrame([dict(row) for row in rows], columns=COLUMNS, dtype=object)  # keeps None as None
     return frame.astype({"judgment": int, "rating": float, "seconds": float, "withdrawn": bool})
 
 

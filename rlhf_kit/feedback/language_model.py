@@ -18,9 +18,10 @@ from scipy.special import expit
 
 from rlhf_kit import models, train
 from rlhf_kit.feedback.collecting import labels, preferences
-from rlhf_kit.feedback.constitution import OVERALL, PLAIN, Principle, Template, constitution
+from rlhf_kit.feedback.constitution import OVERALL, PLAIN, Principle, Template, as_chat, constitution
 from rlhf_kit.feedback.judging import STRENGTHS, Answer, FeedbackError, Question, dense_ranks
 from rlhf_kit.models import Model, ModelPath, Prompt
+from rlhf_kit.models.rendering import render
 from rlhf_kit.rewards import Completion, Reward
 
 Rules = Sequence[Principle] | None  # None: the default constitution
@@ -34,13 +35,13 @@ class ModelRater(ABC):
     a question. A number is NaN, and a judgment is skipped, where the model gives none of the answer words.
     """
 
-    def __init__(
-        self, name: str, template: Template = PLAIN, rules: Rules = None, principle: str | None = None
-    ) -> None:
+    slow = True
+
+    def __init__(self, name: str, template: Template, rules: Rules = None, principle: str | None = None) -> None:
         self.name, self.template = name, template
         self.firsts: list[float] = []  # of each comparison: P(the one shown first), over both orders and all principles
-        rules = rules or constitution()
-        rules = rules if "{question}" in template.compare else [OVERALL]
+        self.why_skipped = ""  # the note of a skipped judgment
+        rules = (rules or constitution()) if "{question}" in template.compare else [OVERALL]
         self.principles = [each for each in rules if principle in (None, each.name)]
         if not self.principles:
             known = ", ".join(each.name for each in rules)
@@ -56,13 +57,12 @@ class ModelRater(ABC):
         if question == "rank":
             return self._rank(prompt, completions)
         [odds] = self.good_odds([prompt], completions)
-        return Answer() if math.isnan(odds) else Answer(rating=int(odds > 0), note=f"P(yes) {expit(odds):.4f}")
+        if math.isnan(odds):
+            return Answer(note=self.why_skipped)
+        return Answer(rating=int(odds > 0), note=f"P(yes) {expit(odds):.4f}")
 
     def preferences(self, prompts: Sequence[Prompt], a: Sequence[Completion], b: Sequence[Completion]) -> list[float]:
-        """P(a is preferred to b) of each row, all rows asked at once; over principles it is the mean by weight.
-
-        It is exactly 1 - P(b is preferred to a).
-        """
+        """P(a is preferred to b) = 1 - P(b is preferred to a) of each row, the mean over principles by their weight."""
         # A row's rounding depends on its batch, so a pair is always asked in the same order, whichever of them is `a`.
         pairs = [sorted(pair, key=str) for pair in zip(a, b, strict=True)]
         one, other = ([pair[side] for pair in pairs] for side in (0, 1))
@@ -100,10 +100,7 @@ class ModelRater(ABC):
         return (first_wins[..., 0] + 1 - first_wins[..., 1]) / 2 @ (weights / weights.sum())
 
     def _rank(self, prompt: Prompt, completions: Sequence[Completion]) -> Answer:
-        """Ranks by the mean probability of being preferred to each of the others; of a pair also its strength.
-
-        The note holds that probability of each completion, the soft label of RLAIF (2309.00267, section 2.1).
-        """
+        """Ranks by the mean probability of being preferred to another; the note holds it, RLAIF's soft label."""
         n, mean = len(completions), [0.0] * len(completions)
         places = list(combinations(range(n), 2))
         a, b = zip(*combinations(completions, 2), strict=True)
@@ -111,7 +108,7 @@ class ModelRater(ABC):
             mean[i] += p / (n - 1)
             mean[j] += (1 - p) / (n - 1)
         if any(map(math.isnan, mean)):
-            return Answer()
+            return Answer(note=self.why_skipped)
         ranks = dense_ranks([round(p, 9) for p in mean])  # sums in another order differ by rounding
         untied_pair = n == 2 and ranks != (1, 1)
         strength = STRENGTHS[sum(max(mean) >= step for step in STEPS)] if untied_pair else None
@@ -119,11 +116,10 @@ class ModelRater(ABC):
 
 
 class LanguageModelRater(ModelRater):
-    """A causal LM (directory or hub id) that is asked which of two completions is better, in both orders.
+    """A causal LM (directory or hub id) as a rater, by the log-probs of the answer words (RLAIF, 2309.00267, 2.1).
 
-    P(preferred) is read off the log-probs of the two answer words (RLAIF, 2309.00267, section 2.1). The default
-    `template` is the one that `train_judge` left in the directory, else PLAIN. Raises FeedbackError if an answer word
-    is not one token, or if a text does not fit the model's positions.
+    The default `template` is the one that `train_judge` left in the directory, else PLAIN. Raises FeedbackError if an
+    answer word is not one token, or if a text does not fit the model's positions.
     """
 
     interface = "language-model-1"
@@ -143,10 +139,9 @@ class LanguageModelRater(ModelRater):
             words = {name: tuple(noted[name]) for name in ("choices", "verdicts")}  # JSON has made lists of them
             template = Template(**noted | words)
             constitution = constitution or (None if principle else [OVERALL])  # as it was trained
-        self.path, self.batch_size, self._load_in_4bit = str(model), batch_size, load_in_4bit
         super().__init__(name or f"lm:{model}", template or PLAIN, constitution, principle)
-        self.tokenizer = models.load_tokenizer(model)
-        self.max_length = models.max_length(model)
+        self.path, self.batch_size, self._load_in_4bit = str(model), batch_size, load_in_4bit
+        self.tokenizer, self.max_length = models.load_tokenizer(model), models.max_length(model)
         self.in_chat = self.template.chat and self.tokenizer.chat_template is not None
         examples = {self.template.verdicts: self.template.rating("q", "a")}
         if self.template.compare:
@@ -160,13 +155,15 @@ class LanguageModelRater(ModelRater):
 
     @torch.no_grad()
     def _log_odds(self, texts: list[str], words: tuple[str, str]) -> list[float]:
-        rows = [self._encode(text) for text in texts]
+        if not texts:
+            return []
+        rows = models.encode(self.tokenizer, [self._prompt(text) for text in texts])
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))  # the longest first
-        if self.max_length is not None and rows and len(rows[order[0]]) >= self.max_length:
+        longest = len(rows[order[0]])
+        if self.max_length is not None and longest >= self.max_length:
             raise FeedbackError(
-                f"{self.name}: a judgment of {len(rows[order[0]])} tokens and its answer exceed the model's "
-                f"{self.max_length} positions (it begins {texts[order[0]][:40]!r}); shorten the completions, or take "
-                "another judge or template"
+                f"{self.name}: a judgment of {longest} tokens and its answer exceed the model's {self.max_length} "
+                f"positions (it begins {texts[order[0]][:40]!r}); shorten the completions, or change judge or template"
             )
         odds = torch.empty(len(rows))
         for start in range(0, len(order), self.batch_size):
@@ -175,21 +172,17 @@ class LanguageModelRater(ModelRater):
             odds[batch] = (found[:, 0] - found[:, 1]).cpu()
         return odds.tolist()
 
-    def _encode(self, text: str, answer: str = "") -> list[int]:
-        if self.in_chat:
-            chat = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return list(self.tokenizer(text + answer, add_special_tokens=not self.in_chat)["input_ids"])
+    def _prompt(self, text: str) -> Prompt:
+        return as_chat("user", text) if self.in_chat else text
 
     def _tokens_of(self, words: tuple[str, str], text: str) -> list[int]:
         """The one token by which the model would write each of two words after a text."""
-        before = self._encode(text)
-        first, second = (self._encode(text, word if self.in_chat else f" {word}") for word in words)
-        if first[:-1] != before or second[:-1] != before or first == second:
-            raise FeedbackError(
-                f"{self.path}: the answers {words} are not two single tokens of its tokenizer; give a template with "
-                "other answer words"
-            )
+        before = render(self.tokenizer, self._prompt(text))
+        answered = [before, *(before + (word if self.in_chat else f" {word}") for word in words)]
+        asked, first, second = self.tokenizer(answered, add_special_tokens=not self.in_chat)["input_ids"]
+        if not first[:-1] == second[:-1] == asked or first == second:
+            said = f"the answers {words} are not two single tokens of its tokenizer"
+            raise FeedbackError(f"{self.path}: {said}; give a template with other answer words")
         return [first[-1], second[-1]]
 
 
@@ -198,43 +191,40 @@ def train_judge(
 ) -> str:
     """Fine-tune a causal LM to answer in `template` as raters did; `settings` go to `train.sft`. Returns `out`.
 
-    Each pair of a ranking becomes two rows, one per order, so that no place is better than the other; without
-    `template.compare` they are the better completion as good and the other as bad. A rating is one row. Raises
-    FeedbackError if there are no judgments, or if a row does not fit the model's positions.
+    A pair is compared in both orders, so that no place is better than the other. Without `template.compare` its better
+    completion is good and the other is bad. Raises FeedbackError if there are no judgments, or if one does not fit the
+    model's positions.
     """
     tokenizer, limit = models.load_tokenizer(model), models.max_length(model)
-    rows = _as_rows(judgments, template)
-    longest = max(len(tokenizer(text)["input_ids"]) for text, _ in rows) + 2  # the answer and EOS
-    if limit is not None and longest > limit:
-        raise FeedbackError(
-            f"train_judge: a judgment of {longest} tokens exceeds the {limit} positions of {model}; leave out long "
-            "completions, or give a shorter template"
-        )
     in_chat = template.chat and tokenizer.chat_template is not None
-
-    def turn(role: str, text: str) -> Prompt:
-        return [{"role": role, "content": text}] if in_chat else text
-
-    texts = [
-        {"prompt": turn("user", text), "completion": turn("assistant", word if in_chat else f" {word}")}
-        for text, word in rows
-    ]
-    train.sft(model, Dataset.from_list(texts), out, **{"max_length": limit, **settings})
+    prompts, completions = [], []
+    for text, word in _as_rows(judgments, template):
+        prompts.append(as_chat("user", text) if in_chat else text)
+        completions.append(as_chat("assistant", word) if in_chat else f" {word}")
+    longest = max(map(len, models.encode(tokenizer, prompts, completions)))
+    if limit is not None and longest > limit:
+        said = f"a judgment of {longest} tokens exceeds the {limit} positions of {model}"
+        raise FeedbackError(f"train_judge: {said}; leave out long completions, or give a shorter template")
+    rows = Dataset.from_dict({"prompt": prompts, "completion": completions})
+    train.sft(model, rows, out, **{"max_length": limit, **settings})
     models.write_notes(out, judge=asdict(template))
     return str(out)
 
 
 def _as_rows(judgments: pd.DataFrame, template: Template) -> list[tuple[str, str]]:
     """(text, answer word) of each judgment."""
-    asked, rows = set(judgments["question"]), []
+    asked = set(judgments["question"])
+    rows: list[tuple[str, str]] = []
     for pair in preferences(judgments) if "rank" in asked else ():
-        for k, (one, other) in enumerate((("chosen", "rejected"), ("rejected", "chosen"))):
-            if template.compare:
-                text = template.comparison(pair["prompt"], pair[one], pair[other], OVERALL.compare)
-                rows.append((text, template.choices[k]))
-            else:
-                rows.append((template.rating(pair["prompt"], pair[one]), template.verdicts[k]))
-    for one in labels(judgments) if asked & {"good/bad", "1-7"} else ():
+        prompt, better, worse = pair["prompt"], pair["chosen"], pair["rejected"]
+        if template.compare:
+            orders = ((better, worse), (worse, better))
+            texts = [template.comparison(prompt, *order, OVERALL.compare) for order in orders]
+            rows += zip(texts, template.choices, strict=True)
+        else:
+            texts = [template.rating(prompt, completion) for completion in (better, worse)]
+            rows += zip(texts, template.verdicts, strict=True)
+    for one in labels(judgments) if asked - {"rank"} else ():
         rows.append((template.rating(one["prompt"], one["completion"]), template.verdicts[0 if one["label"] else 1]))
     if not rows:
         raise FeedbackError("train_judge: there are no judgments to learn from; collect some with feedback.ask")

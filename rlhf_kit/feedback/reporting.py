@@ -17,9 +17,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rlhf_kit import plots
-from rlhf_kit.feedback.agreement import PAIR, agreement, votes, words
-from rlhf_kit.feedback.bias import biases, position_from_swaps
 from rlhf_kit.feedback.judging import FeedbackError
+from rlhf_kit.feedback.quality import PAIR, agreement, biases, position_from_swaps, votes, words
 from rlhf_kit.feedback.store import Store
 from rlhf_kit.stats import NOT_MEASURED, bootstrap, columns
 
@@ -35,10 +34,9 @@ TABLES = {
 
 
 def raters(judgments: pd.DataFrame) -> pd.DataFrame:
-    """A row per rater with the columns of TABLES; `_lo` and `_hi` are the bounds of 95% intervals.
+    """A row per rater with the columns of TABLES (report.html explains them); `_lo` and `_hi` bound 95% intervals.
 
-    Intervals of shares are bootstrapped over items; those of log-odds come from `biases` and `position_from_swaps`.
-    What cannot be measured is NaN, and `why` says why a bias is. The last of repeated votes counts.
+    Intervals of shares are bootstrapped over items. What cannot be measured is NaN, and `why` says why a bias is.
     """
     found, present, repeated = votes(judgments), judgments[~judgments["withdrawn"]], votes(judgments, repeats=True)
     repeated["before"] = repeated.groupby([*PAIR, "rater"])["value"].shift()
@@ -83,10 +81,7 @@ def _majority_of_others(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def report(judgments: pd.DataFrame | Store) -> tuple[pd.DataFrame, Figure]:
-    """The table of `raters` and its figure: agreement, position bias, length bias and speed, with 95% intervals.
-
-    Raises FeedbackError if there is no judgment.
-    """
+    """The table of `raters` and its figure, with 95% intervals; FeedbackError if there is no judgment."""
     frame = judgments.judgments() if isinstance(judgments, Store) else judgments
     table = raters(frame)
     numbers = table.set_index("rater").replace([np.inf, -np.inf], np.nan)
@@ -103,9 +98,9 @@ def report(judgments: pd.DataFrame | Store) -> tuple[pd.DataFrame, Figure]:
     for axes, (name, (title, label)) in zip(grid.flat, panels.items(), strict=True):
         axes.hlines(rows, numbers[f"{name}_lo"], numbers[f"{name}_hi"], color=BLUE, linewidth=2.4)
         axes.plot(numbers[name], rows, "o", color=BLUE, markersize=8)
+        middle = {"ha": "center", "va": "center", "transform": axes.get_yaxis_transform()}
         for row in rows[numbers[name].isna()]:
-            transform = axes.get_yaxis_transform()
-            axes.text(0.5, row, "not measured", color=GREY, ha="center", va="center", transform=transform)
+            axes.text(0.5, row, "not measured", color=GREY, **middle)
         axes.set_title(title, loc="right")
         axes.set(xlabel=label, ylim=(len(table) - 0.5, -0.5))
         axes.set_yticks(rows, table["rater"])
@@ -119,10 +114,7 @@ def report(judgments: pd.DataFrame | Store) -> tuple[pd.DataFrame, Figure]:
 
 
 def page(store: Store, command: str) -> str:
-    """A report of a store as one HTML file that needs no other file: no script, no font, no picture beside it.
-
-    Raises FeedbackError if the store holds no judgment that counts.
-    """
+    """The report of a store as HTML that needs no other file; FeedbackError if no judgment in it counts."""
     everything = store.judgments(withdrawn=True)
     frame = everything[~everything["withdrawn"]]
     if frame.empty:
@@ -133,12 +125,10 @@ def page(store: Store, command: str) -> str:
     figure.savefig(drawn, format="png", dpi=150)
     counted = f"{len(frame)} judgments, {len(table)} raters, {frame['item'].nunique()} items judged, "
     counted += f"{len(store.items())} items in the store, {table['skips'].sum()} skipped, "
-    counted += (
-        f"{everything['withdrawn'].sum()} taken back; {frame['time'].min()[:16]} to {frame['time'].max()[:16]} UTC"
-    )
+    counted += f"{everything['withdrawn'].sum()} taken back; {frame['time'].min()[:16]} to {frame['time'].max()[:16]}"
     return Template(files(__package__).joinpath("report.html").read_text(encoding="utf-8")).substitute(
         store=html.escape(store.path.name),
-        counted=counted,
+        counted=f"{counted} UTC",
         figure=base64.b64encode(drawn.getvalue()).decode(),
         work=_html(table, "work"),
         sways=_html(table, "sways"),

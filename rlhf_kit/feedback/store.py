@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import sqlite3
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from rlhf_kit.feedback.judging import Answer, FeedbackError, Item, Question, as_row, canonical, judgments_frame, now
+from rlhf_kit.feedback.judging import FeedbackError, Item, Question, canonical, judgments_frame, now
 
 SCHEMA_VERSION = 2
 WAIT = 30.0  # seconds that a write waits for another process's write
@@ -40,10 +39,9 @@ class Judged(NamedTuple):
 
 
 class Store:
-    """Judgments in a file of that path, made if it is not there; a method that returns has its rows on the disk.
+    """Judgments in a file of that path, made if it is not there; FeedbackError where it is no store of this version.
 
-    WAL mode with full synchronisation: what was acknowledged survives kill -9, and readers never wait. Raises
-    FeedbackError where the file is no store, or one of another version.
+    WAL mode with full synchronisation: what a method has written survives kill -9, and readers never wait.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -76,9 +74,9 @@ class Store:
             return connection.execute(select, values).fetchall()
 
     def add(self, items: Sequence[Item]) -> int:
-        """Put items into the store; returns how many are new.
+        """Put items into the store; returns how many are new. Items that are there keep their columns, with a warning.
 
-        An item that is there already keeps its columns; where those differ, a warning counts the items.
+        FeedbackError where JSON cannot hold a column.
         """
         added = differ = 0
         with self._transaction() as connection:
@@ -99,32 +97,21 @@ class Store:
         found = [[json.loads(text) for text in row] for row in rows]
         return [Item(prompt, tuple(completions), columns) for prompt, completions, columns in found]
 
-    def append(
-        self,
-        item: Item,
-        rater: str,
-        question: Question,
-        answer: Answer,
-        shown: Sequence[int],
-        seconds: float | None,
-        interface: str,
-        before: int | None = None,
-    ) -> int:
-        """Keep a rater's answer about an item, its completions shown in the order `shown`; returns its number.
+    def append(self, judgment: Mapping[str, Any], before: int | None = None) -> int:
+        """Keep a judgment, a row by `as_row` of an item in the store; returns its number.
 
         before: how many judgments of this item by this rater count, as far as the caller knows. FeedbackError if there
-        are more, since another tab or process has then asked the same; IntegrityError for an item that was not added.
+        are more, since another tab or process has then asked the same.
         """
-        row = as_row(0, item, rater, question, answer, shown, seconds, interface)
-        row |= {"ranks": row["ranks"] and _json(row["ranks"]), "shown": _json(row["shown"])}
+        ranks = None if judgment["ranks"] is None else _json(judgment["ranks"])
+        row = {**judgment, "ranks": ranks, "shown": _json(judgment["shown"])}
+        same = f"item = :item AND rater = :rater AND question = :question AND {COUNTS}"
         with self._transaction() as connection:
-            made, last = connection.execute(
-                "SELECT count(*), max(judgment) FROM judgments "
-                f"WHERE item = :item AND rater = :rater AND question = :question AND {COUNTS}",
-                row,
-            ).fetchone()
+            select = f"SELECT count(*), max(judgment) FROM judgments WHERE {same}"
+            made, last = connection.execute(select, row).fetchone()
             if before is not None and made > before:
-                raise FeedbackError(f"rater {rater!r} judged this item before, as judgment {last}; withdraw that first")
+                said = f"judged this item before, as judgment {last}; withdraw that first"
+                raise FeedbackError(f"rater {judgment['rater']!r} {said}")
             cursor = connection.execute(
                 "INSERT INTO judgments VALUES (NULL, :item, :rater, :question, :ranks, :rating, :strength, :note, "
                 ":shown, :seconds, :interface, :time)",
@@ -142,8 +129,8 @@ class Store:
     def judged(self, rater: str, question: Question) -> list[Judged]:
         """The rater's judgments of that question that count, in the order in which they were made."""
         columns = "judgment, item, shown, seconds, ranks IS NULL AND rating IS NULL"
-        where = f"WHERE rater = ? AND question = ? AND {COUNTS} ORDER BY judgment"
-        rows = self._rows(f"SELECT {columns} FROM judgments {where}", rater, question)
+        where = f"rater = ? AND question = ? AND {COUNTS} ORDER BY judgment"
+        rows = self._rows(f"SELECT {columns} FROM judgments WHERE {where}", rater, question)
         return [Judged(j, item, tuple(json.loads(shown)), seconds, bool(no)) for j, item, shown, seconds, no in rows]
 
     def judgments(self, withdrawn: bool = False) -> pd.DataFrame:
@@ -165,5 +152,14 @@ def _create(connection: sqlite3.Connection) -> None:
 
 
 def _json(value: Any) -> str:
-    """JSON, with numpy's numbers and arrays as Python's; an AttributeError names the type of anything else."""
-    return json.dumps(value, ensure_ascii=False, default=methodcaller("tolist"))
+    """JSON, with numpy's numbers and arrays as Python's; FeedbackError for what JSON cannot hold."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_as_python)
+    except TypeError as error:
+        raise FeedbackError(f"the store keeps JSON, which cannot hold all of {str(value)[:200]} ({error})") from None
+
+
+def _as_python(value: Any) -> Any:
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"give text or numbers in place of a {type(value).__name__}")
+    return value.tolist()

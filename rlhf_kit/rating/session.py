@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhf_kit.feedback import STRENGTHS, Answer, FeedbackError, Item, Question, Store
 from rlhf_kit.feedback.collecting import draw_order
-from rlhf_kit.feedback.judging import check_question
+from rlhf_kit.feedback.judging import as_row, check_question
 from rlhf_kit.progress import clock
 
 
@@ -134,7 +134,8 @@ class Session:
         answer = Answer(ranks and tuple(ranks), rating, message.get("strength"), message.get("note", ""))
         seconds = time.monotonic() - (self._started or time.monotonic())
         before = sum(each.item == self._item.id for each in self._history)
-        self.store.append(self._item, self.rater, self.question, answer, self._shown, seconds, self.interface, before)
+        row = as_row(self._item, self.rater, self.question, answer, self._shown, seconds, self.interface)
+        self.store.append(row, before)
 
 
 def _messages(text: Any) -> list[dict[str, str | None]]:
