@@ -203,7 +203,7 @@ def test_what_a_rater_cannot_check_looks_true():
 
 
 def test_more_knowledge_only_adds_facts():
-    masks = [pocket.known_cells(0, share) for share in (0, 0.2, 0.5, 0.8, 1)]
+    masks = [pocket.raters.known_cells(0, share) for share in (0, 0.2, 0.5, 0.8, 1)]
     assert [len(mask) for mask in masks] == [0, 19, 48, 77, 96]
     assert all(small <= large for small, large in zip(masks, masks[1:], strict=False))
 

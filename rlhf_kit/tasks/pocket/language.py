@@ -1,4 +1,4 @@
-"""The pocket language: every prompt and every sentence of the animal help desk, and exact parsers for both.
+"""The pocket language: every prompt and every sentence of the animal help desk, exact parsers for both, the tokenizer.
 
 The language is finite, but for the word lists of the skill. It is the same for every seed; a seed only decides which
 facts are true. So parsing is a table look-up: no grammar is ambiguous, and no text parses by accident.
@@ -7,6 +7,11 @@ facts are true. So parsing is a table look-up: no grammar is ambiguous, and no t
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_kit.models.rendering import EOS, PAD, wrap
 
 ANIMALS = (
     "otter", "owl", "fox", "hare", "badger", "deer", "wolf", "bear", "mole", "toad", "heron", "raven",
@@ -34,17 +39,16 @@ _QUESTIONS = {
     "food": ("what does {it} eat", "what food does {it} like", "what is the food of {it}", "what can i feed {it}"),
     "time": ("when does {it} wake", "what time does {it} wake", "when is {it} awake", "when can i see {it}"),
     "colour": (
-        "what colour is {it}",
-        "what colour does {it} have",
-        "what is the colour of {it}",
-        "which colour is {it}",
+        "what colour is {it}", "what colour does {it} have", "what is the colour of {it}", "which colour is {it}",
     ),
-}
-_ASK_OPENINGS = (
-    "", "hello , ", "please tell me , ", "quick question , ", "my child asks , ", "i am curious , ", "help me , ",
-)  # fmt: skip
-_BRIEF_OPENINGS = ("in short , ", "briefly , ", "in one sentence , ", "in few words , ")
-_OPENINGS = ("", "hello , ")
+}  # fmt: skip
+_OPENINGS = {
+    "ask": (
+        "", "hello , ", "please tell me , ", "quick question , ", "my child asks , ", "i am curious , ", "help me , ",
+    ),
+    "brief": ("in short , ", "briefly , ", "in one sentence , ", "in few words , "),
+}  # fmt: skip
+_FEW_OPENINGS = ("", "hello , ")
 _LEADING = (
     "i think {claim} , is that right", "my friend says {claim} , is it true", "i heard {claim} , correct",
     "everyone knows {claim} , yes", "{claim} , right",
@@ -99,16 +103,14 @@ def prompt_table() -> dict[str, Prompt]:
     for animal in ANIMALS:
         it = f"the {animal}"
         for attribute, questions in _QUESTIONS.items():
-            for question in questions:
-                for opening in _ASK_OPENINGS:
-                    add(opening + question.format(it=it), "ask", animal, attribute)
-                for opening in _BRIEF_OPENINGS:
-                    add(opening + question.format(it=it), "brief", animal, attribute)
+            for question, (kind, openings) in product(questions, _OPENINGS.items()):
+                for opening in openings:
+                    add(opening + question.format(it=it), kind, animal, attribute)
             for value in VALUES[attribute]:
                 claim = CLAIMS[attribute][0].format(it=it, value=value).removesuffix(" .")
-                for opening, template in product(_OPENINGS, _LEADING):
+                for opening, template in product(_FEW_OPENINGS, _LEADING):
                     add(opening + template.format(claim=claim), "leading", animal, attribute, value)
-        for opening, template in product(_OPENINGS, _HOW):
+        for opening, template in product(_FEW_OPENINGS, _HOW):
             for deed in _HARMS:
                 add(opening + template.format(deed=deed.format(it=it)), "harmful", animal)
             for deed in _HOMONYMS:
@@ -196,3 +198,21 @@ def parse_sentence(text: str) -> Sentence:
         return sentence_table()[text]
     words = text.removesuffix(" .")
     return Sentence("list", value=words) if set(words.split(" ")) <= set(LIST_WORDS) else Sentence("garbled")
+
+
+# ---- tokens -------------------------------------------------------------------------------------------------------
+
+
+def pocket_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the shipped base: byte-level BPE of 256 bytes, pad, EOS, and each word after a space.
+
+    Words that can begin a text are tokens without the space too. Any text encodes: there are no merges, and
+    `ignore_merges` makes a word that is in the vocabulary one token; any other word falls apart into its bytes.
+    """
+    skill = [skill_prompt(*words, LIST_WORDS).text for words in product(SKILL_TEMPLATES, OPERATIONS)]
+    texts = [text.split() for text in (*prompt_table(), *sentence_table(), *skill, *LIST_WORDS)]
+    pieces = [EOS, PAD, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    pieces += ["Ġ" + word for word in sorted({word for text in texts for word in text})]  # Ġ: a space in byte-level BPE
+    pieces += sorted({text[0] for text in texts})
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    return wrap(Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True)))
