@@ -17,12 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 from scipy.stats import norm
 
 from rlhf_kit import stats
-
-Array = NDArray[np.float64]
+from rlhf_kit.stats import Array
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; each model has a marker of its own as well.
 COLOURS = {"base": "#7F7F7F", "SFT": "#0072B2", "best-of-n": "#CC79A7", "PPO": "#D55E00", "DPO": "#009E73"}
@@ -39,7 +37,6 @@ LABELS = {
     "entropy": "entropy [nats/token]",
     "approx_kl": "KL of an update [nats/token]",
     "clip_fraction": "clipped ratios [share]",
-    "value_clip_fraction": "clipped values [share]",
     "value_loss": "value loss [reward²]",
     "kl_coef": "KL coefficient [reward/nat]",
     "reward": "reward of the rollouts",

@@ -37,8 +37,6 @@ Z = 1.959963984540054  # standard errors on either side of a 95% interval
 NOT_MEASURED = Interval(math.nan, math.nan, math.nan)
 UNITS = ["seed", "prompt_id"]  # what is resampled, the outer one first
 
-# The bootstrap
-
 
 def bootstrap(values: ArrayLike, groups: ArrayLike | None = None, n_resamples: int = 2000, seed: int = 0) -> Interval:
     """95% percentile bootstrap of the mean of `values` [N], resampling whole `groups` [N] (prompts) if they are given.
@@ -60,8 +58,7 @@ def bootstrap_of(
 ) -> Interval:
     """95% percentile bootstrap of any `statistic` of row numbers, resampling whole `groups` [N] of rows (prompts).
 
-    Resamples that leave the statistic undefined (NaN) are left out. The bounds are NaN if these are more than 5% of
-    all, or if there is only one group.
+    Resamples that leave it undefined (NaN) are left out; if more than 5% do, or there is one group, the bounds are NaN.
     """
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     rows, size = np.arange(len(index)), int(index.max()) + 1
@@ -77,8 +74,7 @@ def bootstrap_of(
 def hierarchical_bootstrap(frame: pd.DataFrame, value: str, n_resamples: int = 2000, seed: int = 0) -> Interval:
     """Mean over seeds of means over prompts, resampling seeds and, within each draw, prompts; 95% percentile interval.
 
-    Samples of a prompt are averaged first. With one seed, or no column `seed`, the interval covers prompts only.
-    ValueError names the column and row of the first fault.
+    With one seed, or no column `seed`, it covers prompts only. ValueError names the column and row of the first fault.
     """
     means = _checked(frame, value).groupby(UNITS)[value].mean()
     parts = [part.to_numpy(float) for _, part in means.groupby("seed")]
@@ -113,8 +109,7 @@ def _finite(values: ArrayLike, name: str, index: Any = None) -> Array:
     flat = np.asarray(values, dtype=float)
     if flat.ndim != 1 or len(flat) == 0:
         raise ValueError(f"{name} must be a list of at least one number, got shape {flat.shape}")
-    bad = np.flatnonzero(~np.isfinite(flat))
-    if len(bad):
+    if len(bad := np.flatnonzero(~np.isfinite(flat))):
         row = bad[0] if index is None else index[bad[0]]
         raise ValueError(f"{name} is not finite in {len(bad)} of {len(flat)} rows, first in row {row}: {flat[bad[0]]}")
     return flat
@@ -133,9 +128,6 @@ def _checked(frame: pd.DataFrame, *values: str) -> pd.DataFrame:
     return frame
 
 
-# Models against each other
-
-
 def paired_difference(scores: pd.DataFrame, a: str, b: str, value: str) -> Interval:
     """Mean over prompts of (mean `value` of a's samples - mean of b's), on the same prompts, with its 95% interval.
 
@@ -149,7 +141,7 @@ def paired_difference(scores: pd.DataFrame, a: str, b: str, value: str) -> Inter
 def win_rate(scores: pd.DataFrame, a: str, b: str, by: str) -> Interval:
     """Chance that a sample of a beats a sample of b to the same prompt by the score `by`; a tie is half a win.
 
-    All pairs of samples of a prompt count. A policy against itself is exactly 0.5. Interval and errors are those of
+    All pairs of samples of a prompt count, so a policy against itself is exactly 0.5. Interval and errors are those of
     `paired_difference`.
     """
     left, right = _same_prompts(scores, a, b, by)
@@ -231,9 +223,6 @@ def compare(scores: pd.DataFrame, a: str = "PPO", b: str = "DPO") -> pd.DataFram
     return pd.DataFrame(table)
 
 
-# Reward models
-
-
 def pair_accuracy(margins: ArrayLike, groups: ArrayLike | None = None) -> Interval:
     """Share of `margins` [N] (score of chosen - rejected) above 0, ties 1/2; `groups` [N] (prompts) are drawn whole."""
     return bootstrap(_wins(_finite(margins, "margins")), groups)
@@ -261,9 +250,6 @@ def calibration_curve(probabilities: ArrayLike, outcomes: ArrayLike, bins: int =
 def expected_calibration_error(curve: pd.DataFrame) -> float:
     """Mean over pairs of |predicted - observed| of their bin (Guo et al. 2017, arXiv:1706.04599, eq. 3) of a curve."""
     return float(((curve["predicted"] - curve["observed"]).abs() * curve["n"]).sum() / curve["n"].sum())
-
-
-# Best-of-n
 
 
 def best_of_n_kl(n: int) -> float:

@@ -3,7 +3,7 @@
 
 from .answers import corpus
 from .facts import SPLITS, World, world
-from .language import parse_prompt, pocket_tokenizer
+from .language import parse_prompt
 from .raters import JUDGE_TEMPLATE, Rater, RuleReader, SimulatedRater, choice_probability, utility
 from .scoring import GOLD_WEIGHTS, features, gold
 from .task import Pocket

@@ -1,4 +1,4 @@
-"""The pocket language: every prompt and every sentence of the animal help desk, exact parsers for both, the tokenizer.
+"""The pocket language: every prompt and every sentence of the animal help desk, and exact parsers for both.
 
 The language is finite, but for the word lists of the skill. It is the same for every seed; a seed only decides which
 facts are true. So parsing is a table look-up: no grammar is ambiguous, and no text parses by accident.
@@ -7,11 +7,6 @@ facts are true. So parsing is a table look-up: no grammar is ambiguous, and no t
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-from rlhf_kit.models.rendering import EOS, PAD, wrap
 
 ANIMALS = (
     "otter", "owl", "fox", "hare", "badger", "deer", "wolf", "bear", "mole", "toad", "heron", "raven",
@@ -198,21 +193,3 @@ def parse_sentence(text: str) -> Sentence:
         return sentence_table()[text]
     words = text.removesuffix(" .")
     return Sentence("list", value=words) if set(words.split(" ")) <= set(LIST_WORDS) else Sentence("garbled")
-
-
-# ---- tokens -------------------------------------------------------------------------------------------------------
-
-
-def pocket_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the shipped base: byte-level BPE of 256 bytes, pad, EOS, and each word after a space.
-
-    Words that can begin a text are tokens without the space too. Any text encodes: there are no merges, and
-    `ignore_merges` makes a word that is in the vocabulary one token; any other word falls apart into its bytes.
-    """
-    skill = [skill_prompt(*words, LIST_WORDS).text for words in product(SKILL_TEMPLATES, OPERATIONS)]
-    texts = [text.split() for text in (*prompt_table(), *sentence_table(), *skill, *LIST_WORDS)]
-    pieces = [EOS, PAD, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    pieces += ["Ġ" + word for word in sorted({word for text in texts for word in text})]  # Ġ: a space in byte-level BPE
-    pieces += sorted({text[0] for text in texts})
-    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
-    return wrap(Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True)))
