@@ -87,8 +87,14 @@ def require(dataset: Dataset, columns: Sequence[str], source: str = "dataset") -
     if not len(dataset):
         raise DataError(f"{source}: empty, no rows")
     for column in columns:
-        if column not in dataset.column_names:
-            raise DataError(_missing(source, column, dataset.column_names))
+        if column in dataset.column_names:
+            continue
+        others = [name for name in dataset.column_names if name not in TEXT_COLUMNS]
+        near = [name for name in others if name.lower() in OTHER_NAMES.get(column, ())]
+        near += get_close_matches(column, others, 1)
+        guess = f"; did you mean {near[0]!r}? Then rename_column({near[0]!r}, {column!r})" if near else ""
+        names = ", ".join(repr(name if len(name) <= 40 else name[:37] + "...") for name in dataset.column_names)
+        raise DataError(f"{source}: no column {column!r}; it has {names}{guess}")
 
 
 def find_faults(dataset: Dataset, columns: Sequence[str] = PREFERENCE, source: str = "dataset") -> list[Fault]:
@@ -306,12 +312,3 @@ def _counts(faults: Sequence[tuple[object, str]]) -> str:
     first = {kind: label for label, kind in reversed(faults)}
     kinds = Counter(kind for _, kind in faults).most_common()
     return ", ".join(f"{n} x {kind} (first: {first[kind]})" for kind, n in kinds)
-
-
-def _missing(source: str, column: str, columns: Sequence[str]) -> str:
-    others = [name for name in columns if name not in TEXT_COLUMNS]
-    near = [name for name in others if name.lower() in OTHER_NAMES.get(column, ())]
-    near += get_close_matches(column, others, 1)
-    guess = f"; did you mean {near[0]!r}? Then rename_column({near[0]!r}, {column!r})" if near else ""
-    names = ", ".join(repr(name if len(name) <= 40 else name[:37] + "...") for name in columns)
-    return f"{source}: no column {column!r}; it has {names}{guess}"

@@ -1,8 +1,8 @@
 """What a stage will need, in GiB by part, from a model's config alone, and which setting makes it fit.
 
-Weights, gradients, optimizer and KV cache are exact: they are counted on torch's meta device, where a model has shapes
-and no data. Activations and logits are formulas (`_activations`, `estimate`): on a CPU peaks come within 25% of what is
-measured, on a GPU nothing has been measured yet. Not counted: the loading, the CUDA context, fragmentation.
+Weights, gradients, optimizer and KV cache are exact: a model on torch's meta device has shapes and no data. Activations
+and logits are formulas: on a CPU peaks come within 25% of what is measured, on a GPU nothing has been measured yet. Not
+counted: the loading, the CUDA context, fragmentation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ RESERVE_GIB, RESERVE_SHARE = 0.75, 0.05
 class Estimate(NamedTuple):
     """GiB of a stage by phase and part (weights or adapter of a role); the phase of the peak, its parts, their sum."""
 
-    trained_parameters: int
     phases: dict[str, dict[str, float]]
     peak_phase: str
     parts: dict[str, float]
@@ -235,7 +234,7 @@ def estimate(
     if stage == "reward_model":  # loaded again, it scores the dataset to be normalised
         phases["score"] = phase(optimizer=0, activations=scored)
     peak = max(phases, key=lambda name: sum(phases[name].values()))
-    return Estimate(sum(n for n, _ in trained), phases, peak, phases[peak], sum(phases[peak].values()))
+    return Estimate(phases, peak, phases[peak], sum(phases[peak].values()))
 
 
 def advise(model: Shape, stage: str, gib: float, **settings: Any) -> tuple[bool, Estimate, str]:

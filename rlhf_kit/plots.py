@@ -1,7 +1,6 @@
 """Frames in, matplotlib figures out: each says one thing, with units on its axes and intervals on its claims.
 
-Every function returns a figure that pyplot has closed: a notebook shows it once, as the value of its cell, and hundreds
-of figures leave no memory behind. A model has the same colour in all figures, whatever else is drawn.
+pyplot has closed what is returned: a notebook shows it once, as the value of its cell, and hundreds leave no memory.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def style() -> None:
 
 
 def colours(models: Iterable[str]) -> dict[str, str]:
-    """A colour per model: its own if it has one, else the next of the others in order of appearance."""
+    """A colour per model: its own, the same in all figures, or else the next of the others in order of appearance."""
     unknown = [model for model in dict.fromkeys(models) if model not in COLOURS]
     return COLOURS | {model: OTHERS[i % len(OTHERS)] for i, model in enumerate(unknown)}
 
@@ -283,7 +282,7 @@ def accuracy(frame: pd.DataFrame) -> Figure:
 
 def _measured(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
     """Those columns that hold a number; ValueError if none does."""
-    found = [name for name in columns if name in frame and frame[name].notna().any()]
+    found = [name for name in columns if stats.measured(name, frame)]
     if not found:
         raise ValueError(f"nothing to draw: {' and '.join(columns)} not measured; there are {', '.join(frame.columns)}")
     return found

@@ -1,7 +1,6 @@
 """Numbers with intervals from frames of scores: means, differences, win rates, calibration, best-of-n.
 
-A score belongs to a sample, a sample to a prompt and a prompt to a seed. Samples of one prompt are alike, so they are
-not treated as independent: each prompt counts once, however many samples it has, and intervals come from resampling
+Samples of one prompt are alike, so each prompt counts once, however many it has, and intervals come from resampling
 prompts (and seeds if the frame has several). A row without a number is an error; what was not measured at all is NaN.
 """
 
@@ -186,15 +185,16 @@ def summary(scores: pd.DataFrame, baseline: str = "SFT") -> pd.DataFrame:
         rows = of_model(scores, model)
         row: dict[str, Any] = {"model": model}
         for value in ("gold", "proxy", "kl", "n_tokens"):
-            row |= columns(value, hierarchical_bootstrap(rows, value) if _measured(value, rows) else NOT_MEASURED)
+            row |= columns(value, hierarchical_bootstrap(rows, value) if measured(value, rows) else NOT_MEASURED)
         for by in ("gold", "proxy"):
-            found = win_rate(scores, model, baseline, by) if _measured(by, rows, base) else NOT_MEASURED
+            found = win_rate(scores, model, baseline, by) if measured(by, rows, base) else NOT_MEASURED
             row |= columns(f"win_rate_{by}", found)
         table.append(row)
     return pd.DataFrame(table)
 
 
-def _measured(value: str, *sides: pd.DataFrame) -> bool:
+def measured(value: str, *sides: pd.DataFrame) -> bool:
+    """Whether every side has the column and a number in it."""
     return all(value in rows and rows[value].notna().any() for rows in sides)
 
 
@@ -215,7 +215,7 @@ def compare(scores: pd.DataFrame, a: str = "PPO", b: str = "DPO") -> pd.DataFram
         value = quantity.removeprefix("win_rate_")
         estimate, if_equal = (paired_difference, 0.0) if value == quantity else (win_rate, 0.5)
         interval, verdict = NOT_MEASURED, "not measured"
-        if _measured(value, left, right):
+        if measured(value, left, right):
             interval = estimate(scores, a, b, value)
             verdict = f"{a} higher" if interval.lo > if_equal else "cannot tell"
             verdict = f"{b} higher" if interval.hi < if_equal else verdict

@@ -56,6 +56,7 @@ class Pairs(Task):
     """
 
     name = "pairs"
+    source: str
 
     def __init__(self, source: str, seed: int = 0) -> None:
         self.source = source
