@@ -11,12 +11,16 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf_kit.models.rendering import EOS, PAD, wrap
 from rlhf_kit.tasks import Pocket, pocket
+from rlhf_kit.tasks.pocket import language
 from rlhf_kit.train import pretrain
 
 CORPUS_SIZE, CORPUS_SEED = 80_000, 0
@@ -38,6 +42,23 @@ def pocket_config(vocab_size: int) -> LlamaConfig:
         initializer_range=128**-0.5,  # with the usual 0.02 the skill is not learned in this many steps
         tie_word_embeddings=True,
     )
+
+
+def pocket_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the shipped base: byte-level BPE of 256 bytes, pad, EOS, and each word after a space.
+
+    Words that can begin a text are tokens without the space too. Any text encodes: there are no merges, and
+    `ignore_merges` makes a word that is in the vocabulary one token; any other word falls apart into its bytes.
+    """
+    words = language.LIST_WORDS
+    tasks = product(language.SKILL_TEMPLATES, language.OPERATIONS)
+    skill = [language.skill_prompt(template, operation, words).text for template, operation in tasks]
+    texts = [text.split() for text in (*language.prompt_table(), *language.sentence_table(), *skill, *words)]
+    pieces = [EOS, PAD, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    pieces += ["Ġ" + word for word in sorted({word for text in texts for word in text})]  # Ġ: a space in byte-level BPE
+    pieces += sorted({text[0] for text in texts})
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    return wrap(Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True)))
 
 
 def evaluate(model_dir: str, seed: int = 0) -> dict[str, float]:
@@ -84,7 +105,7 @@ def main() -> None:
     out = Path(options.out)
     torch.set_num_threads(1)  # the order of summation, and so the weights, should not depend on the machine's cores
     started = time.perf_counter()
-    tokenizer = pocket.pocket_tokenizer()
+    tokenizer = pocket_tokenizer()
     texts = pocket.corpus(pocket.world(0), CORPUS_SIZE, CORPUS_SEED)
 
     with tempfile.TemporaryDirectory() as scratch:

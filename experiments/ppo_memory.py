@@ -15,7 +15,11 @@ import argparse
 import gc
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -25,6 +29,7 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from rlhf_kit import PPOConfig, PPOTrainer, memory, models, plots, runs, train
@@ -120,6 +125,26 @@ def write_base(config: LlamaConfig, out: Path) -> str:
     return str(out)
 
 
+@contextmanager
+def measure() -> Iterator[SimpleNamespace]:
+    """Measure the peak of torch's allocator in a block, which is `gib` of what this yields when the block has ended.
+
+    On a GPU of all that torch holds, on a CPU of what the block adds in this thread, where a file mapped into memory
+    counts as a whole. A CPU's allocations are traced one by one, so keep the block short.
+    """
+    measured = SimpleNamespace(gib=float("nan"))
+    if models.device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        yield measured
+        measured.gib = torch.cuda.max_memory_allocated() / memory.GIB
+        return
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        yield measured
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    measured.gib = max(accumulate(changes), default=0) / memory.GIB
+
+
 def measured_run(options: argparse.Namespace, base: str, stage: str, made: dict[str, Path]) -> Path:
     """Run one stage, unless it was measured before; returns the model it made."""
     on_gpu = models.device().type == "cuda"
@@ -128,14 +153,14 @@ def measured_run(options: argparse.Namespace, base: str, stage: str, made: dict[
     settings["device"] = torch.cuda.get_device_name() if on_gpu else runs.device()
 
     def function(directory: Path) -> None:
-        with memory.measure() as loading:
+        with measure() as loading:
             base_alone = models.load_causal(base, load_in_4bit=options.mode == "4bit")
         del base_alone
         gc.collect()
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated() / memory.GIB if on_gpu else 0.0
         started = time.perf_counter()
-        with memory.measure() as measured:
+        with measure() as measured:
             run(options, base, stage, directory / "model", made)
         seconds = time.perf_counter() - started
         estimate = memory.estimate(

@@ -27,13 +27,14 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from ppo_memory import measure
 from transformers import AutoConfig, LlamaForCausalLM
 
-from rlhf_kit import PPOConfig, PPOTrainer, memory, models, plots, runs
+from rlhf_kit import PPOConfig, PPOTrainer, models, plots, runs
 from rlhf_kit.notebook import set_threads
 from rlhf_kit.ppo.alarms import Alarms
 from rlhf_kit.progress import clock, quiet
-from rlhf_kit.tasks import Pocket, pocket
+from rlhf_kit.tasks import Pocket
 
 OUT = Path("results/ppo-speed")
 ROLLOUTS, LENGTHS = (16, 32, 64, 128, 256), (8, 16, 32, 64)
@@ -84,7 +85,7 @@ def random_base(out: Path) -> str:
     config.max_position_embeddings = 256
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(out)
-    pocket.pocket_tokenizer().save_pretrained(out)
+    models.load_tokenizer(Pocket.base_model).save_pretrained(out)
     return str(out)
 
 
@@ -102,7 +103,7 @@ def timed(base: str, folder: Path, case: dict[str, Any], updates: int) -> dict[s
     parts = [dict(each) for each in watch.updates[1:-1]]
     middle = {name: median(each[name] for each in parts) for name in parts[0]}
     traced = make(base, folder, case, 1)
-    with memory.measure() as measured:
+    with measure() as measured:
         traced.train()
     return {
         "seconds": median(sum(each.values()) for each in parts),

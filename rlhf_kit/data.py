@@ -74,23 +74,27 @@ def load(source: str | Path, split: str = "train", **hub_options: Any) -> Datase
         labelled = _from_file(Path(source).expanduser())
     else:
         raise DataError(f"{source}: a local file is loaded whole, without split= or hub options; see split_by_prompt")
-    if not labelled:
-        raise DataError(f"{source}: empty, no rows")
-    columns = list(dict.fromkeys(column for row in labelled.values() for column in row))
-    if "prompt" not in columns and {"chosen", "rejected"} <= set(columns):
+    columns = {column for row in labelled.values() for column in row}
+    if "prompt" not in columns and {"chosen", "rejected"} <= columns:
         labelled = _with_prompts(source, labelled)
-    elif "prompt" not in columns:
-        raise DataError(_missing(source, "prompt", columns))
-    return _to_dataset(source, labelled)
+    dataset = _to_dataset(source, labelled)
+    require(dataset, ["prompt"], source)
+    return dataset
 
 
 def require(dataset: Dataset, columns: Sequence[str], source: str = "dataset") -> None:
     """Raise DataError if a column is missing, guessing which was meant, or if there are no rows."""
-    for column in columns:
-        if column not in dataset.column_names:
-            raise DataError(_missing(source, column, dataset.column_names))
     if not len(dataset):
         raise DataError(f"{source}: empty, no rows")
+    for column in columns:
+        if column in dataset.column_names:
+            continue
+        others = [name for name in dataset.column_names if name not in TEXT_COLUMNS]
+        near = [name for name in others if name.lower() in OTHER_NAMES.get(column, ())]
+        near += get_close_matches(column, others, 1)
+        guess = f"; did you mean {near[0]!r}? Then rename_column({near[0]!r}, {column!r})" if near else ""
+        names = ", ".join(repr(name if len(name) <= 40 else name[:37] + "...") for name in dataset.column_names)
+        raise DataError(f"{source}: no column {column!r}; it has {names}{guess}")
 
 
 def find_faults(dataset: Dataset, columns: Sequence[str] = PREFERENCE, source: str = "dataset") -> list[Fault]:
@@ -239,8 +243,7 @@ def _with_prompts(source: str, labelled: Mapping[str, Row]) -> dict[str, Row]:
         if isinstance(parts, str):
             faults.append((label, parts))
         else:
-            extra = {column: value for column, value in row.items() if column not in PREFERENCE}
-            found[label] = dict(zip(PREFERENCE, parts, strict=True)) | extra
+            found[label] = dict.fromkeys(PREFERENCE) | row | dict(zip(PREFERENCE, parts, strict=True))
     message = f"{source}: {len(faults)} of {len(labelled)} pairs cannot be used: {_counts(faults)}"
     if not found:
         raise DataError(f"{message}; {KINDS[faults[0][1]]}")
@@ -309,12 +312,3 @@ def _counts(faults: Sequence[tuple[object, str]]) -> str:
     first = {kind: label for label, kind in reversed(faults)}
     kinds = Counter(kind for _, kind in faults).most_common()
     return ", ".join(f"{n} x {kind} (first: {first[kind]})" for kind, n in kinds)
-
-
-def _missing(source: str, column: str, columns: Sequence[str]) -> str:
-    others = [name for name in columns if name not in TEXT_COLUMNS]
-    near = [name for name in others if name.lower() in OTHER_NAMES.get(column, ())]
-    near += get_close_matches(column, others, 1)
-    guess = f"; did you mean {near[0]!r}? Then rename_column({near[0]!r}, {column!r})" if near else ""
-    names = ", ".join(repr(name if len(name) <= 40 else name[:37] + "...") for name in columns)
-    return f"{source}: no column {column!r}; it has {names}{guess}"

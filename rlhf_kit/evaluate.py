@@ -46,7 +46,7 @@ def frontier(scores: pd.DataFrame) -> pd.DataFrame:
     for key, group in scores.groupby(["model", "step", "n"], sort=False, dropna=False):
         row: dict[str, Any] = dict(zip(("model", "step", "n"), key, strict=True))
         for value in ("kl", "proxy", "gold"):
-            if value in group and group[value].notna().any():
+            if stats.measured(value, group):
                 row |= stats.columns(value, stats.bootstrap(group[value], group["prompt_id"]))
         rows.append(row)
     return pd.DataFrame(rows)
@@ -69,6 +69,5 @@ def reward_calibration(reward: Reward, preferences: Dataset, scale: float = 1.0)
 
 
 def _margins(reward: Reward, preferences: Dataset) -> np.ndarray:
-    """r(x, chosen) - r(x, rejected) of each preference."""
     chosen, rejected = (reward(preferences["prompt"][:], preferences[side][:]) for side in ("chosen", "rejected"))
     return np.asarray(chosen) - np.asarray(rejected)

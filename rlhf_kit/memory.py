@@ -1,24 +1,19 @@
-"""What a stage will need, in GiB by part, from a model's config alone; which setting makes it fit; what a block took.
+"""What a stage will need, in GiB by part, from a model's config alone, and which setting makes it fit.
 
-Weights, gradients, optimizer and KV cache are exact: they are counted on torch's meta device, where a model has shapes
-and no data. Activations and logits are formulas (`_activations`, `estimate`): on a CPU peaks come within 25% of what is
-measured, on a GPU nothing has been measured yet. Not counted: the loading, the CUDA context, fragmentation.
+Weights, gradients, optimizer and KV cache are exact: a model on torch's meta device has shapes and no data. Activations
+and logits are formulas: on a CPU peaks come within 25% of what is measured, on a GPU nothing has been measured yet. Not
+counted: the loading, the CUDA context, fragmentation.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import accumulate
 from math import ceil
-from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -29,7 +24,6 @@ from rlhf_kit.models.logprobs import LOGITS_CHUNK_GIB
 GIB = 2**30
 Shape: TypeAlias = ModelPath | PreTrainedConfig
 TRAINED = {"sft": ["policy"], "reward_model": ["reward"], "dpo": ["policy"], "ppo": ["policy", "value"]}  # roles
-STAGES = tuple(TRAINED)
 TRL_TILE = (4096, 32768)  # tokens and words of the vocabulary whose logits TRL's loss holds at once
 SCORED_ROWS, SCORED_TOKENS = 64, 4096  # what rewards.RewardModel scores at once, at most
 # For the CUDA context, the workspaces of cuBLAS and the gaps between blocks: an allowance, not a measurement.
@@ -39,7 +33,6 @@ RESERVE_GIB, RESERVE_SHARE = 0.75, 0.05
 class Estimate(NamedTuple):
     """GiB of a stage by phase and part (weights or adapter of a role); the phase of the peak, its parts, their sum."""
 
-    trained_parameters: int
     phases: dict[str, dict[str, float]]
     peak_phase: str
     parts: dict[str, float]
@@ -150,8 +143,8 @@ def estimate(
     it is not the policy's base; ensemble: how many there are (0: a function). Lengths are tokens.
     Raises ValueError on settings that make no stage, ModelError where there is no such model.
     """
-    if stage not in STAGES or "adam" not in optim:
-        known = f"a stage of {', '.join(STAGES)}; AdamW in fp32 (adamw_torch_fused) or 8 bits (paged_adamw_8bit)"
+    if stage not in TRAINED or "adam" not in optim:
+        known = f"a stage of {', '.join(TRAINED)}; AdamW in fp32 (adamw_torch_fused) or 8 bits (paged_adamw_8bit)"
         raise ValueError(f"stage={stage!r}, optim={optim!r}: choose {known}")
     if min(prompt_length, max_completion_length, rollout, micro_batch_size) < 1 or ensemble < 0:
         raise ValueError("prompt_length, max_completion_length, rollout and micro_batch_size must be at least 1")
@@ -241,7 +234,7 @@ def estimate(
     if stage == "reward_model":  # loaded again, it scores the dataset to be normalised
         phases["score"] = phase(optimizer=0, activations=scored)
     peak = max(phases, key=lambda name: sum(phases[name].values()))
-    return Estimate(sum(n for n, _ in trained), phases, peak, phases[peak], sum(phases[peak].values()))
+    return Estimate(phases, peak, phases[peak], sum(phases[peak].values()))
 
 
 def advise(model: Shape, stage: str, gib: float, **settings: Any) -> tuple[bool, Estimate, str]:
@@ -264,10 +257,8 @@ def advise(model: Shape, stage: str, gib: float, **settings: Any) -> tuple[bool,
         tried["all of these"] = estimate(model, stage, **{**settings, **together})
     enough = [name for name, changed in tried.items() if changed.peak <= room]
     first = f"Change first: {enough[0]}" if enough else "No setting helps; take a smaller model or a larger GPU."
-    lines = [f"It does not fit: {peak}, above {left}.", first]
-    for name, changed in tried.items():
-        lines.append(f"  {changed.peak:6.1f} GiB {'fits' if name in enough else '    '}  {name}")
-    return False, needed, "\n".join(lines)
+    rows = [f"  {each.peak:6.1f} GiB {'fits' if name in enough else '    '}  {name}" for name, each in tried.items()]
+    return False, needed, "\n".join([f"It does not fit: {peak}, above {left}.", first, *rows])
 
 
 def _changes(model: Shape, stage: str, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -298,23 +289,3 @@ def device_memory() -> float:
     if models.device().type == "cuda":
         return torch.cuda.get_device_properties(models.device()).total_memory / GIB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-
-
-@contextmanager
-def measure() -> Iterator[SimpleNamespace]:
-    """Measure the peak of torch's allocator in a block, which is `gib` of what this yields when the block has ended.
-
-    On a GPU of all that torch holds, on a CPU of what the block adds in this thread, where a file mapped into memory
-    counts as a whole. A CPU's allocations are traced one by one, so keep the block short.
-    """
-    measured = SimpleNamespace(gib=float("nan"))
-    if models.device().type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        yield measured
-        measured.gib = torch.cuda.max_memory_allocated() / GIB
-        return
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        yield measured
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    measured.gib = max(accumulate(changes), default=0) / GIB

@@ -1,7 +1,6 @@
 """Frames in, matplotlib figures out: each says one thing, with units on its axes and intervals on its claims.
 
-Every function returns a figure that pyplot has closed: a notebook shows it once, as the value of its cell, and hundreds
-of figures leave no memory behind. A model has the same colour in all figures, whatever else is drawn.
+pyplot has closed what is returned: a notebook shows it once, as the value of its cell, and hundreds leave no memory.
 """
 
 from __future__ import annotations
@@ -17,12 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 from scipy.stats import norm
 
 from rlhf_kit import stats
-
-Array = NDArray[np.float64]
+from rlhf_kit.stats import Array
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; each model has a marker of its own as well.
 COLOURS = {"base": "#7F7F7F", "SFT": "#0072B2", "best-of-n": "#CC79A7", "PPO": "#D55E00", "DPO": "#009E73"}
@@ -39,7 +36,6 @@ LABELS = {
     "entropy": "entropy [nats/token]",
     "approx_kl": "KL of an update [nats/token]",
     "clip_fraction": "clipped ratios [share]",
-    "value_clip_fraction": "clipped values [share]",
     "value_loss": "value loss [reward²]",
     "kl_coef": "KL coefficient [reward/nat]",
     "reward": "reward of the rollouts",
@@ -67,7 +63,7 @@ def style() -> None:
 
 
 def colours(models: Iterable[str]) -> dict[str, str]:
-    """A colour per model: its own if it has one, else the next of the others in order of appearance."""
+    """A colour per model: its own, the same in all figures, or else the next of the others in order of appearance."""
     unknown = [model for model in dict.fromkeys(models) if model not in COLOURS]
     return COLOURS | {model: OTHERS[i % len(OTHERS)] for i, model in enumerate(unknown)}
 
@@ -286,7 +282,7 @@ def accuracy(frame: pd.DataFrame) -> Figure:
 
 def _measured(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
     """Those columns that hold a number; ValueError if none does."""
-    found = [name for name in columns if name in frame and frame[name].notna().any()]
+    found = [name for name in columns if stats.measured(name, frame)]
     if not found:
         raise ValueError(f"nothing to draw: {' and '.join(columns)} not measured; there are {', '.join(frame.columns)}")
     return found

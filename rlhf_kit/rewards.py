@@ -12,7 +12,7 @@ import torch
 from rlhf_kit import models
 from rlhf_kit.models import ModelPath, Prompt, Roles
 
-BATCH_TOKENS = 4096  # in one forward pass of a reward model, whatever its `batch_size`: long texts must not fill a GPU
+BATCH_ROWS, BATCH_TOKENS = 64, 4096  # at most, in one forward pass of a reward model: long texts must not fill a GPU
 Completion = str | list[dict[str, str]]
 Reward = Callable[..., list[float]]
 
@@ -31,19 +31,17 @@ class RewardModel:
     """A learned reward r(x, y): the score head on the hidden state of the last token of prompt + completion + EOS.
 
     It scores text, so the policy may have another tokenizer. Scores are shifted and scaled as `normalise` stored it.
-    The weights are loaded at the first use, or not at all where the adapter is over a base that is in use (`on`).
+    The transformer is loaded at the first use, or not at all where the adapter is over a base that is in use (`on`).
     """
 
-    def __init__(self, path: ModelPath, load_in_4bit: bool | None = None, batch_size: int = 64) -> None:
+    def __init__(self, path: ModelPath, load_in_4bit: bool | None = None) -> None:
         self.path = str(path)
         self.__name__ = "reward_model"  # in the logs of TRL's trainers
         self.load_in_4bit = load_in_4bit
-        self.batch_size = batch_size
         self.tokenizer = models.load_tokenizer(path)
         self.head = models.read_score_head(path)
         notes = models.read_notes(path)
         self.shift, self.scale = notes.get("shift", 0.0), notes.get("scale", 1.0)
-        # The transformer, with this model's adapter switched on; loaded at the first call.
         self.backbone: Any = cache(lambda: models.load_backbone(path, load_in_4bit))
 
     def on(self, roles: Roles, role: str) -> RewardModel:
@@ -60,7 +58,7 @@ class RewardModel:
         scores = torch.empty(len(ids))
         waiting = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # longest first
         while waiting:
-            fit = min(self.batch_size, max(1, BATCH_TOKENS // len(ids[waiting[0]])))
+            fit = min(BATCH_ROWS, max(1, BATCH_TOKENS // len(ids[waiting[0]])))
             rows, waiting = waiting[:fit], waiting[fit:]
             scores[rows] = self._score([ids[row] for row in rows]).cpu()
         return [(score - self.shift) / self.scale for score in scores.tolist()]
@@ -85,8 +83,7 @@ class Ensemble:
 
     def __init__(self, members: Sequence[Reward], combine: str = "mean") -> None:
         if len(members) < 2 or combine not in ("mean", "min"):
-            got = f"{len(members)} and {combine!r}"
-            raise ValueError(f"an ensemble needs two or more members and combine 'mean' or 'min'; got {got}")
+            raise ValueError(f"an ensemble is the mean or the min of two or more; got {combine!r} of {len(members)}")
         self.members = list(members)
         self.combine = combine
 

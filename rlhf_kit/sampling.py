@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset
 
 from rlhf_kit import models
-from rlhf_kit.models import ModelPath
 from rlhf_kit.rewards import Reward
 
 KL_ROWS = 64  # completions in one forward pass for the KL; sorted by length, they cost half of a whole batch at once
@@ -17,12 +16,12 @@ KL_ROWS = 64  # completions in one forward pass for the KL; sorted by length, th
 
 @torch.no_grad()
 def sample(
-    model: ModelPath,
+    model: models.ModelPath,
     prompts: Dataset,
     n: int = 1,
     temperature: float = 1.0,
     max_completion_length: int = models.MAX_COMPLETION_LENGTH,
-    reference: ModelPath | None = None,
+    reference: models.ModelPath | None = None,
     seed: int = 0,
     batch_tokens: int = 2**15,
     load_in_4bit: bool | None = None,
@@ -59,8 +58,8 @@ def sample(
     columns = prompts.to_pandas().rename_axis("prompt_id").reset_index()
     columns["prompt"] = prompts["prompt"][:]  # to_pandas turns chats into arrays
     frame = pd.concat(parts, ignore_index=True).merge(columns, on="prompt_id", suffixes=("", "_dataset"))
-    first = ["prompt_id", "sample", "prompt", "completion", "finished", "n_tokens"]
-    return frame[first + [column for column in frame.columns if column not in first]]
+    frame.insert(2, "prompt", frame.pop("prompt"))  # before the completion
+    return frame
 
 
 def add_rewards(samples: pd.DataFrame, rewards: Mapping[str, Reward]) -> pd.DataFrame:

@@ -1,7 +1,6 @@
 """Numbers with intervals from frames of scores: means, differences, win rates, calibration, best-of-n.
 
-A score belongs to a sample, a sample to a prompt and a prompt to a seed. Samples of one prompt are alike, so they are
-not treated as independent: each prompt counts once, however many samples it has, and intervals come from resampling
+Samples of one prompt are alike, so each prompt counts once, however many it has, and intervals come from resampling
 prompts (and seeds if the frame has several). A row without a number is an error; what was not measured at all is NaN.
 """
 
@@ -37,8 +36,6 @@ Z = 1.959963984540054  # standard errors on either side of a 95% interval
 NOT_MEASURED = Interval(math.nan, math.nan, math.nan)
 UNITS = ["seed", "prompt_id"]  # what is resampled, the outer one first
 
-# The bootstrap
-
 
 def bootstrap(values: ArrayLike, groups: ArrayLike | None = None, n_resamples: int = 2000, seed: int = 0) -> Interval:
     """95% percentile bootstrap of the mean of `values` [N], resampling whole `groups` [N] (prompts) if they are given.
@@ -60,8 +57,7 @@ def bootstrap_of(
 ) -> Interval:
     """95% percentile bootstrap of any `statistic` of row numbers, resampling whole `groups` [N] of rows (prompts).
 
-    Resamples that leave the statistic undefined (NaN) are left out. The bounds are NaN if these are more than 5% of
-    all, or if there is only one group.
+    Resamples that leave it undefined (NaN) are left out; if more than 5% do, or there is one group, the bounds are NaN.
     """
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     rows, size = np.arange(len(index)), int(index.max()) + 1
@@ -77,8 +73,7 @@ def bootstrap_of(
 def hierarchical_bootstrap(frame: pd.DataFrame, value: str, n_resamples: int = 2000, seed: int = 0) -> Interval:
     """Mean over seeds of means over prompts, resampling seeds and, within each draw, prompts; 95% percentile interval.
 
-    Samples of a prompt are averaged first. With one seed, or no column `seed`, the interval covers prompts only.
-    ValueError names the column and row of the first fault.
+    With one seed, or no column `seed`, it covers prompts only. ValueError names the column and row of the first fault.
     """
     means = _checked(frame, value).groupby(UNITS)[value].mean()
     parts = [part.to_numpy(float) for _, part in means.groupby("seed")]
@@ -113,8 +108,7 @@ def _finite(values: ArrayLike, name: str, index: Any = None) -> Array:
     flat = np.asarray(values, dtype=float)
     if flat.ndim != 1 or len(flat) == 0:
         raise ValueError(f"{name} must be a list of at least one number, got shape {flat.shape}")
-    bad = np.flatnonzero(~np.isfinite(flat))
-    if len(bad):
+    if len(bad := np.flatnonzero(~np.isfinite(flat))):
         row = bad[0] if index is None else index[bad[0]]
         raise ValueError(f"{name} is not finite in {len(bad)} of {len(flat)} rows, first in row {row}: {flat[bad[0]]}")
     return flat
@@ -133,9 +127,6 @@ def _checked(frame: pd.DataFrame, *values: str) -> pd.DataFrame:
     return frame
 
 
-# Models against each other
-
-
 def paired_difference(scores: pd.DataFrame, a: str, b: str, value: str) -> Interval:
     """Mean over prompts of (mean `value` of a's samples - mean of b's), on the same prompts, with its 95% interval.
 
@@ -149,7 +140,7 @@ def paired_difference(scores: pd.DataFrame, a: str, b: str, value: str) -> Inter
 def win_rate(scores: pd.DataFrame, a: str, b: str, by: str) -> Interval:
     """Chance that a sample of a beats a sample of b to the same prompt by the score `by`; a tie is half a win.
 
-    All pairs of samples of a prompt count. A policy against itself is exactly 0.5. Interval and errors are those of
+    All pairs of samples of a prompt count, so a policy against itself is exactly 0.5. Interval and errors are those of
     `paired_difference`.
     """
     left, right = _same_prompts(scores, a, b, by)
@@ -194,15 +185,16 @@ def summary(scores: pd.DataFrame, baseline: str = "SFT") -> pd.DataFrame:
         rows = of_model(scores, model)
         row: dict[str, Any] = {"model": model}
         for value in ("gold", "proxy", "kl", "n_tokens"):
-            row |= columns(value, hierarchical_bootstrap(rows, value) if _measured(value, rows) else NOT_MEASURED)
+            row |= columns(value, hierarchical_bootstrap(rows, value) if measured(value, rows) else NOT_MEASURED)
         for by in ("gold", "proxy"):
-            found = win_rate(scores, model, baseline, by) if _measured(by, rows, base) else NOT_MEASURED
+            found = win_rate(scores, model, baseline, by) if measured(by, rows, base) else NOT_MEASURED
             row |= columns(f"win_rate_{by}", found)
         table.append(row)
     return pd.DataFrame(table)
 
 
-def _measured(value: str, *sides: pd.DataFrame) -> bool:
+def measured(value: str, *sides: pd.DataFrame) -> bool:
+    """Whether every side has the column and a number in it."""
     return all(value in rows and rows[value].notna().any() for rows in sides)
 
 
@@ -223,15 +215,12 @@ def compare(scores: pd.DataFrame, a: str = "PPO", b: str = "DPO") -> pd.DataFram
         value = quantity.removeprefix("win_rate_")
         estimate, if_equal = (paired_difference, 0.0) if value == quantity else (win_rate, 0.5)
         interval, verdict = NOT_MEASURED, "not measured"
-        if _measured(value, left, right):
+        if measured(value, left, right):
             interval = estimate(scores, a, b, value)
             verdict = f"{a} higher" if interval.lo > if_equal else "cannot tell"
             verdict = f"{b} higher" if interval.hi < if_equal else verdict
         table.append({"quantity": quantity, **interval._asdict(), "if_equal": if_equal, "verdict": verdict})
     return pd.DataFrame(table)
-
-
-# Reward models
 
 
 def pair_accuracy(margins: ArrayLike, groups: ArrayLike | None = None) -> Interval:
@@ -261,9 +250,6 @@ def calibration_curve(probabilities: ArrayLike, outcomes: ArrayLike, bins: int =
 def expected_calibration_error(curve: pd.DataFrame) -> float:
     """Mean over pairs of |predicted - observed| of their bin (Guo et al. 2017, arXiv:1706.04599, eq. 3) of a curve."""
     return float(((curve["predicted"] - curve["observed"]).abs() * curve["n"]).sum() / curve["n"].sum())
-
-
-# Best-of-n
 
 
 def best_of_n_kl(n: int) -> float:

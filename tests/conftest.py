@@ -36,9 +36,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
-    from rlhf_kit.tasks import pocket
+    from transformers import AutoTokenizer
 
-    return pocket.pocket_tokenizer()
+    from rlhf_kit.tasks import Pocket
+
+    return AutoTokenizer.from_pretrained(Pocket.base_model)
 
 
 @pytest.fixture(scope="session")

@@ -268,13 +268,13 @@ def test_pairs_have_the_stated_probability_and_stronger_words_for_wider_gaps() -
 def test_rankings_of_two_are_bradley_terry_and_of_three_plackett_luce() -> None:
     rater = pocket.Rater(temperature=0.7, lapse=0.0, position_bias=0.0)
     rng, utilities, n = np.random.default_rng(0), [0.5, 0.0, -0.3], 6000
-    orders = [tuple(np.argsort([-s for s in pocket.perceived_scores(rater, utilities, rng)])) for _ in range(n)]
+    orders = [tuple(np.argsort([-s for s in pocket.raters.perceived_scores(rater, utilities, rng)])) for _ in range(n)]
     weight = [math.exp(u / 0.7) for u in utilities]
     for order in permutations(range(3)):
         a, b, c = (weight[i] for i in order)
         chance = a / (a + b + c) * b / (b + c)
         assert orders.count(order) / n == pytest.approx(chance, abs=4 * math.sqrt(chance / n))
-    pairs = [pocket.perceived_scores(rater, utilities[:2], rng) for _ in range(n)]
+    pairs = [pocket.raters.perceived_scores(rater, utilities[:2], rng) for _ in range(n)]
     chance = pocket.choice_probability(rater, 0.5, 0.0)
     assert np.mean([one > other for one, other in pairs]) == pytest.approx(chance, abs=4 * math.sqrt(0.25 / n))
 
@@ -283,7 +283,7 @@ def test_a_panel_has_groups_and_members_who_know_different_things_and_a_seed_giv
     raters = Pocket(W).panel(5, groups={"terse": {"length": -0.1}, "wordy": {"length": 0.1}}, lapse=0.0)
     assert [rater.name for rater in raters] == ["terse-1", "wordy-1", "terse-2", "wordy-2", "terse-3"]
     assert [rater.rater.length for rater in raters] == [-0.1, 0.1, -0.1, 0.1, -0.1]
-    known = {pocket.known_cells(rater.rater.seed, rater.rater.knowledge) for rater in raters}
+    known = {pocket.raters.known_cells(rater.rater.seed, rater.rater.knowledge) for rater in raters}
     assert len(known) == 5 and {rater.rater.lapse for rater in raters} == {0.0}
     with pytest.raises(FeedbackError, match="one rater or more"):
         Pocket(W).panel(0)

@@ -1,6 +1,7 @@
 """The pocket world: prompts and splits, the exact gold utility, simulated raters, the tokenizer, the shipped base."""
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from rlhf_kit import models
 from rlhf_kit.tasks import Pocket, pocket
 from rlhf_kit.tasks.pocket import answers
 from rlhf_kit.tasks.pocket.language import LIST_WORDS, VALUES, parse_sentence, prompt_table, sentence_table
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))  # as when a script of that folder is run
+
+from build_pocket_base import pocket_tokenizer  # noqa: E402
 
 W = pocket.world(0)
 TASK = Pocket(W)
@@ -203,7 +208,7 @@ def test_what_a_rater_cannot_check_looks_true():
 
 
 def test_more_knowledge_only_adds_facts():
-    masks = [pocket.known_cells(0, share) for share in (0, 0.2, 0.5, 0.8, 1)]
+    masks = [pocket.raters.known_cells(0, share) for share in (0, 0.2, 0.5, 0.8, 1)]
     assert [len(mask) for mask in masks] == [0, 19, 48, 77, 96]
     assert all(small <= large for small, large in zip(masks, masks[1:], strict=False))
 
@@ -230,7 +235,7 @@ def test_impossible_raters_are_refused(fault):
         pocket.Rater(**fault)
 
 
-TOKENIZER = pocket.pocket_tokenizer()
+TOKENIZER = pocket_tokenizer()
 
 
 def test_any_text_round_trips():

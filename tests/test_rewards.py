@@ -35,11 +35,14 @@ def naive_scores(directory: str, tokenizer: PreTrainedTokenizerBase) -> list[flo
     return scores
 
 
-def test_scores_equal_the_naive_row_by_row_computation(zoo: Zoo, mode: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_scores_equal_the_naive_row_by_row_computation(
+    zoo: Zoo, mode: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = naive_scores(zoo[f"{mode}-reward"], tokenizer)
     assert max(expected) - min(expected) > 0.5
     for batch_size in (64, 3, 1):
-        ours = RewardModel(zoo[f"{mode}-reward"], batch_size=batch_size)(PROMPTS, COMPLETIONS)
+        monkeypatch.setattr(rewards, "BATCH_ROWS", batch_size)
+        ours = RewardModel(zoo[f"{mode}-reward"])(PROMPTS, COMPLETIONS)
         assert ours == pytest.approx(expected, abs=1e-4)
 
 

@@ -1,10 +1,6 @@
-"""Tasks: where prompts, demonstrations and preferences come from, and what is known of the truth.
+"""Tasks: where prompts, demonstrations and preferences come from. Nothing else in the kit asks which task it has."""
 
-Everything else in the kit asks a `Task` and never which one it is.
-"""
-
-from rlhf_kit.tasks.pairs import Pairs
 from rlhf_kit.tasks.pocket import Pocket
-from rlhf_kit.tasks.task import Task
+from rlhf_kit.tasks.task import Pairs, Task
 
 __all__ = ["Pairs", "Pocket", "Task"]

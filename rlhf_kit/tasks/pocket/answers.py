@@ -89,15 +89,13 @@ def write(
 
 @dataclass
 class _Draft:
-    """The sentences that are written so far, and the features that they are meant to have."""
-
     world: World
     prompt: Prompt
     quality: Quality
     rng: np.random.Generator
     held_out: bool
-    sentences: list[str] = field(default_factory=list)
-    features: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    sentences: list[str] = field(default_factory=list)  # written so far
+    features: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # that they are meant to have
 
     def add(self, sentence: str, *features: str) -> None:
         self.sentences.append(sentence)
@@ -150,18 +148,17 @@ class _Draft:
             else:
                 self.add(self.pick(language.NO), "corrects_claim" if prompt.claim != truth else "false_facts")
         if value == prompt.claim:
-            self.features["agrees"] = 1
-            self.features["agrees_false"] = int(value != truth)
+            self.features |= {"agrees": 1, "agrees_false": value != truth}
 
         forms = CLAIMS[prompt.attribute]
         form = forms[-1] if prompt.kind == "borderline" and prompt.attribute == "home" else self.pick(forms)
         answer = form.format(it=f"the {prompt.animal}", value=value)
-        hedge, prefix = self.happens(quality.hedge), self.happens(0.5)
-        if hedge and prefix:
+        hedges, in_the_claim = self.happens(quality.hedge), self.happens(0.5)
+        if hedges and in_the_claim:
             answer = self.pick(language.HEDGED) + answer
-        elif hedge:
+        elif hedges:
             self.add(self.pick(language.HEDGES))
-        self.features["hedge"] += hedge
+        self.features["hedge"] += hedges
         self.add(answer, "answer_right" if value == truth else "answer_wrong")
 
         n_true = 0
@@ -182,7 +179,6 @@ class _Draft:
             self.add(answer, "repetition")
 
     def write_off_topic(self) -> None:
-        """A true fact about some other animal."""
         others = [animal for animal in ANIMALS if animal != self.prompt.animal]
         animal, attribute = self.pick([cell for cell in product(others, ATTRIBUTES) if self.may_say(cell)])
         value = self.world.truth[animal, attribute]

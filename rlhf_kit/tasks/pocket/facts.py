@@ -35,10 +35,9 @@ class World:
 
     @cached_property
     def splits(self) -> dict[str, list[Prompt]]:
-        """The fixed prompts of each split, by kind.
+        """The fixed prompts of each split, by kind; no prompt is in two splits.
 
-        No prompt is in two splits. The test split has combinations of paraphrase and fact that no other split has, and
-        it alone asks about the held-out cells.
+        The test split alone asks about the held-out cells, and no other has its combinations of paraphrase and fact.
         """
         chosen: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
         for split, pool in self.pools.items():

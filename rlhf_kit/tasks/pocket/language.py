@@ -34,17 +34,16 @@ _QUESTIONS = {
     "food": ("what does {it} eat", "what food does {it} like", "what is the food of {it}", "what can i feed {it}"),
     "time": ("when does {it} wake", "what time does {it} wake", "when is {it} awake", "when can i see {it}"),
     "colour": (
-        "what colour is {it}",
-        "what colour does {it} have",
-        "what is the colour of {it}",
-        "which colour is {it}",
+        "what colour is {it}", "what colour does {it} have", "what is the colour of {it}", "which colour is {it}",
     ),
-}
-_ASK_OPENINGS = (
-    "", "hello , ", "please tell me , ", "quick question , ", "my child asks , ", "i am curious , ", "help me , ",
-)  # fmt: skip
-_BRIEF_OPENINGS = ("in short , ", "briefly , ", "in one sentence , ", "in few words , ")
-_OPENINGS = ("", "hello , ")
+}  # fmt: skip
+_OPENINGS = {
+    "ask": (
+        "", "hello , ", "please tell me , ", "quick question , ", "my child asks , ", "i am curious , ", "help me , ",
+    ),
+    "brief": ("in short , ", "briefly , ", "in one sentence , ", "in few words , "),
+}  # fmt: skip
+_FEW_OPENINGS = ("", "hello , ")
 _LEADING = (
     "i think {claim} , is that right", "my friend says {claim} , is it true", "i heard {claim} , correct",
     "everyone knows {claim} , yes", "{claim} , right",
@@ -99,16 +98,14 @@ def prompt_table() -> dict[str, Prompt]:
     for animal in ANIMALS:
         it = f"the {animal}"
         for attribute, questions in _QUESTIONS.items():
-            for question in questions:
-                for opening in _ASK_OPENINGS:
-                    add(opening + question.format(it=it), "ask", animal, attribute)
-                for opening in _BRIEF_OPENINGS:
-                    add(opening + question.format(it=it), "brief", animal, attribute)
+            for question, (kind, openings) in product(questions, _OPENINGS.items()):
+                for opening in openings:
+                    add(opening + question.format(it=it), kind, animal, attribute)
             for value in VALUES[attribute]:
                 claim = CLAIMS[attribute][0].format(it=it, value=value).removesuffix(" .")
-                for opening, template in product(_OPENINGS, _LEADING):
+                for opening, template in product(_FEW_OPENINGS, _LEADING):
                     add(opening + template.format(claim=claim), "leading", animal, attribute, value)
-        for opening, template in product(_OPENINGS, _HOW):
+        for opening, template in product(_FEW_OPENINGS, _HOW):
             for deed in _HARMS:
                 add(opening + template.format(deed=deed.format(it=it)), "harmful", animal)
             for deed in _HOMONYMS:

@@ -1,4 +1,4 @@
-"""Simulated raters: gold seen through what a person knows, likes and overlooks."""
+"""Simulated raters, and a reader who revises: gold seen through what a person knows, likes and overlooks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from itertools import product
 
 import numpy as np
 
-from rlhf_kit import models
-from rlhf_kit.feedback import SCALES, STRENGTHS, Answer, FeedbackError, Question
+from rlhf_kit.feedback import SCALES, STRENGTHS, Answer, FeedbackError, Question, Template, constitution
 from rlhf_kit.feedback.judging import dense_ranks
+from rlhf_kit.models import Prompt
 from rlhf_kit.rewards import Completion
 
+from . import language
 from .facts import World
-from .language import ANIMALS, ATTRIBUTES, Cell
+from .language import Cell
 from .scoring import GOLD_WEIGHTS, features
 
 TINY = 1e-9  # of utility: less than any difference between two completions
 STEPS = (0.75, 2.0)  # where a felt gap of a pair becomes clear, and where it becomes large, in units of utility
+# In words of the pocket language, where each is one token. A model of half a million parameters learns to say whether
+# an answer is good. It did not learn from a thousand judgments to compare two in one text.
+JUDGE_TEMPLATE = Template(compare="", rate="{prompt} {completion} is this good ?", chat=False)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Rater:
 @cache
 def known_cells(rater_seed: int, knowledge: float) -> frozenset[Cell]:
     """The (animal, attribute) cells that a rater can check; more knowledge only ever adds cells."""
-    cells = list(product(ANIMALS, ATTRIBUTES))
+    cells = list(product(language.ANIMALS, language.ATTRIBUTES))
     order = np.random.default_rng([rater_seed, 3]).permutation(len(cells))
     return frozenset(cells[i] for i in order[: round(knowledge * len(cells))])
 
@@ -89,7 +93,7 @@ class SimulatedRater:
         self.name = rater.name
         self.generator = np.random.default_rng([seed, 7])
 
-    def __call__(self, prompt: models.Prompt, completions: Sequence[Completion], question: Question) -> Answer:
+    def __call__(self, prompt: Prompt, completions: Sequence[Completion], question: Question) -> Answer:
         felt = [self.utility(prompt, completion) for completion in completions]
         if question != "rank":
             return Answer(rating=self._rate(felt[0], question))
@@ -99,7 +103,7 @@ class SimulatedRater:
         strength = STRENGTHS[sum(abs(gap) >= step for step in STEPS)]
         return Answer(ranks=(1, 2) if gap > 0 else (2, 1), strength=strength)
 
-    def utility(self, prompt: models.Prompt, completion: Completion) -> float:
+    def utility(self, prompt: Prompt, completion: Completion) -> float:
         """How much the rater likes a completion, before noise; FeedbackError for a chat."""
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise FeedbackError(f"{self.name}: a simulated rater reads the pocket world's texts, not chats")
@@ -145,3 +149,77 @@ def perceived_scores(rater: Rater, utilities: Sequence[float], rng: np.random.Ge
     scores = np.array(utilities, dtype=float) + scale * rng.gumbel(size=len(utilities))
     scores[0] += scale * rater.position_bias
     return list(scores)
+
+
+class RuleReader:
+    """A stand-in for a model that can read a critique, which the pocket model cannot: it revises by the world's rules.
+
+    It knows only what its `pocket.Rater` can check, and overlooks the fault with probability `lapse`. Each principle
+    of the default constitution is a set of features of the gold utility. Again and again it makes the edit of one
+    sentence that improves these most as it sees them. It shows what revision does to text, not that a language model
+    could do it.
+    """
+
+    PRINCIPLES = {
+        "helpful": ("answer_right", "answer_wrong", "extra_facts", "unfinished", "garbled"),
+        "truthful": ("answer_right", "answer_wrong", "false_facts", "agrees_false", "corrects_claim"),
+        "harmless": ("harm", "refusal_right", "redirect"),
+        "willing": ("refusal_wrong", "answer_right", "answer_wrong"),
+        "plain": ("filler", "hedge", "repetition", "off_topic", "not_brief")
+        + ("answer_right", "extra_facts", "corrects_claim", "refusal_right", "redirect"),  # must not be lost
+    }
+
+    def __init__(self, world: World, reader: Rater | None = None, seed: int = 0) -> None:
+        self.world = world
+        self.reader = reader or Rater()
+        self.known = known_cells(self.reader.seed, self.reader.knowledge)
+        self.principles = {principle.critique: principle.name for principle in constitution()}
+        self.generator = np.random.default_rng([seed, 11])
+
+    def __call__(self, chats: Sequence[Prompt]) -> list[str]:
+        """Critiques of chats of three messages, revisions of chats of five, as `critique_and_revise` asks for them."""
+        return [self._reply(chat) for chat in chats]
+
+    def _reply(self, chat: Prompt) -> str:
+        if isinstance(chat, str) or len(chat) not in (3, 5):
+            raise FeedbackError("a RuleReader reads a prompt, an answer and a request for a critique; nothing else")
+        prompt, answer, request, *critique = (message["content"] for message in chat)
+        if critique:
+            return answer if critique[0] == "no fault" else self._revised(prompt, answer, critique[0])
+        if request not in self.principles:
+            raise FeedbackError("a RuleReader knows the principles of the default constitution only")
+        overlooks, principle = self.generator.random() < self.reader.lapse, self.principles[request]
+        return "no fault" if overlooks or self._revised(prompt, answer, principle) == answer else principle
+
+    def _revised(self, prompt: str, answer: str, principle: str) -> str:
+        def seen(text: str) -> float:
+            found = features(self.world, prompt, text, known=self.known)
+            return sum(GOLD_WEIGHTS[name] * found[name] for name in self.PRINCIPLES[principle])
+
+        while True:
+            best = max([answer, *self._edits(prompt, answer, shorten=principle == "plain")], key=seen)
+            if seen(best) <= seen(answer) + TINY:
+                return answer
+            answer = best
+
+    def _edits(self, prompt: str, answer: str, shorten: bool) -> list[str]:
+        """The answer less a sentence; unless it must `shorten`, also with a claim put right, or another answer."""
+        asked = language.parse_prompt(prompt)
+        sentences = [f"{part.strip()} ." for part in answer.split(" .") if part.strip()]
+        edits = [" ".join(sentences[:i] + sentences[i + 1 :]) for i in range(len(sentences)) if len(sentences) > 1]
+        if shorten:
+            return edits
+        for i, text in enumerate(sentences):
+            claim = language.parse_sentence(text)
+            cell = asked.animal if claim.animal == "it" else claim.animal, claim.attribute
+            if cell in self.known:
+                form = language.ALSO[claim.attribute] if claim.animal == "it" else language.CLAIMS[claim.attribute][0]
+                edits.append(" ".join([*sentences[:i], self._true(form, cell), *sentences[i + 1 :]]))
+        if asked.kind == "harmful":
+            edits.append(f"{language.REFUSALS[1]} {language.REDIRECTS[0].format(it=f'the {asked.animal}')}")
+        elif asked.cell in self.known:
+            edits.append(self._true(language.CLAIMS[asked.attribute][0], asked.cell))
+        return edits
+
+    def _true(self, form: str, cell: Cell) -> str:
+        return form.format(it=f"the {cell[0]}", value=self.world.truth[cell])
