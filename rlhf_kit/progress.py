@@ -33,6 +33,21 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+class Countdown:
+    """Prints ten times on the way how much of `total` is done, and how long the rest will take."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total = label, total
+        self.started, self.tenths = time.monotonic(), 0
+
+    def at(self, done: int) -> None:
+        """Called each time one or several more are done."""
+        if 10 * done // self.total > self.tenths:
+            self.tenths = 10 * done // self.total
+            left = (time.monotonic() - self.started) / done * (self.total - done)
+            print(f"  {self.label}  {done}/{self.total}  left {clock(left)}", flush=True)
+
+
 class LossCallback(TrainerCallback):
     """Calls `on_loss(state, logs)` for each log that has a loss, in one process: not for evaluations and summaries."""
 
