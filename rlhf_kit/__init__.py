@@ -4,8 +4,6 @@ import rlhf_kit as rk
 preset = rk.setup("pocket", seed=0)
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os

@@ -4,8 +4,6 @@ people judge, `report` says how good their judgments are.
 Mistakes end in one sentence and exit code 2.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """Evaluation on held-out prompts: scores of every model, reward-model accuracy and calibration, with intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

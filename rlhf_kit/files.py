@@ -1,7 +1,5 @@
 """Files and folders that are whole or not there: written under a temporary name, then renamed."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ and logits are formulas: on a CPU peaks come within 25% of what is measured, on 
 counted: the loading, the CUDA context, fragmentation.
 """
 
-from __future__ import annotations
-
 import os
 from math import ceil
 from typing import Any, NamedTuple, TypeAlias

@@ -1,7 +1,5 @@
 """What a notebook's first cell needs: `setup` sets seed, threads, quiet logs and plot style, and says where it runs."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -1,7 +1,5 @@
 """What a pipeline leaves for people: the summary table, the figures, samples side by side, and where the time went."""
 
-from __future__ import annotations
-
 import pandas as pd
 from datasets import Dataset
 from matplotlib.figure import Figure

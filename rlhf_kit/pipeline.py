@@ -5,8 +5,6 @@
 Where the task has preferences of its own, these come before sft, whose demonstrations are their chosen completions.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +19,7 @@ from rlhf_kit import data, feedback, models, rewards, runs, sampling, stats, tra
 from rlhf_kit.ppo import PPOConfig, PPOTrainer
 from rlhf_kit.presets import Preset, Settings
 from rlhf_kit.progress import LossCallback, ProgressCallback, clock
+from rlhf_kit.runs import Run
 
 HELD_OUT_RATER_SEED = 1_000_003  # the held-out pairs are judged by another draw of the same rater
 SCORED = {"final": 2, "checkpoint": 1}  # completions of each test prompt; for a point along a curve one will do
@@ -33,7 +32,7 @@ class Pipeline:
     preset: Preset
     out: Path
     fresh: bool = False
-    runs: dict[str, runs.Run] = field(default_factory=dict)
+    runs: dict[str, Run] = field(default_factory=dict)
 
     # From prompts to preferences -----------------------------------------------------------------------------------
 

@@ -3,8 +3,6 @@
 pyplot has closed what is returned: a notebook shows it once, as the value of its cell, and hundreds leave no memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

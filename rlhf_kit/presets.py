@@ -1,7 +1,5 @@
 """One name that sets everything: the task, the sizes, and each stage's settings."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -57,7 +55,7 @@ class Preset:
                     near = get_close_matches(name, known, 1)
                     raise ValueError(f"{stage}.{name}: no such setting{f'; did you mean {near[0]}?' if near else ''}")
 
-    def override(self, assignment: str) -> Preset:
+    def override(self, assignment: str) -> "Preset":
         """A copy with one setting changed, written as "ppo.kl_coef=0.2" or "seed=3"; ValueError says what is wrong."""
         name, equals, text = assignment.partition("=")
         stage, dot, setting = name.partition(".")

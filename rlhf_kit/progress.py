@@ -1,7 +1,5 @@
 """Progress of long work with the time left: a line in a terminal, a live table in a notebook."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -1,7 +1,5 @@
 """Rewards: functions `(prompts, completions, **columns) -> list[float]`, learned (a directory) or any other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cache
@@ -44,7 +42,7 @@ class RewardModel:
         self.shift, self.scale = notes.get("shift", 0.0), notes.get("scale", 1.0)
         self.backbone: Any = cache(lambda: models.load_backbone(path, load_in_4bit))
 
-    def on(self, roles: Roles, role: str) -> RewardModel:
+    def on(self, roles: Roles, role: str) -> "RewardModel":
         """The same reward through its adapter in `roles`, without a second copy of the base."""
         shared = copy(self)
         shared.backbone = lambda: roles.backbone(role)

@@ -9,8 +9,6 @@ A process may be killed at any moment, so a run is made in its partial directory
 is the operating system's: it goes when its holder dies. Nothing here imports torch: a finished run is found at once.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib.metadata

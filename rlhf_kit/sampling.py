@@ -1,7 +1,5 @@
 """Completions from a model directory as a frame, and best-of-n among them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import pandas as pd

@@ -4,8 +4,6 @@ Samples of one prompt are alike, so each prompt counts once, however many it has
 prompts (and seeds if the frame has several). A row without a number is an error; what was not measured at all is NaN.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

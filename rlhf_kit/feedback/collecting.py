@@ -1,7 +1,5 @@
 """Collecting judgments, and the datasets in TRL's columns that they make: pairs from rankings, labels from ratings."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Constitutional AI (Bai et al. 2022, 2212.08073): principles, the words of a judgment, critique and revision."""
 
-from __future__ import annotations
-
 import math
 import re
 import warnings

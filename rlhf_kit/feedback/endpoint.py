@@ -1,7 +1,5 @@
 """Language models behind an OpenAI-compatible endpoint: asked in parallel, and a reply is paid for once."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Items, questions, answers and the raters who give them; a judgment as a row of a frame."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

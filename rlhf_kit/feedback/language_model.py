@@ -1,7 +1,5 @@
 """Raters that are language models, here or (endpoint.py) elsewhere; fine-tuning one to judge."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

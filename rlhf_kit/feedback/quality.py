@@ -1,7 +1,5 @@
 """How good feedback is: votes, agreement beyond chance, and what sways raters besides quality."""
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import combinations
 from typing import Any

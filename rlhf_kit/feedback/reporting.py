@@ -1,7 +1,5 @@
 """A report of a body of feedback: a row per rater, a figure, and both as a self-contained page."""
 
-from __future__ import annotations
-
 import base64
 import html
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """The store of judgments: one append-only SQLite file, for any number of raters and processes at once."""
 
-from __future__ import annotations
-
 import json
 import sqlite3
 import warnings

@@ -1,7 +1,5 @@
 """Log-probs, entropies and KL of completions from hidden states, so that the full logits of a batch never exist."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +26,7 @@ class Tokens(NamedTuple):
     def completion_ids(self) -> Tensor:  # (B, C)
         return self.input_ids[:, -self.completion_mask.shape[1] :]
 
-    def rows(self, index: Tensor | slice) -> Tokens:
+    def rows(self, index: Tensor | slice) -> "Tokens":
         """The given rows, without the columns that are padding in all of them."""
         ids, mask, completion = (tensor[index] for tensor in self)
         prompts = mask[:, : -completion.shape[1]]
@@ -37,7 +35,7 @@ class Tokens(NamedTuple):
         stop = prompts.shape[1] + keep
         return Tokens(ids[:, start:stop], mask[:, start:stop], completion[:, :keep])
 
-    def to(self, device: torch.device) -> Tokens:
+    def to(self, device: torch.device) -> "Tokens":
         """The same tokens on another device."""
         return Tokens(*(tensor.to(device) for tensor in self))
 

@@ -1,7 +1,5 @@
 """Warnings while PPO runs: each alarm is a rule over the log and shows the worst samples."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median

@@ -1,7 +1,5 @@
 """The settings of PPO, each in one place with its default."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

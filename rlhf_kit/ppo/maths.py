@@ -1,7 +1,5 @@
 """PPO as functions of tensors: B completions of up to C tokens, a mask that is 1 on real tokens and 0 on padding."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -11,8 +11,6 @@ plus ptx_coef * E[log pi(demonstration)], maximised by PPO (Schulman et al. 2017
 One step of `transformers.Trainer` is one update, so a checkpoint lies between two rollouts and resuming is exact.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections import defaultdict
@@ -52,7 +50,7 @@ class Trajectory(NamedTuple):
     advantages: Tensor  # (B, C)
     returns: Tensor  # (B, C)
 
-    def rows(self, index: Tensor, where: torch.device) -> Trajectory:
+    def rows(self, index: Tensor, where: torch.device) -> "Trajectory":
         """The given rows on a device, without the columns that are padding in all of them."""
         tokens = self.tokens.rows(index)
         width = tokens.completion_mask.shape[1]

@@ -1,7 +1,5 @@
 """The page on which people judge: in a notebook cell (`rate`), or served to a browser (`rlhf-kit rate`)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The rating page served to one person's browser: on loopback only, every request with the token of its address."""
 
-from __future__ import annotations
-
 import json
 import secrets
 import sys

@@ -1,7 +1,5 @@
 """What is behind the rating page: which item comes next, in which order it is shown, and how far the rater is."""
 
-from __future__ import annotations
-
 import hashlib
 import sqlite3
 import threading

@@ -1,7 +1,5 @@
 """The rating page in a notebook: an anywidget over a session. Needs the `notebooks` extra."""
 
-from __future__ import annotations
-
 import anywidget
 import traitlets
 

@@ -1,7 +1,5 @@
 """A person's own preferences as a task."""
 
-from __future__ import annotations
-
 from functools import cached_property
 
 import numpy as np

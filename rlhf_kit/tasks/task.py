@@ -1,7 +1,5 @@
 """What a task is: where prompts, demonstrations and preferences come from, and what is known of the truth."""
 
-from __future__ import annotations
-
 import pandas as pd
 from datasets import Dataset
 

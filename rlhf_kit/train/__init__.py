@@ -11,8 +11,6 @@ path. Options are the settings of its trainer's config in TRL (`SFTConfig`: `max
 FileExistsError if `out` holds anything, ModelError if the model cannot be trained so, TypeError for an unknown option.
 """
 
-from __future__ import annotations
-
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from rlhf_kit.train.common import history

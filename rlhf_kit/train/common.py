@@ -1,7 +1,5 @@
 """What the methods share: refuse before training, train in fp32, publish only a whole directory."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Every method that trains a policy: pretraining and SFT; DPO and KTO; RLOO, GRPO and best-of-n fine-tuning."""
 
-from __future__ import annotations
-
 import tempfile
 import warnings
 from collections.abc import Sequence

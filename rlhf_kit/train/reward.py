@@ -1,7 +1,5 @@
 """Reward models from comparisons, pairs of one ranking kept together."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterator, Sequence
 from itertools import islice

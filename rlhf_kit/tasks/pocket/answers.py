@@ -4,8 +4,6 @@ The writer draws a plan and notes the features of what it plans while it writes;
 and parser check each other.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import product

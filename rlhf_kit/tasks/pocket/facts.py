@@ -1,7 +1,5 @@
 """The pocket world: which facts are true, which are held out, and the prompts of each split."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property

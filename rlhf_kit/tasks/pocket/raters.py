@@ -1,7 +1,5 @@
 """Simulated raters, and a reader who revises: gold seen through what a person knows, likes and overlooks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache

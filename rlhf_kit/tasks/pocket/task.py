@@ -1,7 +1,5 @@
 """The pocket world as a task: everything about it is known."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
