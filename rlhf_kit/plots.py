@@ -157,10 +157,9 @@ def reward_against_kl(frame: pd.DataFrame, rewards: Sequence[str] = ("gold", "pr
     figure, panels = _panels(len(rewards), width=5.8, height=4.8)
     colour = colours(drawn["model"])
     for axes, reward in zip(panels, rewards, strict=True):
-        measured = drawn[drawn[reward].notna()]
-        for model in measured["model"].unique():
-            look = {"color": colour[model], "marker": MARKERS.get(model, "o"), "label": model}
-            _curves(axes, measured[measured["model"] == model], reward, look)
+        for name, rows in drawn[drawn[reward].notna()].groupby("model", sort=False):
+            model = str(name)
+            _curves(axes, rows, reward, {"color": colour[model], "marker": MARKERS.get(model, "o"), "label": model})
         axes.set(xlabel=label("kl"), ylabel=f"mean {label(reward)}")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.margins(0.06)
@@ -177,7 +176,7 @@ def reward_against_kl(frame: pd.DataFrame, rewards: Sequence[str] = ("gold", "pr
 def _curves(axes: Axes, rows: pd.DataFrame, reward: str, look: dict[str, Any]) -> None:
     """The rows of one model: points with both intervals, joined in order of what varies, a line per seed."""
     order = next((name for name in ("beta", "step", "n") if name in rows and rows[name].nunique() > 1), None)
-    bound = " (KL: upper bound)" if "n" in rows and rows["n"].notna().any() else ""
+    bound = " (KL: upper bound)" if stats.measured("n", rows) else ""
     seeds = [part for _, part in rows.groupby("seed", sort=False, dropna=False)] if "seed" in rows else [rows]
     for i, part in enumerate(seeds):
         part = part.sort_values(order) if order else part

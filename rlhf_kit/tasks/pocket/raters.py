@@ -184,9 +184,10 @@ class RuleReader:
         prompt, answer, request, *critique = (message["content"] for message in chat)
         if critique:
             return answer if critique[0] == "no fault" else self._revised(prompt, answer, critique[0])
-        if request not in self.principles:
+        principle = self.principles.get(request)
+        if principle is None:
             raise FeedbackError("a RuleReader knows the principles of the default constitution only")
-        overlooks, principle = self.generator.random() < self.reader.lapse, self.principles[request]
+        overlooks = self.generator.random() < self.reader.lapse
         return "no fault" if overlooks or self._revised(prompt, answer, principle) == answer else principle
 
     def _revised(self, prompt: str, answer: str, principle: str) -> str:
