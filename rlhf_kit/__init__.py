@@ -11,8 +11,9 @@ import pkgutil
 import warnings
 from typing import Any
 
-# Before any Hugging Face library is imported: a research kit reports nothing to anyone.
+# Before any Hugging Face library is imported: a research kit reports nothing, and no tokenizer forks in a data loader.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Said at import by libraries, of no use here: no progress bar needs ipywidgets, 4-bit on a CPU no faster kernel.
 warnings.filterwarnings("ignore", message="IProgress not found")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

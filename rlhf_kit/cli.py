@@ -1,8 +1,4 @@
-"""The command line: `rlhf-kit demo` runs the whole flow, `memory` says what will fit, `rate` opens the page on which
-people judge, `report` says how good their judgments are.
-
-Mistakes end in one sentence and exit code 2.
-"""
+"""The command line: `rlhf-kit demo`, `memory`, `rate` and `report`; a mistake ends in one sentence and exit code 2."""
 
 import argparse
 import contextlib
@@ -12,16 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Before any Hugging Face library is imported: nothing is reported, and no tokenizer forks under a data loader.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 a mistake that the person can mend, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options) or 0)
+        options.run(options)
+        return 0
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last finished stage", file=sys.stderr)
         return 130
@@ -88,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(options: argparse.Namespace) -> int:
+def _demo(options: argparse.Namespace) -> None:
     from rlhf_kit import models, outputs, presets
     from rlhf_kit.notebook import results, set_threads
     from rlhf_kit.pipeline import Pipeline
@@ -111,10 +104,9 @@ def _demo(options: argparse.Namespace) -> int:
     print(f"\nin all {clock(time.monotonic() - started)}; everything lies under {out}/:")
     for path in sorted([*out.glob("*.csv"), *out.glob("*.md"), *out.glob("figures/*.png")]):
         print(f"  {path}")
-    return 0
 
 
-def _memory(options: argparse.Namespace) -> int:
+def _memory(options: argparse.Namespace) -> None:
     from rlhf_kit import memory, models
     from rlhf_kit.progress import quiet
 
@@ -137,10 +129,9 @@ def _memory(options: argparse.Namespace) -> int:
     gib = memory.device_memory() if options.gpu is None else options.gpu
     _, estimate, sentence = memory.advise(options.model, options.stage, gib, **settings)
     print(f"{estimate.table()}\n\n{sentence}")
-    return 0
 
 
-def _report(options: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace) -> None:
     from rlhf_kit.feedback import Store, reporting
 
     if not options.store.is_file():  # a store is made where none is; a report only reads
@@ -150,10 +141,9 @@ def _report(options: argparse.Namespace) -> int:
     page = reporting.page(Store(options.store), f"rlhf-kit report {options.store}")
     options.out.write_text(page, encoding="utf-8")
     print(f"the report lies in {options.out}")
-    return 0
 
 
-def _rate(options: argparse.Namespace) -> int:
+def _rate(options: argparse.Namespace) -> None:
     from rlhf_kit import feedback, rating
     from rlhf_kit.progress import quiet
 
@@ -172,7 +162,6 @@ def _rate(options: argparse.Namespace) -> int:
     state = session.state()
     count = len(store.judgments())
     print(f"\n{options.rater} has judged {state['judged']} of {state['total']}; in {options.store}: {count} that count")
-    return 0
 
 
 if __name__ == "__main__":

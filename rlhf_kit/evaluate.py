@@ -10,9 +10,7 @@ from datasets import Dataset
 from rlhf_kit import sampling, stats
 from rlhf_kit.models import ModelPath
 from rlhf_kit.rewards import Reward
-from rlhf_kit.stats import Interval, compare, summary
-
-__all__ = ["accuracy", "compare", "frontier", "reward_calibration", "score", "summary"]
+from rlhf_kit.stats import Interval, compare, summary  # noqa: F401 (evaluate.compare and evaluate.summary)
 
 
 def score(

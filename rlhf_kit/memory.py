@@ -150,9 +150,8 @@ def estimate(
     config, scorer = (each if isinstance(each, PreTrainedConfig) else models.load_config(each) for each in shapes)
     settings = models.lora_config(lora)
     if not isinstance(model, PreTrainedConfig):
+        models.check_trainable(model, settings, load_in_4bit)
         if models.is_adapter(model):
-            if settings is not None:
-                raise ModelError(f"{model}: is an adapter already, and is trained on as it is; leave `lora` out")
             settings = PeftConfig.from_pretrained(str(model))
             settings.inference_mode = False  # it was saved frozen
         load_in_4bit = models.is_4bit(model, load_in_4bit)

@@ -2,7 +2,6 @@
 
 import pandas as pd
 from datasets import Dataset
-from matplotlib.figure import Figure
 
 from rlhf_kit import evaluate, plots, rewards, runs, stats
 from rlhf_kit.pipeline import Pipeline
@@ -19,8 +18,13 @@ def write(pipeline: Pipeline) -> str:
     judged = accuracy(pipeline)
     judged.to_csv(out / "reward_model_accuracy.csv", index=False)
     plots.style()
-    for name, figure in figures(pipeline, scores, judged).items():
-        runs.save_figure(out, name, figure)
+    metrics = pd.read_csv(pipeline.runs["ppo"].directory / "metrics.csv")
+    logged = ["reward", "kl", "entropy", "completion_length", "value_loss", "clip_fraction"]
+    runs.save_figure(out, "reward_shift", plots.reward_shift(final))
+    frontier = evaluate.frontier(scores[scores["model"] != "base"])
+    runs.save_figure(out, "rlhf_vs_dpo", plots.reward_against_kl(frontier))
+    runs.save_figure(out, "training", plots.training(metrics, logged))
+    runs.save_figure(out, "reward_model_accuracy", plots.accuracy(judged))
     tables = [readable(summary)]
     if (effects := task.effects(final)) is not None:
         effects.to_csv(out / "side_effects.csv", index=False)
@@ -28,23 +32,10 @@ def write(pipeline: Pipeline) -> str:
         tables.append(shares.map("{:.0%}".format).to_string())
     if task.source is None:  # a person's own data is not copied into a results folder that may be published
         (out / "samples.md").write_text(samples_table(final), encoding="utf-8")
-    stages = pd.DataFrame([{"stage": name, **run.info, "kept": run.reused} for name, run in pipeline.runs.items()])
-    stages = stages[["stage", "seconds", "kept"]]
+    made = [(name, run.info["seconds"], run.reused) for name, run in pipeline.runs.items()]
+    stages = pd.DataFrame(made, columns=["stage", "seconds", "kept"])
     stages = stages.assign(share=(stages["seconds"] / stages["seconds"].sum()).map("{:.0%}".format))
     return "\n\n".join([*tables, stages.to_string(index=False)])
-
-
-def figures(pipeline: Pipeline, scores: pd.DataFrame, judged: pd.DataFrame) -> dict[str, Figure]:
-    """The figures of a run by file name; `judged` is its reward model's `accuracy`."""
-    final = scores[scores["final"]]
-    metrics = pd.read_csv(pipeline.runs["ppo"].directory / "metrics.csv")
-    columns = ["reward", "kl", "entropy", "completion_length", "value_loss", "clip_fraction"]
-    return {
-        "reward_shift": plots.reward_shift(final),
-        "rlhf_vs_dpo": plots.reward_against_kl(evaluate.frontier(scores[scores["model"] != "base"])),
-        "training": plots.training(metrics, columns),
-        "reward_model_accuracy": plots.accuracy(judged),
-    }
 
 
 def accuracy(pipeline: Pipeline) -> pd.DataFrame:
@@ -61,10 +52,10 @@ def accuracy(pipeline: Pipeline) -> pd.DataFrame:
 def samples_table(scores: pd.DataFrame, n: int = 10) -> str:
     """`n` prompts of all kinds as Markdown, each model's first completion side by side with its rewards."""
     firsts = scores[(scores["sample"] == 0) | (scores["model"] == "best-of-n")]
-    if "kind" not in firsts:
-        firsts = firsts.assign(kind="prompt")
-    shown = firsts.drop_duplicates("prompt_id").groupby("kind", sort=True)["prompt_id"].apply(list)
-    in_turn = [ids[k] for k in range(n) for ids in shown if k < len(ids)][:n]
+    firsts = firsts.assign(kind=firsts.get("kind", "prompt"))
+    prompts = firsts.drop_duplicates("prompt_id")
+    turns = prompts.assign(turn=prompts.groupby("kind").cumcount()).sort_values(["turn", "kind"])
+    in_turn = turns["prompt_id"].tolist()[:n]
     rewards = [name for name in ("gold", "proxy") if name in firsts]
     lines = [f"# {len(in_turn)} prompts, every model's answer", ""]
     for prompt_id in in_turn:

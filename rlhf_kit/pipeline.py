@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 from datasets import Dataset
-from transformers import LlamaConfig, TrainerState
+from transformers import LlamaConfig
 
 from rlhf_kit import data, feedback, models, rewards, runs, sampling, stats, train
 from rlhf_kit.ppo import PPOConfig, PPOTrainer
@@ -33,8 +33,6 @@ class Pipeline:
     out: Path
     fresh: bool = False
     runs: dict[str, Run] = field(default_factory=dict)
-
-    # From prompts to preferences -----------------------------------------------------------------------------------
 
     def base(self) -> str:
         """The base model's directory or hub id; where there is none, one pretrained on the task's own preferences."""
@@ -96,8 +94,6 @@ class Pipeline:
 
         return self._stage("preferences", config, {"sft": sft, **self._source()}, judge)
 
-    # From preferences to policies ----------------------------------------------------------------------------------
-
     def reward_model(self) -> str:
         """The reward model, which starts from the SFT model."""
         sft, pairs = self.sft(), self.preferences() / "train.parquet"
@@ -116,8 +112,7 @@ class Pipeline:
 
         def make(out: Path) -> None:
             args = PPOConfig(output_dir=str(out / "checkpoints"), seed=self.preset.seed, **settings)
-            callbacks = [ProgressCallback("PPO"), LogMetrics(out)]
-            trainer = PPOTrainer(sft, reward, args, self.prompts("train"), callbacks=callbacks)
+            trainer = PPOTrainer(sft, reward, args, self.prompts("train"), callbacks=_callbacks("PPO", out))
             trainer.train()
             trainer.save_model(str(out / "model"))
 
@@ -140,18 +135,15 @@ class Pipeline:
         rows = self.preset.task.prompts(split, count, self.preset.seed)
         return self._short_enough(rows, ("prompt",), f"{split} prompts", self.preset.reward_model["max_length"])
 
-    # From policies to numbers --------------------------------------------------------------------------------------
-
     def rewards(self) -> dict[str, rewards.Reward]:
         """The learned reward as `proxy` and, where the task knows the truth, `gold`."""
-        found: dict[str, rewards.Reward] = {"proxy": rewards.RewardModel(self.reward_model())}
-        gold = self.preset.task.gold
-        return found if gold is None else found | {"gold": gold}
+        proxy, gold = rewards.RewardModel(self.reward_model()), self.preset.task.gold
+        return {"proxy": proxy} if gold is None else {"proxy": proxy, "gold": gold}
 
     def scores(self) -> pd.DataFrame:
         """Every model on the same test prompts: a row per (model, step, prompt, sample), `final` or a checkpoint."""
-        sft, trained = self.sft(), {"PPO": self.ppo(), "DPO": self.dpo()}
-        final = {"base": self.base(), "SFT": sft, **trained}
+        sft = self.sft()
+        final = {"base": self.base(), "SFT": sft, "PPO": self.ppo(), "DPO": self.dpo()}
         sizes = {"n_prompts": self.preset.n_test_prompts, "best_of": self.preset.best_of, "scored": SCORED}
 
         def make(out: Path) -> None:
@@ -173,12 +165,10 @@ class Pipeline:
             for n in [2**k for k in range(most.bit_length()) if 2**k < most] + [most]:
                 best = sampling.best_of_n(scored, "proxy", n).assign(model="best-of-n", kl=stats.best_of_n_kl(n))
                 parts.append(best.assign(step=None, n=n, final=n == most))
-            runs.write_samples(out, pd.concat(parts, ignore_index=True))
+            pd.concat(parts, ignore_index=True).to_parquet(out / "samples.parquet", index=False)
 
         inputs = {**final, "reward_model": self.reward_model(), **self._source()}
         return pd.read_parquet(self._stage("scores", sizes | self.preset.sampling, inputs, make) / "samples.parquet")
-
-    # Machinery -----------------------------------------------------------------------------------------------------
 
     def _stage(
         self, name: str, config: Settings, inputs: Mapping[str, str | Path], make: Callable[[Path], None]
@@ -232,17 +222,14 @@ class Pipeline:
         return rows.select(kept)
 
     def _training(self, out: Path, label: str, settings: Settings) -> Settings:
-        return {"seed": self.preset.seed, "callbacks": [ProgressCallback(label), LogMetrics(out)], **settings}
+        return {"seed": self.preset.seed, "callbacks": _callbacks(label, out), **settings}
 
 
-class LogMetrics(LossCallback):
-    """Appends what a trainer logs to metrics.csv of its run, a row per log, as it goes."""
-
-    def __init__(self, run: Path) -> None:
-        self.run = run
-
-    def on_loss(self, state: TrainerState, logs: dict[str, float]) -> None:
-        runs.append_metrics(self.run, {"update": state.global_step, **logs})
+def _callbacks(label: str, run: Path) -> list[LossCallback]:
+    """Progress, and each log as a row of metrics.csv."""
+    log = LossCallback()
+    log.on_loss = lambda state, logs: runs.append_metrics(run, {"update": state.global_step, **logs})
+    return [ProgressCallback(label), log]
 
 
 def _checkpoints(model: str) -> list[tuple[int, Path]]:

@@ -20,11 +20,10 @@ SIZES = ("batch_size", "steps", "length", "prompts", "demonstrations", "best_of"
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes and settings of a whole run.
+    """Sizes and settings of a whole run; the dicts go to the stages as they are, by the names of their own configs.
 
     base_model: a directory or hub id, or None to pretrain a small one of `base_shape` (a LlamaConfig's settings) on the
-    task's preferences. The dicts go to the stages as they are, by the names of their own configs. shares: the measured
-    part of the whole run's time that each stage takes, from which the time left is told.
+    task's preferences. shares: the measured part of the whole run's time that each stage takes, to tell the time left.
     """
 
     name: str
@@ -174,10 +173,9 @@ PRESETS = {"pocket": _pocket, "quick": _quick, "data": _data}
 
 
 def preset(name: str | None = None, seed: int = 0, data: str | None = None, base_model: str | None = None) -> Preset:
-    """The preset of that name (default: "pocket", or "data" where `data` is given).
+    """The preset of that name (default: "pocket", or "data" with `data`, a file or hub id of preferences).
 
-    data: a file or hub id of preferences; base_model: a directory or hub id to start from instead of the preset's own.
-    Raises ValueError for an unknown name, and where `data` is missing or does not go with the preset.
+    base_model: a directory or hub id to start from instead of the preset's own. ValueError where these do not fit.
     """
     name = name or ("pocket" if data is None else "data")
     if name not in PRESETS:

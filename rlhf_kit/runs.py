@@ -136,11 +136,7 @@ def _differences(there: Any, here: Any, name: str = "") -> list[str]:
 
 
 def _as_json(value: Any, where: str = "config", secret: bool = False) -> Any:
-    """The value as strict JSON: paths, nan and inf become text, and the text of a secret becomes "***".
-
-    So two configs that differ only in a secret are the same config; numbers such as `max_tokens` are no secrets. Raises
-    RunError naming what JSON cannot hold.
-    """
+    """The value as strict JSON: paths, nan and inf become text, and a secret's text (not a number) becomes "***"."""
     if isinstance(value, Mapping):
         hidden = {key for key in value if secret or (SECRET.search(str(key)) and key not in NOT_SECRET)}
         return {str(key): _as_json(item, f"{where}.{key}", key in hidden) for key, item in value.items()}
@@ -223,11 +219,6 @@ def append_metrics(directory: str | Path, row: Mapping[str, Any]) -> None:
     before = pd.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else pd.DataFrame()
     rows = pd.DataFrame([*before.to_dict("records"), dict(row)], dtype=object)
     _write(path, lambda temporary: rows.to_csv(temporary, index=False))
-
-
-def write_samples(directory: str | Path, samples: pd.DataFrame) -> Path:
-    """Write samples.parquet: a row per (prompt, sample), columns prompt, completion and one per reward."""
-    return _write(Path(directory) / "samples.parquet", lambda path: samples.to_parquet(path, index=False))
 
 
 def write_summary(experiment: str | Path, table: pd.DataFrame) -> Path:

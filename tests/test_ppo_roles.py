@@ -64,7 +64,7 @@ def test_stages_chain_onto_one_base(zoo: Zoo, tmp_path: Path) -> None:
     assert trainer.policy.get_base_model().is_loaded_in_4bit
     trainer.train()
     trainer.save_model(str(tmp_path / "ppo" / "model"))
-    assert models.base_of(tmp_path / "ppo" / "model") == zoo["full"]
+    assert models.loading.base_of(tmp_path / "ppo" / "model") == zoo["full"]
 
 
 @ADAPTERS

@@ -239,11 +239,10 @@ def test_metrics_grow_by_rows_and_columns(tmp_path):
         runs.append_metrics(tmp_path, {"loss": [1]})
 
 
-def test_summary_samples_and_figures_have_their_places(tmp_path):
+def test_summary_and_figures_have_their_places(tmp_path):
     table = pd.DataFrame({"model": ["SFT"], "gold": [1 / 3]})
     assert runs.write_summary(tmp_path, table) == tmp_path / "summary.csv"
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "summary.csv"), table)
-    pd.testing.assert_frame_equal(pd.read_parquet(runs.write_samples(tmp_path, table)), table)
     figure = matplotlib.figure.Figure()
     first = runs.save_figure(tmp_path, "training", figure).read_bytes()
     assert first[:4] == b"\x89PNG" and (tmp_path / "figures" / "training.png").exists()

@@ -123,7 +123,7 @@ def test_a_fresh_adapter_starts_where_the_full_weights_are(
     out = run(method, zoo["full"], tmp_path / "out", max_steps=1, **settings)
     first = train.history(out).iloc[0]  # LoRA's dropout is off, too
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) if method == "dpo" else abs(first["kl"]) < 1e-6
-    assert models.base_of(out) == zoo["full"] and models.read_notes(out)["load_in_4bit"] == load_in_4bit
+    assert models.loading.base_of(out) == zoo["full"] and models.read_notes(out)["load_in_4bit"] == load_in_4bit
 
 
 @pytest.mark.slow

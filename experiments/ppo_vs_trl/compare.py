@@ -228,7 +228,7 @@ def held_out_scores(pipeline: Pipeline, out: Path, full: dict[str, runs.Run], fr
             print(f"  {model} at update {step}: {SAMPLES} completions of {len(prompts)} prompts", flush=True)
             samples = sampling.sample(path, prompts, n=SAMPLES, reference=sft, seed=preset.seed, **preset.sampling)
             parts.append(sampling.add_rewards(samples, rewards).assign(model=model, step=step))
-        runs.write_samples(directory, pd.concat(parts, ignore_index=True))
+        pd.concat(parts, ignore_index=True).to_parquet(directory / "samples.parquet", index=False)
 
     config = {"seed": preset.seed, "n": SAMPLES, "n_prompts": preset.n_test_prompts, **preset.sampling}
     return runs.make(out, f"scores-seed-{preset.seed}", config, inputs, make, fresh=fresh)

@@ -8,7 +8,6 @@ from rlhf_kit.models.loading import (
     Model,
     ModelError,
     ModelPath,
-    base_of,
     check_trainable,
     decoder,
     device,

@@ -132,7 +132,6 @@ class PPOTrainer(Trainer):
         return loss.to(args.device)
 
     # 1. Roll out ---------------------------------------------------------------------------------------------------
-
     def rollout(self, rows: Rows) -> Tokens:
         """A completion from the policy for the prompt of each row: Tokens (B, P + C) on the CPU."""
         args, tokenizer, policy = self.args, self.processing_class, self.roles.use("policy")
@@ -146,7 +145,6 @@ class PPOTrainer(Trainer):
         return maths.partition(tokens.attention_mask.sum(1), self.args.num_minibatches, self.args.micro_batch_size)
 
     # 2. Score, 3. estimate advantages ------------------------------------------------------------------------------
-
     @torch.no_grad()
     def make_trajectory(self, rows: Rows, tokens: Tokens, minibatches: Minibatches) -> tuple[Trajectory, Metrics]:
         """What the loss needs to know of the completions, and the metrics of the rollout.
@@ -214,7 +212,6 @@ class PPOTrainer(Trainer):
             return self.roles.values(tokens)
 
     # 4. Optimise ---------------------------------------------------------------------------------------------------
-
     def optimise(self, trajectory: Trajectory, minibatches: Minibatches) -> tuple[Tensor, Metrics]:
         """All epochs over one trajectory: the mean loss (scalar) and metrics; the last gradient is not applied."""
         history: list[Tensor] = []
@@ -292,7 +289,6 @@ class PPOTrainer(Trainer):
         return self.accelerator.reduce(tensor.to(self.args.device), "sum").to(tensor.device)
 
     # What Trainer calls --------------------------------------------------------------------------------------------
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer.train from the seed, whatever random numbers were drawn since this trainer was made."""
         set_seed(self.args.seed + self.args.process_index)  # processes must not sample the same tokens

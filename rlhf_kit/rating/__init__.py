@@ -11,10 +11,8 @@ from rlhf_kit import data
 from rlhf_kit.feedback import FeedbackError, Item, Question, Store, items
 from rlhf_kit.feedback.judging import MOST, canonical, check_question
 
-from .server import Page
+from .server import Page  # noqa: F401 (rating.Page)
 from .session import Session
-
-__all__ = ["Page", "Session", "rate", "read"]
 
 
 def rate(

@@ -10,12 +10,10 @@ path. Options are the settings of its trainer's config in TRL (`SFTConfig`: `max
 
 FileExistsError if `out` holds anything, ModelError if the model cannot be trained so, TypeError for an unknown option.
 """
+# ruff: noqa: F401 (these imports are what this room offers)
 
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from rlhf_kit.train.common import history
 from rlhf_kit.train.policies import dpo, grpo, kto, pretrain, rejection_sampling, rloo, sft, train_tokenizer
 from rlhf_kit.train.reward import reward_model
-
-__all__ = ["DPOConfig", "RewardConfig", "SFTConfig", "history", "pretrain", "train_tokenizer"]
-__all__ += ["dpo", "grpo", "kto", "rejection_sampling", "reward_model", "rloo", "sft"]
