@@ -13,8 +13,8 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=fa
 # Two threads that wait for each other are slower than one when anything else runs; the demo alone may use every core.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-# A file's tests stay together, since what they share is made once in a process.
-TWO_AT_ONCE := --numprocesses 2 --dist loadfile
+# A file's tests stay together, since what they share is made once in a process. In the order of names, long files begin early.
+TWO_AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast browser lab notebooks check format lock peer clean

@@ -105,7 +105,7 @@ def test_an_ensemble_holds_models_and_functions(zoo: Zoo, rewards: Zoo, tmp_path
     scores = torch.tensor([member(*samples) for member in members])
     assert updates(trainer)[0]["disagreement"] == pytest.approx(scores.std(0).mean().item(), rel=1e-4)
     for given, how in (([vowels], "mean"), ([vowels, vowels], "max")):
-        with pytest.raises(ValueError, match="two or more members and combine 'mean' or 'min'"):
+        with pytest.raises(ValueError, match="the mean or the min of two or more"):
             Ensemble(given, how)
 
 
