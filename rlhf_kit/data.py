@@ -9,12 +9,14 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import re
 import sys
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
@@ -22,6 +24,9 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, config, load_dataset
 from pyarrow import ArrowException, parquet
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_kit import models
 
 Row = dict[str, Any]
 
@@ -37,13 +42,22 @@ KINDS = {
     "missing": "every row needs this column: fill or drop such rows",
     "empty text": "fill or drop such rows",
     "wrong type": "a cell is text or a list of {role, content} messages, the same in all rows and columns",
+    "text and chat": "the prompt is a text, the answers are chats that hold it: remove_columns('prompt')",
+    "unknown role": "roles are system, user, assistant and tool: give your own these names",
     "chosen equals rejected": "such a pair does not say what is preferred: drop it",
     "prompt repeated": "prompt and completion are joined for training: take the prompt out of the completion",
     "prompt ends in a space": "it would be split into tokens too early: move the space to the start of the completion",
     "label not boolean": "true stands for a good completion, false for a bad one",
+    "not a number": "a margin is a finite number: fill or drop such rows",
+    "another's turn": "a completion holds assistant messages only: split the chat before the last answer",
+    "shared token": "the completion cannot be cut out: move spaces from the prompt's end to the completion's start",
+    "not rendered": "change the row, or give the tokenizer another chat template",
     "not a transcript": r"pairs without a prompt column must read '\n\nHuman: ...\n\nAssistant: ...' or be chats",
     "prompts differ": "chosen and rejected must share everything up to the last answer",
 }
+ROLES = ("text", "system", "developer", "user", "assistant", "tool")
+MENDABLE = ("empty text", "chosen equals rejected", "prompt repeated", "prompt ends in a space")  # but trained on
+RENDERED_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 class DataError(ValueError):
@@ -51,11 +65,12 @@ class DataError(ValueError):
 
 
 class Fault(NamedTuple):
-    """A fault of one cell: `row` counts from 0, `kind` is one of `KINDS`."""
+    """A fault of one cell: `row` counts from 0, `kind` is one of `KINDS`, `detail` is what the tokenizer says."""
 
     row: int
     column: str
     kind: str
+    detail: str = ""
 
 
 def load(source: str | Path, split: str = "train", **hub_options: Any) -> Dataset:
@@ -75,7 +90,7 @@ def load(source: str | Path, split: str = "train", **hub_options: Any) -> Datase
     else:
         raise DataError(f"{source}: a local file is loaded whole, without split= or hub options; see split_by_prompt")
     columns = {column for row in labelled.values() for column in row}
-    if "prompt" not in columns and {"chosen", "rejected"} <= columns:
+    if "prompt" not in columns and {"chosen", "rejected"} <= columns and not columns & {*OTHER_NAMES["prompt"]}:
         labelled = _with_prompts(source, labelled)
     dataset = _to_dataset(source, labelled)
     require(dataset, ["prompt"], source)
@@ -93,23 +108,116 @@ def require(dataset: Dataset, columns: Sequence[str], source: str = "dataset") -
         near = [name for name in others if name.lower() in OTHER_NAMES.get(column, ())]
         near += get_close_matches(column, others, 1)
         guess = f"; did you mean {near[0]!r}? Then rename_column({near[0]!r}, {column!r})" if near else ""
+        if column == "prompt" and {"chosen", "rejected"} <= {*dataset.column_names} and not near:
+            guess = "; `data.load` splits such pairs into a prompt and its answers"
+        if whole := {"messages", "conversations", "text"} & {*others}:
+            guess = f"; {min(whole)!r} holds prompts with their answers: split each row before its last answer"
         names = ", ".join(repr(name if len(name) <= 40 else name[:37] + "...") for name in dataset.column_names)
         raise DataError(f"{source}: no column {column!r}; it has {names}{guess}")
 
 
-def find_faults(dataset: Dataset, columns: Sequence[str] = PREFERENCE, source: str = "dataset") -> list[Fault]:
-    """Return all faults of the cells in `columns`, by row; raise DataError for a missing column or an empty dataset."""
+def find_faults(
+    dataset: Dataset,
+    columns: Sequence[str] = PREFERENCE,
+    source: str = "dataset",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[Fault]:
+    """Return all faults of the cells in `columns`, by row; raise DataError for a missing column or an empty dataset.
+
+    With a `tokenizer` also the rows that it cannot render, and those whose prompt and completion share a token.
+    """
     require(dataset, columns, source)
-    rows = enumerate(dataset.select_columns(list(columns)))
-    return [Fault(i, column, kind) for i, row in rows for column in columns if (kind := _cell_fault(column, row))]
+    answers: list[str | None] = [column for column in columns if column in TEXT_COLUMNS[1:]]
+    faults = []
+    for index, row in enumerate(dataset.select_columns(list(columns))):
+        found = [Fault(index, column, kind) for column in columns if (kind := _cell_fault(column, row))]
+        if tokenizer is not None and all(fault.kind in MENDABLE for fault in found):
+            for column in answers or [None]:
+                try:
+                    _tokens(tokenizer, row["prompt"], row[column] if column else None)
+                except models.RenderError as error:
+                    kind = "shared token" if isinstance(error, models.SharedToken) else "not rendered"
+                    found.append(Fault(index, column or "prompt", kind, str(error)))
+        faults += found
+    return faults
 
 
-def check(dataset: Dataset, columns: Sequence[str] = PREFERENCE, source: str = "dataset") -> None:
+def check(
+    dataset: Dataset,
+    columns: Sequence[str] = PREFERENCE,
+    source: str = "dataset",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     """Raise DataError if `find_faults` finds any, naming source, row and column of the first and counting all kinds."""
-    if faults := find_faults(dataset, columns, source):
-        row, column, kind = faults[0]
+    _refuse(find_faults(dataset, columns, source, tokenizer), source)
+
+
+def ready(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Sequence[str],
+    max_length: int | None = None,
+    source: str = "dataset",
+) -> Dataset:
+    """The rows as they are trained on, sampled from and scored, to the token.
+
+    Contents that are given as parts of text are joined, and a BOS that the tokenizer adds anyway is taken off. Rows of
+    more than `max_length` tokens, and rows of which one token spans prompt and completion, are left out; warnings count
+    them. Raises DataError that names the first row
+    that cannot be used, and where none is left.
+    """
+    faults = find_faults(dataset, columns, source, tokenizer)
+    _refuse([fault for fault in faults if fault.kind not in (*MENDABLE, "shared token")], source)
+    if shared := {fault.row for fault in faults if fault.kind == "shared token"}:
+        if len(shared) == len(dataset):
+            _refuse(faults, source)
+        left = f"{len(shared)} of {len(dataset)} rows are left out: one token spans their prompt and completion"
+        warnings.warn(f"{source}: {left}", stacklevel=2)
+        dataset = dataset.select([row for row in range(len(dataset)) if row not in shared])
+    for name in RENDERED_COLUMNS:
+        if name in dataset.column_names and any(dataset[name]):
+            raise DataError(
+                f"{source}, column {name!r}: trainers would render it into the prompt, but sampling and rewards would "
+                f"not; render it into the prompt yourself, then remove_columns({name!r})"
+            )
+    cells = {column: dataset[column][:] for column in columns if column in TEXT_COLUMNS}
+    plain = {column: [_plain_text(tokenizer, column, cell) for cell in given] for column, given in cells.items()}
+    if plain != cells:
+        values = {column: plain.get(column) or dataset[column][:] for column in dataset.column_names}
+        dataset = Dataset.from_dict(values, on_mixed_types="use_json")
+    if max_length is None:
+        return dataset
+    prompts = plain["prompt"]
+    wholes = [models.encode(tokenizer, prompts, plain[name]) for name in plain if name != "prompt"]
+    lengths = [max(map(len, row)) for row in zip(*(wholes or [models.encode(tokenizer, prompts)]), strict=True)]
+    kept = [row for row, length in enumerate(lengths) if length <= max_length]
+    if not kept:
+        raise DataError(f"{source}: each of {len(dataset)} rows is longer than {max_length} tokens; raise max_length")
+    if len(kept) == len(dataset):
+        return dataset
+    left = f"{len(dataset) - len(kept)} of {len(dataset)} rows are left out: longer than max_length={max_length} tokens"
+    warnings.warn(f"{source}: {left}", stacklevel=2)
+    return dataset.select(kept)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any) -> None:
+    """RenderError where a prompt, or its completion, has no tokens of its own."""
+    if completion is not None:
+        models.split(tokenizer, prompt, completion)
+    elif not models.encode(tokenizer, [prompt])[0]:
+        raise models.RenderError("it has no token, so nothing could follow it")
+
+
+def _plain_text(tokenizer: PreTrainedTokenizerBase, column: str, cell: Any) -> Any:
+    return models.without_bos(tokenizer, cell) if column == "prompt" and isinstance(cell, str) else models.plain(cell)
+
+
+def _refuse(faults: Sequence[Fault], source: str) -> None:
+    """DataError that names source, row and column of the first fault and counts all kinds; nothing where is none."""
+    if faults:
+        row, column, kind, detail = faults[0]
         raise DataError(
-            f"{source}, row {row} (counting from 0), column {column!r}: {kind}; {KINDS[kind]}. "
+            f"{source}, row {row} (counting from 0), column {column!r}: {detail or kind}; {KINDS[kind]}. "
             f"All faults (listed by find_faults): {_counts([(fault.row, fault.kind) for fault in faults])}"
         )
 
@@ -199,6 +307,8 @@ def _from_csv(path: Path, text: str) -> dict[str, Row]:
                 row: Row = dict(zip(header, cells, strict=True))
                 if "label" in row:
                     row["label"] = LABELS.get(row["label"].strip().lower(), row["label"])
+                with suppress(KeyError, ValueError):  # no column, or no number: `find_faults` names the row
+                    row["margin"] = float(row["margin"])
                 labelled[label] = row
     except csv.Error as error:
         raise DataError(f"{path}, row {start}: not valid CSV ({error})") from None
@@ -212,8 +322,12 @@ def _to_dataset(source: str, labelled: Mapping[str, Row]) -> Dataset:
     for column, cells in values.items():
         types = ["number" if type(cell) in {int, float} else type(cell).__name__ for cell in cells]
         known = next((name for name in types if name != "NoneType"), "")
-        for label, name in zip(labelled, types, strict=True):
+        for label, name, cell in zip(labelled, types, cells, strict=True):
             where = f"{source}, {label}, column {column!r}"
+            try:
+                json.dumps(cell, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError as error:
+                raise DataError(f"{where}: half a character ({error.object[error.start]!r}); mend the text") from None
             if column in TEXT_COLUMNS and name not in {"str", "list"}:
                 kind = "missing" if name == "NoneType" else "wrong type"
                 raise DataError(f"{where}: {kind} ({name}); {KINDS[kind]}")
@@ -274,13 +388,20 @@ def _split_chats(chosen: Any, rejected: Any) -> tuple[Any, Any, Any] | str:
         return "chosen equals rejected"
     if not (shared and good and bad and good[0]["role"] == bad[0]["role"] == "assistant"):
         return "prompts differ"
-    return chosen[:shared], good, bad
+    return "another's turn" if _other_turns(good) or _other_turns(bad) else (chosen[:shared], good, bad)
+
+
+def _other_turns(completion: Any) -> bool:
+    return isinstance(completion, list) and any(message["role"] in ("user", "system") for message in completion)
 
 
 def _cell_fault(column: str, row: Row) -> str | None:
     value, prompt = row[column], row.get("prompt")
     if column == "label":
         return None if isinstance(value, bool) else "label not boolean"
+    if column == "margin":
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return None if number and math.isfinite(value) else "not a number"
     if column not in TEXT_COLUMNS:
         return "missing" if value is None else None
     if (kind := _text_fault(value)) or column == "prompt":
@@ -289,18 +410,23 @@ def _cell_fault(column: str, row: Row) -> str | None:
     if column == "chosen" and value == row.get("rejected"):
         return "chosen equals rejected"
     if prompt and type(prompt) is not type(value):
-        return "wrong type"
+        return "text and chat" if isinstance(prompt, str) else "wrong type"
     # "hi" is not repeated in "history": what follows must not continue its last word.
     goes_on = isinstance(value, str) and value[len(prompt or "") :][:1].isalnum()
-    return "prompt repeated" if prompt and value[: len(prompt)] == prompt and not goes_on else None
+    if prompt and value[: len(prompt)] == prompt and not goes_on:
+        return "prompt repeated"
+    return "another's turn" if _other_turns(value) else None
 
 
 def _text_fault(value: Any) -> str | None:
     messages = [{"role": "text", "content": value}] if value is None or isinstance(value, str) else value
     if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("role") for m in messages):
         return "wrong type"
-    # A message whose content is empty is whole if it calls a tool; content may also be a list of parts (text, images).
-    contents = [message.get("content") or message.get("tool_calls") for message in messages]
+    if any(message["role"] not in ROLES for message in messages):
+        return "unknown role"
+    # Content is empty where a message calls a tool, or where nothing is asked of the system; it may be a list of parts.
+    spoken = [message for message in messages if message["role"] != "system"]
+    contents = [message.get("content") or message.get("tool_calls") for message in spoken]
     return None if contents and all(c.strip() if isinstance(c, str) else c for c in contents) else "empty text"
 
 

@@ -43,6 +43,8 @@ class Pipeline:
         def make(out: Path) -> None:
             print("  no base model given: a small one is pretrained on this text; its English is poor")
             rows = self.preset.task.preferences("train")
+            if not isinstance(rows["prompt"][0], str):
+                raise data.DataError("the data are chats, and need a model that knows them: name one with --base-model")
             texts = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
             tokenizer = train.train_tokenizer(texts, shape["vocab_size"])
             config = LlamaConfig(**shape | {"vocab_size": len(tokenizer)})
@@ -63,7 +65,7 @@ class Pipeline:
     def demonstrations(self) -> Dataset:
         """What SFT learns from: `prompt, completion`."""
         rows = self.preset.task.demonstrations(self.preset.n_demonstrations, self.preset.seed)
-        return self._short_enough(rows, ("prompt", "completion"), "demonstrations", self.preset.sft["max_length"])
+        return self._ready(rows, ("prompt", "completion"), "demonstrations", self.preset.sft["max_length"])
 
     def preferences(self) -> Path:
         """Preferences as train.parquet and test.parquet: a rater's of the SFT model's samples, or the task's own."""
@@ -74,7 +76,7 @@ class Pipeline:
             def keep(out: Path) -> None:
                 for split in ("train", "test"):
                     pairs = task.preferences(split)
-                    kept = self._short_enough(pairs, data.PREFERENCE, f"{split} pairs", longest)
+                    kept = self._ready(pairs, data.PREFERENCE, f"{split} pairs", longest)
                     kept.to_parquet(out / f"{split}.parquet")
 
             return self._stage("preferences", {"max_length": longest}, {"base": self.base(), **self._source()}, keep)
@@ -133,7 +135,7 @@ class Pipeline:
         """Prompts to learn on ("train") or to evaluate on ("test")."""
         count = self.preset.n_train_prompts if split == "train" else self.preset.n_test_prompts
         rows = self.preset.task.prompts(split, count, self.preset.seed)
-        return self._short_enough(rows, ("prompt",), f"{split} prompts", self.preset.reward_model["max_length"])
+        return self._ready(rows, ("prompt",), f"{split} prompts", self.preset.reward_model["max_length"])
 
     def rewards(self) -> dict[str, rewards.Reward]:
         """The learned reward as `proxy` and, where the task knows the truth, `gold`."""
@@ -203,23 +205,11 @@ class Pipeline:
         """The file or hub id that the task reads, as an input of a stage."""
         return {} if self.preset.task.source is None else {"source": self.preset.task.source}
 
-    def _short_enough(self, rows: Dataset, columns: tuple[str, ...], what: str, max_length: int) -> Dataset:
-        """The rows of at most `max_length` tokens; says how many are left out, since training would cut or drop them.
-
-        Raises DataError where none is left.
-        """
-        data.require(rows, columns, what)
-        longest = min(max_length, models.max_length(self.base()) or sys.maxsize)
-        tokenizer, prompts = models.load_tokenizer(self.base()), rows["prompt"][:]
-        texts = [rows[column][:] for column in columns if column != "prompt"] or [None]
-        lengths = [map(len, models.encode(tokenizer, prompts, completions)) for completions in texts]
-        kept = [row for row, of_row in enumerate(zip(*lengths, strict=True)) if max(of_row) <= longest]
-        if len(kept) == len(rows):
-            return rows
-        print(f"  {what}: {len(kept)} kept, {len(rows) - len(kept)} left out: longer than {longest} tokens")
-        if not kept:
-            raise data.DataError(f"{what}: each is longer than {longest} tokens; raise the stage's max_length")
-        return rows.select(kept)
+    def _ready(self, rows: Dataset, columns: tuple[str, ...], what: str, max_length: int) -> Dataset:
+        """The rows that a stage can use (`data.ready`), of no more tokens than `max_length` and than the base takes."""
+        base = self.base()
+        longest = min(max_length, models.max_length(base) or sys.maxsize)
+        return data.ready(rows, models.load_tokenizer(base), columns, longest, what)
 
     def _training(self, out: Path, label: str, settings: Settings) -> Settings:
         return {"seed": self.preset.seed, "callbacks": _callbacks(label, out), **settings}

@@ -1,6 +1,7 @@
 """One name that sets everything: the task, the sizes, and each stage's settings."""
 
 import json
+import math
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from types import UnionType
@@ -15,7 +16,17 @@ Settings = dict[str, Any]
 CONFIGS = {"sft": train.SFTConfig, "reward_model": train.RewardConfig, "dpo": train.DPOConfig, "ppo": PPOConfig}
 # Settings of every stage that are none of TRL's.
 ADAPTER: dict[str, Any] = {"lora": dict | None, "load_in_4bit": bool | None}
-SIZES = ("batch_size", "steps", "length", "prompts", "demonstrations", "best_of", "epochs")
+ABOVE_ZERO = (
+    "beta",
+    "learning_rate",
+    "batch_size",
+    "steps",
+    "length",
+    "prompts",
+    "demonstrations",
+    "best_of",
+    "epochs",
+)
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,10 @@ class Preset:
         else:
             hints = get_type_hints(Preset)
         value = _typed(text, hints.get(setting if dot else stage, str), assignment)
-        if name.endswith(SIZES) and value is not None and (not isinstance(value, int | float) or value <= 0):
-            raise ValueError(f"{assignment!r}: {name} is a size, a number above 0")
+        if name.endswith(ABOVE_ZERO) and value is not None and (not isinstance(value, int | float) or value <= 0):
+            raise ValueError(f"{assignment!r}: {name} is a number above 0")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{assignment!r}: {name} is a finite number")
         changed: dict[str, Any] = {stage: {**settings, setting: value} if dot else value}
         return replace(self, **changed)
 

@@ -15,9 +15,13 @@ Completion = str | list[dict[str, str]]
 Reward = Callable[..., list[float]]
 
 
-def checked(rewards: list[float], count: int) -> torch.Tensor:
-    """The rewards of `count` completions as fp32 (count,); ValueError unless there is one finite number for each."""
-    found = torch.tensor(rewards, dtype=torch.float32)
+def checked(rewards: Any, count: int) -> torch.Tensor:
+    """The rewards of `count` completions in fp64 (count,); ValueError unless there is one finite number for each."""
+    try:
+        found = torch.tensor(list(rewards), dtype=torch.float64)
+    except (TypeError, ValueError):
+        kind = type(rewards).__name__
+        raise ValueError(f"the reward function gave a {kind}, not a list of {count} finite numbers") from None
     if found.shape != (count,) or not torch.isfinite(found).all():
         bad = int((~torch.isfinite(found)).sum())
         got = f"{list(found.shape)} values for {count} completions, {bad} of them not finite"

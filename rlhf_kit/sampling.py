@@ -6,8 +6,8 @@ import pandas as pd
 import torch
 from datasets import Dataset
 
-from rlhf_kit import models
-from rlhf_kit.rewards import Reward
+from rlhf_kit import data, models
+from rlhf_kit.rewards import Reward, checked
 
 KL_ROWS = 64  # completions in one forward pass for the KL; sorted by length, they cost half of a whole batch at once
 
@@ -24,8 +24,9 @@ def sample(
     batch_tokens: int = 2**15,
     load_in_4bit: bool | None = None,
 ) -> pd.DataFrame:
-    """`n` completions of each prompt: a row per (prompt_id, sample) with text, `finished`, `n_tokens`, prompt columns.
+    """`n` completions of each prompt: a row per (prompt_id, sample) with `finished`, `n_tokens`, the prompt columns.
 
+    A completion is text after a text, an assistant message after a chat.
     With a `reference` model the column `kl` is KL(model || reference) in nats: the exact KL over the vocabulary, summed
     over the positions of the completion. batch_tokens: the most tokens in memory at once, prompts and completions at
     their longest. ValueError where there are no prompts or n is below 1.
@@ -33,7 +34,9 @@ def sample(
     if n < 1 or len(prompts) == 0:
         raise ValueError(f"sample: needs prompts and n of at least 1; got {len(prompts)} prompts and n={n}")
     torch.manual_seed(seed)
-    policy, tokenizer = models.load_causal(model, load_in_4bit), models.load_tokenizer(model)
+    tokenizer = models.load_tokenizer(model)
+    prompts = data.ready(prompts, tokenizer, ["prompt"], source="prompts")
+    policy = models.load_causal(model, load_in_4bit)
     other = models.load_causal(reference, load_in_4bit) if reference is not None else None
     encoded = models.encode(tokenizer, prompts["prompt"][:])
     stops = models.stop_ids(policy, tokenizer)
@@ -44,7 +47,8 @@ def sample(
         batch = pd.DataFrame(rows[start : start + batch_size], columns=["prompt_id", "sample"])
         ids = [encoded[i] for i in batch.prompt_id]
         tokens = models.generate(policy, tokenizer, ids, max_completion_length, temperature)
-        batch["completion"] = models.decode_completions(tokenizer, tokens)
+        texts = zip(batch.prompt_id, models.decode_completions(tokenizer, tokens), strict=True)
+        batch["completion"] = [models.as_completion(prompts[i]["prompt"], text) for i, text in texts]
         batch["finished"] = models.finished(tokens, stops).tolist()
         batch["n_tokens"] = tokens.completion_mask.sum(1).tolist()
         if other is not None:
@@ -64,7 +68,8 @@ def add_rewards(samples: pd.DataFrame, rewards: Mapping[str, Reward]) -> pd.Data
     """The samples with a column for each reward, which gets the other columns of the frame as it does in training."""
     columns = {name: samples[name].tolist() for name in samples.columns if name not in ("prompt", "completion")}
     prompts, completions = samples["prompt"].tolist(), samples["completion"].tolist()
-    return samples.assign(**{name: reward(prompts, completions, **columns) for name, reward in rewards.items()})
+    given = {name: reward(prompts, completions, **columns) for name, reward in rewards.items()}
+    return samples.assign(**{name: checked(each, len(samples)).tolist() for name, each in given.items()})
 
 
 def best_of_n(scored: pd.DataFrame, by: str, n: int | None = None) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -166,7 +167,7 @@ PAIRS: list[tuple[Any, Any, str | None]] = [
 ]
 CHATS: list[tuple[Any, Any, str | None]] = [
     (START + [assistant("good")], START + [assistant("bad")], None),
-    (START + [assistant("x"), user("d ?"), assistant("y")], START + [assistant("bad")], None),
+    (START + [assistant("x"), user("d ?"), assistant("y")], START + [assistant("bad")], "another's turn"),
     (START + [assistant("same")], START + [assistant("same")], "chosen equals rejected"),
     ([user("other ?"), assistant("x")], START + [assistant("y")], "prompts differ"),
     (START, START + [assistant("x")], "prompts differ"),
@@ -206,7 +207,8 @@ def test_pairs_are_split_where_they_part_and_the_rest_is_counted(tmp_path: Path,
         (CHAT, {"prompt": [{"role": None, "content": "a"}]}, "prompt", "wrong type"),
         (CHAT, {"chosen": [user("a ?"), assistant("yes")]}, "chosen", "prompt repeated"),
         ({**PAIR, "prompt": "hi", "label": True}, {"label": None}, "label", "label not boolean"),
-        ({**PAIR, "chosen": "history", "prompt": "hi", "margin": 1.0}, {"margin": None}, "margin", "missing"),
+        ({**PAIR, "chosen": "history", "prompt": "hi", "margin": 1.0}, {"margin": math.nan}, "margin", "not a number"),
+        (CHAT, {"chosen": [assistant("yes"), user("b ?")]}, "chosen", "another's turn"),
     ],
 )
 def test_check_names_row_and_column(sound: dict[str, Any], change: dict[str, Any], column: str, kind: str) -> None:
@@ -218,9 +220,17 @@ def test_check_names_row_and_column(sound: dict[str, Any], change: dict[str, Any
     data.check(dataset.select([0, 1]), list(sound))
 
 
-@pytest.mark.parametrize("row", [{**CHAT, "prompt": "a ?"}, {**PAIR, "chosen": 3, "rejected": 4}])
-def test_text_is_no_chat_and_a_number_is_neither(row: dict[str, Any]) -> None:
-    faults = [data.Fault(0, "chosen", "wrong type"), data.Fault(0, "rejected", "wrong type")]
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({**CHAT, "prompt": "a ?"}, "text and chat"),
+        ({**PAIR, "prompt": CHAT["prompt"]}, "wrong type"),
+        ({**PAIR, "chosen": 3, "rejected": 4}, "wrong type"),
+        ({**CHAT, **dict.fromkeys(("chosen", "rejected"), [{"role": "gpt", "content": "a"}])}, "unknown role"),
+    ],
+)
+def test_text_is_no_chat_and_a_number_is_neither(row: dict[str, Any], kind: str) -> None:
+    faults = [data.Fault(0, "chosen", kind), data.Fault(0, "rejected", kind)]
     assert data.find_faults(Dataset.from_list([row])) == faults
 
 

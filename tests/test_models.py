@@ -130,13 +130,25 @@ def small(config: type[Any], **more: Any) -> Any:
     return model
 
 
-def test_a_soft_capped_head_is_known_and_one_that_alters_logits_otherwise_is_refused() -> None:
-    capped = small(transformers.Gemma2Config, head_dim=16, final_logit_softcapping=2.0)
-    row = ([5, 6], [7, 8, 9])
-    assert torch.allclose(logprobs_of(capped, layout([row], 1, [0]))[0], naive_logprobs(capped, *row), atol=CLOSE)
-    check_logprobs(capped)
-    with pytest.raises(ValueError, match="GraniteForCausalLM.*not supported"):
-        check_logprobs(small(transformers.GraniteConfig, logits_scaling=8.0))
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        (transformers.Gemma2Config, {"head_dim": 16, "final_logit_softcapping": 2.0}),
+        (transformers.GraniteConfig, {"logits_scaling": 8.0}),
+        (transformers.CohereConfig, {"logit_scale": 0.25}),
+    ],
+)
+def test_what_a_model_does_to_its_logits_is_done_to_log_probs(config: type[Any], settings: dict[str, Any]) -> None:
+    model, row = small(config, **settings), ([5, 6], [7, 8, 9])
+    assert torch.allclose(logprobs_of(model, layout([row], 1, [0]))[0], naive_logprobs(model, *row), atol=CLOSE)
+    check_logprobs(model)
+
+
+def test_logits_that_are_altered_in_an_unknown_way_are_refused() -> None:
+    model = small(transformers.LlamaConfig)
+    model.register_forward_hook(lambda module, given, output: setattr(output, "logits", 3 * output.logits))
+    with pytest.raises(ValueError, match="LlamaForCausalLM.*not supported"):
+        check_logprobs(model)
 
 
 def test_values_equal_the_head_on_a_row_alone_and_see_only_tokens_before(zoo: Zoo, mode: str) -> None:
@@ -223,7 +235,7 @@ def test_texts_and_chats_are_rendered_to_the_same_tokens(tokenizer: PreTrainedTo
 
 
 def test_encode_pairs_refuses_a_token_that_spans_prompt_and_completion(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(ValueError, match="row 1.*one token spans.*without a space"):
+    with pytest.raises(ValueError, match="row 1.*one token spans.*move the spaces"):
         models.encode_pairs(tokenizer, ["why ?", "where does the "], [" yes .", "otter live ?"])
 
 

@@ -485,6 +485,7 @@ def test_evaluation_changes_nothing_and_its_means_are_over_rows_and_tokens(zoo: 
     evaluated.train()
     assert len([row for row in evaluated.state.log_history if "eval_reward" in row]) == 2
     assert same(weights(quiet), weights(evaluated)) and updates(quiet) == updates(evaluated)
+    assert quiet.samples.equals(evaluated.samples)  # those of the last update, not of the evaluation after it
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(zoo: Zoo, tmp_path: Path) -> None:

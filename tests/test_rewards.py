@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from rlhf_kit import models, rewards
 from rlhf_kit.rewards import RewardModel
+from rlhf_kit.sampling import add_rewards
 
 Zoo = dict[str, str]
 EOS = 0
@@ -114,3 +119,19 @@ def test_columns_are_accepted_and_lengths_are_checked(zoo: Zoo) -> None:
     with pytest.raises(ValueError):
         reward(PROMPTS, COMPLETIONS[:2])
     assert reward.__name__ == "reward_model"  # read by TRL's trainers
+
+
+@pytest.mark.parametrize(
+    "given", [None, "ab", {"a": 1.0, "b": 2.0}, [1.0], [1.0, math.nan], [[1.0], [2.0]], [None, 1.0]]
+)
+def test_what_is_no_list_of_finite_numbers_is_no_reward(given: Any) -> None:
+    samples = pd.DataFrame({"prompt_id": [0, 1], "prompt": ["a", "b"], "completion": ["x", "y"]})
+    with pytest.raises(ValueError, match="the reward function gave .*finite"):
+        add_rewards(samples, {"mine": lambda prompts, completions, **columns: given})
+
+
+@pytest.mark.parametrize("kind", [pd.Series, np.array, torch.tensor, iter, tuple])
+def test_numbers_may_come_in_any_row(kind: Any) -> None:
+    samples = pd.DataFrame({"prompt_id": [0, 1], "prompt": ["a", "b"], "completion": ["x", "y"]}, index=[7, 3])
+    scored = add_rewards(samples, {"mine": lambda prompts, completions, **columns: kind([1.5, -0.25])})
+    assert scored["mine"].tolist() == [1.5, -0.25]

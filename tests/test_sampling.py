@@ -68,7 +68,9 @@ def test_mean_kl_of_samples_approaches_the_enumerated_kl(zoo: Zoo) -> None:
 def test_chat_prompts_give_the_completions_of_the_same_text(zoo: Zoo) -> None:
     chats = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in PROMPTS["prompt"][:]]})
     text, chat = (sampling.sample(zoo["full"], prompts, n=2, max_completion_length=6) for prompts in (PROMPTS, chats))
-    assert text["completion"].tolist() == chat["completion"].tolist()
+    assert [[{"role": "assistant", "content": written}] for written in text["completion"]] == chat[
+        "completion"
+    ].tolist()
     assert chat["prompt"][0] == [{"role": "user", "content": "where does the otter live ?"}]
 
 

@@ -89,13 +89,13 @@ def test_pairs_split_a_persons_file_by_prompt(file: str) -> None:
     assert task.rater() is None and task.gold is None and task.effects(pd.DataFrame()) is None
 
 
-def test_what_is_too_long_is_left_out_aloud(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_too_long_is_left_out_aloud(file: str, tmp_path: Path) -> None:
     pipeline = Pipeline(tiny(Pairs(file), base_model=Pocket.base_model), tmp_path)
     rows = Dataset.from_dict({"prompt": ["where does the otter live ?", "where" + " where" * 150]})
-    assert pipeline._short_enough(rows, ("prompt",), "prompts", 128)["prompt"][:] == [rows["prompt"][0]]
-    assert "prompts: 1 kept, 1 left out: longer than" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="each is longer than"):
-        pipeline._short_enough(rows.select([1]), ("prompt",), "prompts", 128)
+    with pytest.warns(UserWarning, match="prompts: 1 of 2 rows are left out: longer than"):
+        assert pipeline._ready(rows, ("prompt",), "prompts", 128)["prompt"][:] == [rows["prompt"][0]]
+    with pytest.raises(ValueError, match="each of 1 rows is longer than"):
+        pipeline._ready(rows.select([1]), ("prompt",), "prompts", 128)
 
 
 SETTINGS = {
@@ -115,6 +115,8 @@ WRONG = {
     "ppo=3": "ppo.SETTING=VALUE",
     "sft.max_stepz=3": "did you mean max_steps",
     "ppo.max_steps=-1": "above 0",
+    "dpo.beta=0": "above 0",
+    "ppo.kl_coef=NaN": "finite",
 }
 
 

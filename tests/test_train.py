@@ -133,8 +133,8 @@ def test_a_reward_model_is_read_where_it_was_trained_also_where_pad_was_eos(mode
 def test_a_reward_model_that_reloads_to_other_scores_is_not_published(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = models.encode
-    monkeypatch.setattr(models, "encode", lambda *texts: [ids[:-1] for ids in encode(*texts)])  # without EOS
+    score = RewardModel._score
+    monkeypatch.setattr(RewardModel, "_score", lambda self, rows: score(self, [ids[:-1] for ids in rows]))  # not at EOS
     with pytest.raises(ModelError, match="scores the rows it was trained on differently"):
         train.reward_model(zoo["full"], PREFERENCES, tmp_path / "reward", max_steps=2, **COMMON)
     assert list(tmp_path.iterdir()) == []
@@ -231,7 +231,8 @@ def test_a_reward_model_learns_from_batches_of_whole_items(
 
     monkeypatch.setattr(ItemRewardTrainer, "compute_loss", watch)
     settings = COMMON | {"per_device_train_batch_size": 6, "num_train_epochs": 2, "max_length": 40}
-    train.reward_model(zoo["full"], Dataset.from_list(rows), tmp_path / "out", **settings)
+    with pytest.warns(UserWarning, match="1 of 22 rows are left out"):
+        train.reward_model(zoo["full"], Dataset.from_list(rows), tmp_path / "out", **settings)
     assert len(epochs) == 2 and epochs[0] != epochs[1]
     for epoch in epochs.values():
         assert sorted(item for batch in epoch for item in batch) == sorted(item for item, _ in pairs[:-1])
@@ -256,9 +257,8 @@ def test_nothing_is_under_the_final_name_until_it_is_whole(zoo: Zoo, tmp_path: P
     same = PREFERENCES.map(lambda row: {"prompt": "why ?", "chosen": " no .", "rejected": " no ."})
     with pytest.raises(ValueError, match="same score"):  # identical completions cannot be normalised
         train.reward_model(zoo["full"], same, out, max_steps=1, **COMMON)
-    diverging = PREFERENCES.add_column("margin", [float("nan"), *MARGINS[1:]])
-    with pytest.raises(ModelError, match="not finite"):
-        train.reward_model(zoo["full"], diverging, out, max_steps=1, **COMMON)
+    with pytest.raises(ModelError, match="weights that are not finite"):  # after the last step, so no gradient tells
+        train.reward_model(zoo["full"], PREFERENCES, out, max_steps=1, learning_rate=1e39, **COMMON)
     assert list(out.parent.iterdir()) == []
     out.mkdir()  # an empty folder is no model, and is no hindrance
     train.sft(zoo["full"], DEMONSTRATIONS, out, max_steps=3, **COMMON)

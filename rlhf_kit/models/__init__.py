@@ -8,6 +8,7 @@ from rlhf_kit.models.loading import (
     Model,
     ModelError,
     ModelPath,
+    check_one_device,
     check_trainable,
     decoder,
     device,
@@ -26,5 +27,16 @@ from rlhf_kit.models.loading import (
     write_notes,
 )
 from rlhf_kit.models.logprobs import Tokens, completion_kl, completion_logprobs, completion_mask, next_logprobs, padded
-from rlhf_kit.models.rendering import Prompt, decode_completions, encode, encode_pairs
+from rlhf_kit.models.rendering import (
+    Prompt,
+    RenderError,
+    SharedToken,
+    as_completion,
+    decode_completions,
+    encode,
+    encode_pairs,
+    plain,
+    split,
+    without_bos,
+)
 from rlhf_kit.models.roles import Roles, load_roles, switch_off_dropout

@@ -9,14 +9,16 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf_kit.models.loading import Model, without_adapters
 from rlhf_kit.models.logprobs import Tokens, completion_mask, padded
+from rlhf_kit.models.rendering import closing_token
 
 DROP_EVERY = 8  # tokens after which finished rows leave the batch; more often would cost more calls than it saves
 
 
 def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion: the tokenizer's EOS and those of the model's generation config."""
+    """The tokens that end a completion: EOS, those of the generation config, and the one that closes a chat's turn."""
     own = getattr(model.generation_config, "eos_token_id", None)
-    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+    ends = {tokenizer.eos_token_id, closing_token(tokenizer), *(own if isinstance(own, list) else [own])}
+    return sorted(ends - {None})
 
 
 def check_positions(model: Model, longest: int, max_completion_length: int) -> None:

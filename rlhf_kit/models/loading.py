@@ -8,8 +8,9 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, PeftModel
-from safetensors import safe_open
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
+from safetensors import SafetensorError, safe_open
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What this kit stores beside Hugging Face's own files: {"load_in_4bit": bool, "shift": float, "scale": float}.
@@ -46,6 +47,12 @@ def check_trainable(model: ModelPath, lora: Lora | None, load_in_4bit: bool | No
         raise ModelError(f'{model}: 4-bit weights cannot be trained; pass `lora={{"r": 16}}` to train an adapter')
 
 
+def check_one_device(args: transformers.TrainingArguments) -> None:
+    """ValueError where transformers would split every batch over several GPUs, and so multiply its size."""
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs are visible to one process; use `accelerate launch`, or show it one only")
+
+
 def device() -> torch.device:
     """The GPU where there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,8 +80,23 @@ def read_notes(model: ModelPath) -> dict[str, Any]:
 
 
 def is_4bit(model: ModelPath, load_in_4bit: bool | None) -> bool:
-    """Whether to load `model` in 4 bits: as asked, or where None, as its notes say."""
-    return bool(read_notes(model).get("load_in_4bit", False)) if load_in_4bit is None else load_in_4bit
+    """Whether to load `model` in 4 bits: as asked, or where None, as its notes or its base's own config say."""
+    if load_in_4bit is None:
+        return bool(read_notes(model).get("load_in_4bit", False)) or _own_4bit(model)
+    if not load_in_4bit and _own_4bit(model):
+        raise ModelError(f"{model}: its base is stored in 4 bits, and cannot be loaded in full; leave load_in_4bit out")
+    return load_in_4bit
+
+
+def _own_4bit(model: ModelPath) -> bool:
+    """Whether the base weights are stored in 4 bits."""
+    stored = getattr(load_config(model), "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if stored and not stored.get("load_in_4bit"):
+        raise ModelError(
+            f"{model}: its base is quantised otherwise than in bitsandbytes' 4 bits; take its full weights"
+        )
+    return bool(stored)
 
 
 def write_notes(model: ModelPath, **notes: Any) -> None:
@@ -93,7 +115,20 @@ def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
         raise ModelError(f"{source}: its tokenizer has no EOS token, so completions could never end; set `eos_token`")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = _spare_token(tokenizer, source)
+    _add_no_end(tokenizer)
     return tokenizer
+
+
+def _add_no_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the tokenizer put nothing after a text: a prompt that ends in EOS could not be continued."""
+    bare, ids = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    before = ids[: len(ids) - len(bare)]
+    while before and before + bare != ids[: len(before) + len(bare)]:
+        before.pop()
+    if before + bare != ids:
+        begin = [(str(tokenizer.convert_ids_to_tokens(token)), token) for token in before]
+        single = " ".join([*(f"{token}:0" for token, _ in begin), "$A:0"])
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=begin)
 
 
 def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
@@ -123,20 +158,41 @@ def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: b
         check_trainable(model, None, load_in_4bit)
     loaded = load_base(model, transformers.AutoModelForCausalLM.from_pretrained, load_in_4bit)
     if is_adapter(model):
-        loaded = PeftModel.from_pretrained(loaded, str(model), is_trainable=trainable)
+        loaded = _with_adapter(loaded, model, trainable)
     return loaded if trainable else _frozen(loaded)
+
+
+def _with_adapter(base: PreTrainedModel, model: ModelPath, trainable: bool) -> PeftModel:
+    if (kind := PeftConfig.from_pretrained(str(model)).peft_type) != PeftType.LORA:
+        raise ModelError(f"{model}: is an adapter of the kind {kind.value}; this kit knows LoRA only")
+    try:
+        return PeftModel.from_pretrained(base, str(model), is_trainable=trainable)
+    except RuntimeError as error:  # PyTorch's, of weights in another shape
+        vocabulary = base.get_input_embeddings().weight.shape[0]
+        raise ModelError(
+            f"{model}: does not fit on its base {base_of(model)}, which has a vocabulary of {vocabulary} "
+            f"({' '.join(str(error).split())[:200]}); merge the adapter into a base of its own size first"
+        ) from None
 
 
 def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bit: bool | None, **kwargs: Any) -> Any:
     """The base weights of `model` by an Auto class's `from_pretrained`: fp32, or 4-bit NF4 (QLoRA, 2305.14314)."""
     base = base_of(model)
-    if not is_4bit(model, load_in_4bit):
-        return _load(from_pretrained, base, dtype=torch.float32, **kwargs)
-    compute = torch.bfloat16 if device().type == "cuda" else torch.float32
-    heads = ["lm_head", "score", "embed_out"]
-    quantization = transformers.BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=compute, llm_int8_skip_modules=heads)
-    kwargs |= {"dtype": compute, "quantization_config": quantization, "device_map": {"": device()}}
-    loaded = _load(from_pretrained, base, **kwargs)
+    kwargs["dtype"] = torch.float32
+    if is_4bit(model, load_in_4bit):
+        kwargs |= {"dtype": torch.bfloat16 if device().type == "cuda" else torch.float32, "device_map": {"": device()}}
+        heads = ["lm_head", "score", "embed_out"]
+        quantization = {**NF4, "bnb_4bit_compute_dtype": kwargs["dtype"], "llm_int8_skip_modules": heads}
+        if not _own_4bit(model):
+            kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
+    loaded, keys = _load(from_pretrained, base, output_loading_info=True, **kwargs)
+    if missing := sorted(set(keys["missing_keys"]) - {"score.weight"}):
+        raise ModelError(
+            f"{base}: its weights lack {missing[0]} (one of {len(missing)}), which would be random numbers"
+        )
+    settings = getattr(loaded, "generation_config", None)
+    if settings is not None and settings.temperature is not None:
+        settings.do_sample = True  # a temperature without sampling is refused when the model is saved
     for module in loaded.modules():
         # On CPUs with AVX512-BF16 one forward pass without gradients would repack the weights, and then the LoRA
         # gradients vanish. bitsandbytes has no public switch for this.
@@ -195,14 +251,19 @@ def max_length(model: ModelPath) -> int | None:
 def _load(from_pretrained: Callable[..., Any], model: ModelPath, **kwargs: Any) -> Any:
     """What `from_pretrained` returns; a failure becomes a ModelError of one sentence."""
     path = Path(model)
+    kwargs["trust_remote_code"] = False  # otherwise transformers asks on the terminal, and a "y" runs the model's code
     if path.is_dir() and not ((path / "config.json").is_file() or (path / "adapter_config.json").is_file()):
         raise ModelError(f"{model}: this directory holds no model (no config.json, no adapter_config.json)")
     is_path = path.exists() or path.is_absolute() or str(model).startswith(".") or len(path.parts) > 2
     if is_path and not path.is_dir():
         raise ModelError(f"{model}: no such model directory; name one that save_pretrained wrote, or a hub id")
     try:
-        return from_pretrained(str(model), **kwargs)
-    except (OSError, ValueError) as error:
+        # An adapter remembers the path of its base, and will be loaded from other folders.
+        return from_pretrained(str(path.resolve() if path.is_dir() else model), **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
+        if "Unrecognized configuration class" in reason:
+            auto = from_pretrained.__self__.__name__  # type: ignore[attr-defined]
+            reason = f"transformers has no {auto.removeprefix('AutoModelFor')} of this family of models"
         where = "this directory" if path.is_dir() else "no such directory here, and the hub gave no such model"
         raise ModelError(f"{model}: {where} ({reason})") from error

@@ -130,7 +130,10 @@ def _log_softmax(model: Model, hidden: Tensor, temperature: float) -> Tensor:
     """Log-probs of the whole vocabulary: (N, D) -> (N, V) in fp32."""
     head: Any = without_adapters(model).get_output_embeddings()
     logits = head(hidden.to(head.weight.dtype)).float()
-    if softcap := getattr(model.config.get_text_config(), "final_logit_softcapping", None):
+    config = model.config.get_text_config()
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    if softcap := getattr(config, "final_logit_softcapping", None):  # Gemma
         logits = softcap * torch.tanh(logits / softcap)
     return F.log_softmax(logits / temperature, dim=-1)
 

@@ -83,15 +83,17 @@ class PPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         ptx_dataset: Dataset | None = None,
     ) -> None:
-        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "ptx_dataset": ptx_dataset}
-        for name, dataset in datasets.items():
-            if dataset is not None:
-                data.require(dataset, ["prompt", "completion"] if name == "ptx_dataset" else ["prompt"], name)
+        models.check_one_device(args)
         if (args.ptx_coef > 0) != (ptx_dataset is not None):
             raise ValueError("ptx_coef and ptx_dataset go together: give both or neither")
         set_seed(args.seed)  # new adapters are drawn before Trainer sets the seed
         tokenizer = processing_class or models.load_tokenizer(model)
         tokenizer.padding_side = "left"
+        train_dataset = data.ready(train_dataset, tokenizer, ["prompt"], source="train_dataset")
+        if eval_dataset is not None:
+            eval_dataset = data.ready(eval_dataset, tokenizer, ["prompt"], source="eval_dataset")
+        if ptx_dataset is not None:
+            ptx_dataset = data.ready(ptx_dataset, tokenizer, ["prompt", "completion"], source="ptx_dataset")
         self.roles, self.reward = load_models(model, reward, args, ref_model, value_model, tokenizer, train_dataset)
         self.policy = self.roles.use("policy")
         self.stop_ids = models.stop_ids(self.policy, tokenizer)
@@ -190,8 +192,7 @@ class PPOTrainer(Trainer):
         prompts = [row["prompt"] for row in rows]
         texts: list[Any] = models.decode_completions(self.processing_class, tokens)
         found = pd.DataFrame({"prompt": prompts, "completion": texts})
-        if not isinstance(prompts[0], str):
-            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        texts = [models.as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         if isinstance(self.reward, Ensemble):
             each = self.reward.each(prompts, texts, **columns)
@@ -301,7 +302,7 @@ class PPOTrainer(Trainer):
         if dataset is None:
             raise ValueError("evaluate: there is no eval_dataset; give one here or to the trainer")
         totals: Metrics = defaultdict(float)
-        was_training = self.roles.training
+        was_training, samples = self.roles.training, self.samples
         self.roles.eval()
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
@@ -315,6 +316,7 @@ class PPOTrainer(Trainer):
                     totals[f"{metric_key_prefix}_{name}"] += metrics[name] * len(rows) / len(dataset)
         totals[f"{metric_key_prefix}_entropy"] /= totals[f"{metric_key_prefix}_completion_length"]
         self.roles.train(was_training)
+        self.samples = samples  # of the last update, which the alarms show
         self.log(dict(totals))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, totals)
         return dict(totals)

@@ -1,6 +1,7 @@
 """What the methods share: refuse before training, train in fp32, publish only a whole directory."""
 
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
-from rlhf_kit import models
+from rlhf_kit import data, models
 from rlhf_kit.files import replacing
 from rlhf_kit.models import Lora, Model, ModelPath
 from rlhf_kit.progress import ProgressCallback
@@ -23,6 +24,7 @@ def new_directory(out: ModelPath) -> AbstractContextManager[Path]:
     return replacing(out)
 
 
+CHECKED = 16  # rows whose tokens, and whose scores, are compared once
 DEFAULTS: dict[str, Any] = {"seed": 0, "save_strategy": "no", "logging_steps": 10, "gradient_checkpointing": False}
 DEFAULTS |= {"disable_tqdm": True, "log_level": "error", "logging_nan_inf_filter": False}  # or NaN would look harmless
 
@@ -49,6 +51,7 @@ class Training:
         on_gpu = torch.cuda.is_available()
         settings = DEFAULTS | {"bf16": on_gpu, "use_cpu": not on_gpu} | settings
         self.args = config_class(output_dir=str(folder), **settings)
+        models.check_one_device(self.args)
 
     def trainer(self, trainer_class: type[Trainer], dataset: Dataset, start: Model | None = None, **more: Any) -> Any:
         """The trainer, with what it trains in fp32: in bf16 small updates would be rounded away.
@@ -65,12 +68,42 @@ class Training:
             exact = {name: p.detach().clone() for name, p in given.named_parameters() if p.requires_grad}
         if self.lora is not None and not isinstance(given, PeftModel):
             more["peft_config"] = models.lora_config(self.lora)
-        common = {"args": self.args, "processing_class": self.tokenizer, "callbacks": self.callbacks}
+        common = {"args": self.args, "processing_class": self.tokenizer, "callbacks": [*self.callbacks, OnlyFinite()]}
         trainer = trainer_class(model=given, train_dataset=dataset, **common, **more)
+        self._check_tokens(trainer, dataset)
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad:
                 parameter.data = exact.get(name, parameter.data).float()
         return trainer
+
+    def ready(self, dataset: Dataset, *columns: str) -> Dataset:
+        """The rows as this trainer and the rest of the kit will render them; see `data.ready`."""
+        limits = [getattr(self.args, "max_length", None), models.max_length(self.model)]
+        return data.ready(dataset, self.tokenizer, columns, min((each for each in limits if each), default=None))
+
+    def _check_tokens(self, trainer: Any, dataset: Dataset) -> None:
+        """ModelError where TRL has tokenised a row otherwise than this kit samples and scores it."""
+        for given, row in zip(dataset, islice(trainer.train_dataset, CHECKED), strict=False):
+            for column in {"completion", "chosen", "rejected"} & set(given):
+                found = row.get("prompt_ids", []) + row.get(f"{column}_ids", row.get("input_ids", []))
+                expected = models.encode(self.tokenizer, [given["prompt"]], [given[column]])[0]
+                if found and not getattr(self.args, "packing", False) and found != expected:
+                    raise models.ModelError(
+                        f"{self.model}: TRL trains on {self.tokenizer.decode(found)!r}, where this kit would score "
+                        f"{self.tokenizer.decode(expected)!r}; give the tokenizer a plainer chat template"
+                    )
+
+
+class OnlyFinite(TrainerCallback):
+    """Stops before the first optimizer step whose gradient is not finite: ModelError names the step."""
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any, **kwargs: Any) -> None:
+        sums = [parameter.grad.sum() for parameter in model.parameters() if parameter.grad is not None]
+        if sums and not torch.stack([each.float() for each in sums]).isfinite().all():
+            raise models.ModelError(
+                f"step {state.global_step + 1}: the gradient is not finite, so nothing is saved; look for NaN in the "
+                "dataset and in the given model, or lower learning_rate"
+            )
 
 
 def fit(trainer: Trainer, folder: Path) -> None:
@@ -82,6 +115,9 @@ def fit(trainer: Trainer, folder: Path) -> None:
             "training ended in weights that are not finite, so nothing is saved; look for NaN in the dataset and in "
             "the given model, or lower learning_rate"
         )
+    if (settings := getattr(trainer.model, "generation_config", None)) is not None:
+        stops = models.stop_ids(trainer.model, trainer.processing_class)
+        settings.eos_token_id = stops if len(stops) > 1 else stops[0]
     # With adapters, TRL leaves the reference's clone in the model: only the trained adapter is written.
     trained = {"selected_adapters": ["default"]} if isinstance(trainer.model, PeftModel) else {}
     trainer.model.save_pretrained(folder, **trained)

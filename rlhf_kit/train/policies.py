@@ -65,7 +65,9 @@ def pretrain(
 def sft(model: ModelPath, dataset: Dataset, out: ModelPath, **options: Any) -> str:
     """Fine-tune on `prompt, completion`: cross-entropy on completions only. Options: see `help(rk.train)`."""
     with new_directory(out) as folder:
-        fit(Training("SFT", trl.SFTConfig, model, folder, **options).trainer(trl.SFTTrainer, dataset), folder)
+        training = Training("SFT", trl.SFTConfig, model, folder, **options)
+        rows = training.ready(dataset, "prompt", "completion")
+        fit(training.trainer(trl.SFTTrainer, rows), folder)
     return str(out)
 
 
@@ -75,7 +77,9 @@ def dpo(model: ModelPath, dataset: Dataset, out: ModelPath, **options: Any) -> s
     Learns from `prompt, chosen, rejected`. Options: see `help(rk.train)`.
     """
     with new_directory(out) as folder:
-        fit(Training("DPO", trl.DPOConfig, model, folder, **options).trainer(trl.DPOTrainer, dataset), folder)
+        training = Training("DPO", trl.DPOConfig, model, folder, **options)
+        rows = training.ready(dataset, "prompt", "chosen", "rejected")
+        fit(training.trainer(trl.DPOTrainer, rows), folder)
     return str(out)
 
 
@@ -86,11 +90,12 @@ def kto(model: ModelPath, dataset: Dataset, out: ModelPath, **options: Any) -> s
     shuffles the rows once, because a batch's KL is estimated from its own completions under each other's prompts.
     ValueError if the labels are not of both kinds. Options: see `help(rk.train)`.
     """
-    if set(dataset["label"]) != {True, False}:
-        raise ValueError("kto: the column `label` must hold both True (wanted) and False (not wanted)")
     with new_directory(out) as folder:
         training = Training("KTO", trl.KTOConfig, model, folder, **options)
-        fit(training.trainer(trl.KTOTrainer, dataset.shuffle(seed=training.args.seed)), folder)
+        rows = training.ready(dataset, "prompt", "completion", "label")
+        if set(rows["label"]) != {True, False}:
+            raise ValueError("kto: the column `label` must hold both True (wanted) and False (not wanted)")
+        fit(training.trainer(trl.KTOTrainer, rows.shuffle(seed=training.args.seed)), folder)
     return str(out)
 
 
@@ -123,7 +128,7 @@ def _on_policy(
         trainer_class, config_class = ON_POLICY[method]
         weights = [1.0, -options.pop("missing_eos_penalty", 1.0)]
         training = Training(method, config_class, model, folder, **(LIKE_PPO | {"reward_weights": weights} | options))
-        args, tokenizer = training.args, training.tokenizer
+        args, tokenizer, prompts = training.args, training.tokenizer, training.ready(prompts, "prompt")
         longest = max(map(len, models.encode(tokenizer, prompts["prompt"][:])))
         if len(prompts) < (needed := args.generation_batch_size // args.num_generations):
             raise ValueError(
@@ -194,10 +199,7 @@ def rejection_sampling(
         scored = sampling.add_rewards(ended, {"reward": reward if callable(reward) else RewardModel(reward)})
         checked(scored["reward"].tolist(), len(scored))
         chosen = sampling.best_of_n(scored, "reward")
-        completions = chosen["completion"].tolist()
-        if not isinstance(chosen["prompt"][0], str):
-            completions = [[{"role": "assistant", "content": text}] for text in completions]
-        dataset = Dataset.from_dict({"prompt": chosen["prompt"].tolist(), "completion": completions})
-        fit(training.trainer(trl.SFTTrainer, dataset), folder)
+        dataset = Dataset.from_dict({name: chosen[name].tolist() for name in ("prompt", "completion")})
+        fit(training.trainer(trl.SFTTrainer, training.ready(dataset, "prompt", "completion")), folder)
         chosen.to_parquet(folder / "samples.parquet")
     return str(out)

@@ -17,9 +17,7 @@ from trl import RewardConfig, RewardTrainer
 from rlhf_kit import models
 from rlhf_kit.models import Model, ModelPath
 from rlhf_kit.rewards import RewardModel, normalise
-from rlhf_kit.train.common import Training, fit, new_directory
-
-CHECKED = 16  # rows whose scores are compared once more after the model was saved and loaded
+from rlhf_kit.train.common import CHECKED, Training, fit, new_directory
 
 
 class ItemBatches:
@@ -73,6 +71,8 @@ def reward_model(model: ModelPath, dataset: Dataset, out: ModelPath, **options: 
     """
     with new_directory(out) as folder:
         training = Training("reward model", RewardConfig, model, folder, **options)
+        margin = ["margin"] if "margin" in dataset.column_names else []
+        dataset = training.ready(dataset, "prompt", "chosen", "rejected", *margin)
         trainer_class = ItemRewardTrainer if "item" in dataset.column_names else RewardTrainer
         trainer = training.trainer(trainer_class, dataset, start=_with_score_head(training))
         fit(trainer, folder)
@@ -114,6 +114,11 @@ def _with_score_head(training: Training) -> Model:
     head = torch.randn(base.score.weight.shape, generator=generator) / (base.score.in_features + 1) ** 0.5
     base.score.weight.data.copy_(head)
     config = PeftConfig.from_pretrained(model) if given else models.lora_config(training.lora)
+    if config is not None and config.modules_to_save:
+        raise models.ModelError(
+            f"{model}: its adapter holds whole modules ({', '.join(config.modules_to_save)}), which a reward model "
+            "cannot take over; merge the adapter into its base, and train on that"
+        )
     if config is None:
         return base
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
