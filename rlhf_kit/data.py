@@ -57,7 +57,6 @@ KINDS = {
 }
 ROLES = ("text", "system", "developer", "user", "assistant", "tool")
 MENDABLE = ("empty text", "chosen equals rejected", "prompt repeated", "prompt ends in a space")  # but trained on
-RENDERED_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 class DataError(ValueError):
@@ -127,14 +126,14 @@ def find_faults(
     With a `tokenizer` also the rows that it cannot render, and those whose prompt and completion share a token.
     """
     require(dataset, columns, source)
-    answers: list[str | None] = [column for column in columns if column in TEXT_COLUMNS[1:]]
+    answers = [column for column in columns if column in TEXT_COLUMNS[1:]] or [""]
     faults = []
     for index, row in enumerate(dataset.select_columns(list(columns))):
         found = [Fault(index, column, kind) for column in columns if (kind := _cell_fault(column, row))]
         if tokenizer is not None and all(fault.kind in MENDABLE for fault in found):
-            for column in answers or [None]:
+            for column in answers:
                 try:
-                    _tokens(tokenizer, row["prompt"], row[column] if column else None)
+                    models.split(tokenizer, row["prompt"], row.get(column))
                 except models.RenderError as error:
                     kind = "shared token" if isinstance(error, models.SharedToken) else "not rendered"
                     found.append(Fault(index, column or "prompt", kind, str(error)))
@@ -152,6 +151,15 @@ def check(
     _refuse(find_faults(dataset, columns, source, tokenizer), source)
 
 
+def _refuse(faults: Sequence[Fault], source: str) -> None:
+    if faults:
+        row, column, kind, detail = faults[0]
+        raise DataError(
+            f"{source}, row {row} (counting from 0), column {column!r}: {detail or kind}; {KINDS[kind]}. "
+            f"All faults (listed by find_faults): {_counts([(fault.row, fault.kind) for fault in faults])}"
+        )
+
+
 def ready(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -162,64 +170,40 @@ def ready(
     """The rows as they are trained on, sampled from and scored, to the token.
 
     Contents that are given as parts of text are joined, and a BOS that the tokenizer adds anyway is taken off. Rows of
-    more than `max_length` tokens, and rows of which one token spans prompt and completion, are left out; warnings count
-    them. Raises DataError that names the first row
-    that cannot be used, and where none is left.
+    more than `max_length` tokens, and rows of which one token spans prompt and completion, are left out, and counted in
+    a warning. Raises DataError that names the first row that cannot be used, and where no row is left.
     """
     faults = find_faults(dataset, columns, source, tokenizer)
     _refuse([fault for fault in faults if fault.kind not in (*MENDABLE, "shared token")], source)
-    if shared := {fault.row for fault in faults if fault.kind == "shared token"}:
-        if len(shared) == len(dataset):
-            _refuse(faults, source)
-        left = f"{len(shared)} of {len(dataset)} rows are left out: one token spans their prompt and completion"
-        warnings.warn(f"{source}: {left}", stacklevel=2)
-        dataset = dataset.select([row for row in range(len(dataset)) if row not in shared])
-    for name in RENDERED_COLUMNS:
-        if name in dataset.column_names and any(dataset[name]):
+    for name in {"tools", "chat_template_kwargs"} & {*dataset.column_names}:
+        if any(dataset[name]):
             raise DataError(
                 f"{source}, column {name!r}: trainers would render it into the prompt, but sampling and rewards would "
                 f"not; render it into the prompt yourself, then remove_columns({name!r})"
             )
+    shared = {fault.row for fault in faults if fault.kind == "shared token"}
+    dataset = _without(dataset, shared, "have a token that spans prompt and completion", source)
     cells = {column: dataset[column][:] for column in columns if column in TEXT_COLUMNS}
-    plain = {column: [_plain_text(tokenizer, column, cell) for cell in given] for column, given in cells.items()}
+    plain = {column: [models.plain(cell) for cell in given] for column, given in cells.items()}
+    plain["prompt"] = [models.without_bos(tokenizer, prompt) for prompt in plain["prompt"]]
     if plain != cells:
         values = {column: plain.get(column) or dataset[column][:] for column in dataset.column_names}
         dataset = Dataset.from_dict(values, on_mixed_types="use_json")
-    if max_length is None:
+    answers: list[Any] = [plain[column] for column in plain if column != "prompt"] or [None]
+    lengths = zip(*(map(len, models.encode(tokenizer, plain["prompt"], answer)) for answer in answers), strict=True)
+    long = {row for row, each in enumerate(lengths) if max_length is not None and max(each) > max_length}
+    return _without(dataset, long, f"are longer than max_length={max_length} tokens", source)
+
+
+def _without(dataset: Dataset, rows: set[int], why: str, source: str) -> Dataset:
+    """The other rows; a warning counts those left out."""
+    if not rows:
         return dataset
-    prompts = plain["prompt"]
-    wholes = [models.encode(tokenizer, prompts, plain[name]) for name in plain if name != "prompt"]
-    lengths = [max(map(len, row)) for row in zip(*(wholes or [models.encode(tokenizer, prompts)]), strict=True)]
-    kept = [row for row, length in enumerate(lengths) if length <= max_length]
-    if not kept:
-        raise DataError(f"{source}: each of {len(dataset)} rows is longer than {max_length} tokens; raise max_length")
-    if len(kept) == len(dataset):
-        return dataset
-    left = f"{len(dataset) - len(kept)} of {len(dataset)} rows are left out: longer than max_length={max_length} tokens"
-    warnings.warn(f"{source}: {left}", stacklevel=2)
-    return dataset.select(kept)
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any) -> None:
-    """RenderError where a prompt, or its completion, has no tokens of its own."""
-    if completion is not None:
-        models.split(tokenizer, prompt, completion)
-    elif not models.encode(tokenizer, [prompt])[0]:
-        raise models.RenderError("it has no token, so nothing could follow it")
-
-
-def _plain_text(tokenizer: PreTrainedTokenizerBase, column: str, cell: Any) -> Any:
-    return models.without_bos(tokenizer, cell) if column == "prompt" and isinstance(cell, str) else models.plain(cell)
-
-
-def _refuse(faults: Sequence[Fault], source: str) -> None:
-    """DataError that names source, row and column of the first fault and counts all kinds; nothing where is none."""
-    if faults:
-        row, column, kind, detail = faults[0]
-        raise DataError(
-            f"{source}, row {row} (counting from 0), column {column!r}: {detail or kind}; {KINDS[kind]}. "
-            f"All faults (listed by find_faults): {_counts([(fault.row, fault.kind) for fault in faults])}"
-        )
+    left_out = f"{source}: {len(rows)} of {len(dataset)} rows are left out, because they {why}"
+    if len(rows) == len(dataset):
+        raise DataError(f"{left_out}; none is left")
+    warnings.warn(left_out, stacklevel=3)
+    return dataset.select([row for row in range(len(dataset)) if row not in rows])
 
 
 def split_by_prompt(dataset: Dataset, test_fraction: float = 0.1, seed: int = 0) -> tuple[Dataset, Dataset]:

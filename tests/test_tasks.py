@@ -92,9 +92,9 @@ def test_pairs_split_a_persons_file_by_prompt(file: str) -> None:
 def test_what_is_too_long_is_left_out_aloud(file: str, tmp_path: Path) -> None:
     pipeline = Pipeline(tiny(Pairs(file), base_model=Pocket.base_model), tmp_path)
     rows = Dataset.from_dict({"prompt": ["where does the otter live ?", "where" + " where" * 150]})
-    with pytest.warns(UserWarning, match="prompts: 1 of 2 rows are left out: longer than"):
+    with pytest.warns(UserWarning, match="prompts: 1 of 2 rows are left out, because they are longer than"):
         assert pipeline._ready(rows, ("prompt",), "prompts", 128)["prompt"][:] == [rows["prompt"][0]]
-    with pytest.raises(ValueError, match="each of 1 rows is longer than"):
+    with pytest.raises(ValueError, match="1 of 1 rows are left out, because they are longer than"):
         pipeline._ready(rows.select([1]), ("prompt",), "prompts", 128)
 
 

@@ -77,11 +77,12 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Any =
         raise RenderError(f"the chat template refuses it: {error}") from None
 
 
-def without_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The text without the BOS with which it begins, where the tokenizer puts one before every text."""
+def without_bos(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> Any:
+    """A text without the BOS with which it begins, where the tokenizer puts one before every text; a chat as it is."""
     bos = tokenizer.bos_token
-    added = bos is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(bos) if added else text
+    if bos is None or not isinstance(prompt, str) or tokenizer("")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return prompt
+    return prompt.removeprefix(bos)
 
 
 def encode(
@@ -93,11 +94,13 @@ def encode(
 
 
 def split(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Any) -> tuple[list[int], list[int]]:
-    """The tokens of a prompt and those of the completion after it.
+    """The tokens of a prompt and those of the completion after it (of None: no tokens).
 
     Raises RenderError, with the cause, where the prompt's tokens are not the first of the whole.
     """
     [head], [whole] = encode(tokenizer, [prompt]), encode(tokenizer, [prompt], [completion])
+    if completion is None and not head:
+        raise RenderError("it has no token, so nothing could follow it")
     if whole[: len(head)] == head:
         return head, whole[len(head) :]
     asked = render(tokenizer, prompt)
