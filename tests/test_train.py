@@ -140,6 +140,22 @@ def test_a_reward_model_that_reloads_to_other_scores_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_policy_that_reloads_to_other_log_probs_is_not_published(zoo: Zoo, tmp_path: Path) -> None:
+    """The base is not saved with an adapter, so a change of it would be lost, in silence."""
+
+    class ChangesTheBase(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            model.get_input_embeddings().weight.data.mul_(1.5)
+
+    settings = {"lora": {"r": 2}, "max_steps": 1, **COMMON, "callbacks": [ChangesTheBase()]}
+    for method, rows in ((train.sft, DEMONSTRATIONS), (train.dpo, PREFERENCES)):
+        with pytest.raises(ModelError, match="loaded again, its log-probs differ"):
+            method(zoo["full"], rows, tmp_path / "out", **settings)
+    with pytest.raises(ModelError, match="init_lora_weights='olora' changes the base"):
+        train.sft(zoo["full"], DEMONSTRATIONS, tmp_path / "out", lora={"r": 2, "init_lora_weights": "olora"}, **COMMON)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_a_reward_model_is_normalised_when_its_trainer_is_gone(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -33,10 +33,15 @@ def lora_config(lora: Lora | None) -> LoraConfig | None:
 
     Defaults of a dict: rank 16, scale lora_alpha / r = 2, no dropout, every linear layer but the output.
     """
-    if lora is None or isinstance(lora, LoraConfig):
-        return deepcopy(lora)  # peft writes the modules that it finds into its config
-    defaults = {"r": 16, "lora_alpha": 2 * lora.get("r", 16), "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    return LoraConfig(**{**defaults, **lora})
+    if lora is None:
+        return None
+    config = deepcopy(lora)  # peft writes the modules that it finds into its config
+    if not isinstance(config, LoraConfig):
+        rank = {"r": 16, "lora_alpha": 2 * config.get("r", 16)}
+        config = LoraConfig(**{**rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config})
+    if (start := config.init_lora_weights) not in (True, False, "gaussian", "orthogonal"):
+        raise ModelError(f"init_lora_weights={start!r} changes the base, which is not saved with the adapter; use True")
+    return config
 
 
 def check_trainable(model: ModelPath, lora: Lora | None, load_in_4bit: bool | None) -> None:

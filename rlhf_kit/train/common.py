@@ -107,23 +107,46 @@ class OnlyFinite(TrainerCallback):
 
 
 def fit(trainer: Trainer, folder: Path) -> None:
-    """Train, and write the model, its tokenizer and its history; ModelError if a trained weight is not finite."""
+    """Train, and write the model, its tokenizer and its history; ModelError if a trained weight is not finite.
+
+    A policy is read again, and must give the log-probs of the one that was trained: ModelError otherwise.
+    """
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    if not all(weight.isfinite().all() for weight in trainer.model.parameters() if weight.requires_grad):
+    model, tokenizer = trainer.model, trainer.processing_class
+    if not all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
         raise models.ModelError(
             "training ended in weights that are not finite, so nothing is saved; look for NaN in the dataset and in "
             "the given model, or lower learning_rate"
         )
-    if (settings := getattr(trainer.model, "generation_config", None)) is not None:
-        stops = models.stop_ids(trainer.model, trainer.processing_class)
-        settings.eos_token_id = stops if len(stops) > 1 else stops[0]
+    policy = getattr(model, "generation_config", None) is not None
+    if policy:
+        stops = models.stop_ids(model, tokenizer)
+        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     # With adapters, TRL leaves the reference's clone in the model: only the trained adapter is written.
-    trained = {"selected_adapters": ["default"]} if isinstance(trainer.model, PeftModel) else {}
-    trainer.model.save_pretrained(folder, **trained)
-    trainer.processing_class.save_pretrained(folder)
+    trained = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(folder, **trained)
+    tokenizer.save_pretrained(folder)
     trainer.save_state()
-    models.write_notes(folder, load_in_4bit=bool(getattr(trainer.model, "is_loaded_in_4bit", False)))
+    models.write_notes(folder, load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)))
+    if policy:
+        trainer.accelerator.free_memory()
+        _check_saved(model.eval(), folder, list(islice(trainer.train_dataset, CHECKED)))
+
+
+@torch.no_grad()
+def _check_saved(model: Model, folder: Path, rows: list[dict[str, Any]]) -> None:
+    """ModelError where the log-probs after these rows are other ones when the model is loaded again."""
+    tokenizer = models.load_tokenizer(folder)
+    trained = [row.get("input_ids") or row.get("prompt_ids") for row in rows]  # on-policy trainers keep the prompt
+    ids = [a or models.encode(tokenizer, [row["prompt"]])[0] for a, row in zip(trained, rows, strict=True)]
+    seen = sorted({token for row in ids for token in row})
+    own, again = (models.next_logprobs(each, ids, seen) for each in (model, models.load_causal(folder)))
+    if not (furthest := (own - again).abs().max().item()) <= 1e-3:
+        raise models.ModelError(
+            f"{folder}: loaded again, its log-probs differ from the trained model's by up to {furthest:.3g} nats, so "
+            "it is not published; a setting of the model or of its adapter is lost when it is saved"
+        )
 
 
 def history(model: ModelPath) -> pd.DataFrame:
