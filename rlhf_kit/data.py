@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, config, load_dataset
 from pyarrow import ArrowException, parquet
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlhf_kit import models
 
@@ -107,19 +107,16 @@ def require(dataset: Dataset, columns: Sequence[str], source: str = "dataset") -
         near = [name for name in others if name.lower() in OTHER_NAMES.get(column, ())]
         near += get_close_matches(column, others, 1)
         guess = f"; did you mean {near[0]!r}? Then rename_column({near[0]!r}, {column!r})" if near else ""
-        if column == "prompt" and {"chosen", "rejected"} <= {*dataset.column_names} and not near:
-            guess = "; `data.load` splits such pairs into a prompt and its answers"
         if whole := {"messages", "conversations", "text"} & {*others}:
             guess = f"; {min(whole)!r} holds prompts with their answers: split each row before its last answer"
+        elif column == "prompt" and {"chosen", "rejected"} <= {*dataset.column_names} and not near:
+            guess = "; `data.load` splits such pairs into a prompt and its answers"
         names = ", ".join(repr(name if len(name) <= 40 else name[:37] + "...") for name in dataset.column_names)
         raise DataError(f"{source}: no column {column!r}; it has {names}{guess}")
 
 
 def find_faults(
-    dataset: Dataset,
-    columns: Sequence[str] = PREFERENCE,
-    source: str = "dataset",
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    dataset: Dataset, columns: Sequence[str] = PREFERENCE, source: str = "dataset", tokenizer: Tokenizer | None = None
 ) -> list[Fault]:
     """Return all faults of the cells in `columns`, by row; raise DataError for a missing column or an empty dataset.
 
@@ -142,10 +139,7 @@ def find_faults(
 
 
 def check(
-    dataset: Dataset,
-    columns: Sequence[str] = PREFERENCE,
-    source: str = "dataset",
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    dataset: Dataset, columns: Sequence[str] = PREFERENCE, source: str = "dataset", tokenizer: Tokenizer | None = None
 ) -> None:
     """Raise DataError if `find_faults` finds any, naming source, row and column of the first and counting all kinds."""
     _refuse(find_faults(dataset, columns, source, tokenizer), source)
@@ -162,7 +156,7 @@ def _refuse(faults: Sequence[Fault], source: str) -> None:
 
 def ready(
     dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     columns: Sequence[str],
     max_length: int | None = None,
     source: str = "dataset",

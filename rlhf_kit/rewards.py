@@ -13,6 +13,7 @@ from rlhf_kit.models import ModelPath, Prompt, Roles
 BATCH_ROWS, BATCH_TOKENS = 64, 4096  # at most, in one forward pass of a reward model: long texts must not fill a GPU
 Completion = str | list[dict[str, str]]
 Reward = Callable[..., list[float]]
+ARGUMENTS = ("self", "prompt", "prompts", "completion", "completions")  # columns of these names are not passed on
 
 
 def checked(rewards: Any, count: int) -> torch.Tensor:

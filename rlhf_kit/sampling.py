@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from rlhf_kit import data, models
-from rlhf_kit.rewards import Reward, checked
+from rlhf_kit.rewards import ARGUMENTS, Reward, checked
 
 KL_ROWS = 64  # completions in one forward pass for the KL; sorted by length, they cost half of a whole batch at once
 
@@ -26,7 +26,8 @@ def sample(
 ) -> pd.DataFrame:
     """`n` completions of each prompt: a row per (prompt_id, sample) with `finished`, `n_tokens`, the prompt columns.
 
-    A completion is text after a text, an assistant message after a chat.
+    A completion is text after a text, an assistant message after a chat. A prompt column of the name of one of these
+    gets `_dataset` behind its name.
     With a `reference` model the column `kl` is KL(model || reference) in nats: the exact KL over the vocabulary, summed
     over the positions of the completion. batch_tokens: the most tokens in memory at once, prompts and completions at
     their longest. ValueError where there are no prompts or n is below 1.
@@ -57,16 +58,18 @@ def sample(
                 kl[index] = models.completion_kl(policy, other, tokens.rows(index), temperature or 1.0).cpu()
             batch["kl"] = kl.tolist()
         parts.append(batch)
-    columns = prompts.to_pandas().rename_axis("prompt_id").reset_index()
-    columns["prompt"] = prompts["prompt"][:]  # to_pandas turns chats into arrays
-    frame = pd.concat(parts, ignore_index=True).merge(columns, on="prompt_id", suffixes=("", "_dataset"))
+    frame = pd.concat(parts, ignore_index=True)
+    for name in prompts.column_names:
+        cells = prompts[name][:]
+        frame[f"{name}_dataset" if name in frame else name] = [cells[i] for i in frame["prompt_id"]]
     frame.insert(2, "prompt", frame.pop("prompt"))  # before the completion
     return frame
 
 
 def add_rewards(samples: pd.DataFrame, rewards: Mapping[str, Reward]) -> pd.DataFrame:
-    """The samples with a column for each reward, which gets the other columns of the frame as it does in training."""
-    columns = {name: samples[name].tolist() for name in samples.columns if name not in ("prompt", "completion")}
+    """The samples with a column for each reward, which gets the columns of the prompts as it does in training."""
+    names = [name for name in samples.columns if name not in ARGUMENTS]
+    columns = {name: samples.get(f"{name}_dataset", samples[name]).tolist() for name in names}
     prompts, completions = samples["prompt"].tolist(), samples["completion"].tolist()
     given = {name: reward(prompts, completions, **columns) for name, reward in rewards.items()}
     return samples.assign(**{name: checked(each, len(samples)).tolist() for name, each in given.items()})

@@ -309,3 +309,40 @@ def test_weights_that_lack_a_tensor_are_no_model(zoo: Any, tmp_path: Path) -> No
     save_file(weights, tmp_path / "torn" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="lack model.layers.1.mlp.up_proj.weight"):
         models.load_causal(tmp_path / "torn")
+
+
+# Names of ours, of pandas and of TRL: a person's column may have any of them.
+OWN = "sample kl prompt_id finished n_tokens completion prompts self text images input_ids item labels trainer_state"
+
+
+def test_own_columns_reach_a_reward_by_their_names_whatever_these_are(zoo: Any, tmp_path: Path) -> None:
+    own = {name: [f"{name} {row}" for row in range(8)] for name in OWN.split()}
+    prompts = Dataset.from_dict({"prompt": PROMPTS, **own})
+    passed_on = set(own) - {"completion", "prompts", "self"}
+
+    def reward(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
+        assert passed_on <= set(columns)
+        for name in passed_on:
+            assert columns[name] == [f"{name} {PROMPTS.index(prompt)}" for prompt in prompts]
+        return [float(len(text)) for text in completions]
+
+    samples = sampling.sample(zoo["full"], prompts, n=2, max_completion_length=3, reference=zoo["full"])
+    scored = sampling.add_rewards(samples, {"score": reward})
+    assert scored["score"].tolist() == scored["completion"].map(len).tolist() and scored["kl"].abs().max() < 1e-6
+    assert scored["kl_dataset"].tolist() == [f"kl {row}" for row in range(8) for _ in range(2)]
+    settings = COMMON | {"max_steps": 1, "max_completion_length": 3}
+    train.grpo(zoo["full"], reward, prompts, tmp_path / "grpo", **settings)
+    args = PPOConfig(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=8, max_completion_length=3)
+    PPOTrainer(zoo["full"], reward, args, prompts, callbacks=[]).train()
+
+
+@pytest.mark.parametrize("method, rows", [("sft", DEMONSTRATIONS), ("dpo", PREFERENCES)])
+def test_own_columns_are_not_trained_on(zoo: Any, tmp_path: Path, method: str, rows: Dataset) -> None:
+    """TRL would train on `text`, take `images` for those of a prompt, and `input_ids` for its own tokens."""
+    own = {
+        name: [f"{name} {row}" for row in range(8)] for name in ("text", "images", "input_ids", "messages", "labels")
+    }
+    more = Dataset.from_dict(rows.to_dict() | own)
+    outs = [getattr(train, method)(zoo["full"], each, tmp_path / str(i), **FEW) for i, each in enumerate((rows, more))]
+    for one, other in zip(*(models.load_causal(out).parameters() for out in outs), strict=True):
+        assert torch.equal(one, other)

@@ -31,7 +31,7 @@ from rlhf_kit.ppo import maths
 from rlhf_kit.ppo.alarms import Alarms, repetition
 from rlhf_kit.ppo.config import PPOConfig
 from rlhf_kit.progress import ProgressCallback
-from rlhf_kit.rewards import Ensemble, Reward, RewardModel, checked
+from rlhf_kit.rewards import ARGUMENTS, Ensemble, Reward, RewardModel, checked
 
 STATE = "ppo_state.json"
 Rows = list[dict[str, Any]]  # of a dataset
@@ -193,7 +193,7 @@ class PPOTrainer(Trainer):
         texts: list[Any] = models.decode_completions(self.processing_class, tokens)
         found = pd.DataFrame({"prompt": prompts, "completion": texts})
         texts = [models.as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ARGUMENTS}
         if isinstance(self.reward, Ensemble):
             each = self.reward.each(prompts, texts, **columns)
             rewards = self.reward.combined(each).tolist()

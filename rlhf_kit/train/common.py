@@ -77,9 +77,13 @@ class Training:
         return trainer
 
     def ready(self, dataset: Dataset, *columns: str) -> Dataset:
-        """The rows as this trainer and the rest of the kit will render them; see `data.ready`."""
+        """The rows as this trainer and the rest of the kit will render them (see `data.ready`), in these columns alone.
+
+        TRL would take a further column `text`, `images` or `input_ids` for its own.
+        """
         limits = [getattr(self.args, "max_length", None), models.max_length(self.model)]
-        return data.ready(dataset, self.tokenizer, columns, min((each for each in limits if each), default=None))
+        rows = data.ready(dataset, self.tokenizer, columns, min((each for each in limits if each), default=None))
+        return rows.select_columns([name for name in rows.column_names if name in (*columns, "item")])
 
     def _check_tokens(self, trainer: Any, dataset: Dataset) -> None:
         """ModelError where TRL has tokenised a row otherwise than this kit samples and scores it."""

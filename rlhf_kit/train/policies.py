@@ -13,11 +13,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from rlhf_kit import models, sampling
+from rlhf_kit import data, models, sampling
 from rlhf_kit.models import Model, ModelPath
 from rlhf_kit.models.rendering import wrap
 from rlhf_kit.ppo import PPOConfig
-from rlhf_kit.rewards import Reward, RewardModel, checked
+from rlhf_kit.rewards import ARGUMENTS, Reward, RewardModel, checked
 from rlhf_kit.train.common import Training, fit, new_directory
 
 PRETRAINING: dict[str, Any] = {"learning_rate": 3e-3, "adam_beta2": 0.98, "weight_decay": 0.01}
@@ -128,7 +128,10 @@ def _on_policy(
         trainer_class, config_class = ON_POLICY[method]
         weights = [1.0, -options.pop("missing_eos_penalty", 1.0)]
         training = Training(method, config_class, model, folder, **(LIKE_PPO | {"reward_weights": weights} | options))
-        args, tokenizer, prompts = training.args, training.tokenizer, training.ready(prompts, "prompt")
+        args, tokenizer = training.args, training.tokenizer
+        rows = data.ready(prompts, tokenizer, ["prompt"], models.max_length(model))
+        names = {name: f"column {name}" for name in rows.column_names if name != "prompt"}
+        prompts = rows.rename_columns(names)  # under names that TRL does not take for its own
         longest = max(map(len, models.encode(tokenizer, prompts["prompt"][:])))
         if len(prompts) < (needed := args.generation_batch_size // args.num_generations):
             raise ValueError(
@@ -136,11 +139,10 @@ def _on_policy(
                 "(per_device_train_batch_size / num_generations); lower the first, raise the second, or give more"
             )
         learned = reward if callable(reward) else RewardModel(reward)
-        columns = [name for name in prompts.column_names if name != "prompt"]
 
         # TRL passes more than a reward function of this kit takes, and reads NaN as "not applicable".
         def score(prompts: list[Any], completions: list[Any], **given: Any) -> list[float]:
-            known = {name: given[name] for name in columns if name in given}  # TRL itself drops a column `completion`
+            known = {name: given[column] for name, column in names.items() if name not in ARGUMENTS}
             return checked(learned(prompts, completions, **known), len(prompts)).tolist()
 
         def unfinished(completion_ids: list[list[int]], **given: Any) -> list[float]:
