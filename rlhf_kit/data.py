@@ -41,7 +41,7 @@ LABELS = {"true": True, "1": True, "false": False, "0": False}  # in the cells o
 KINDS = {
     "missing": "every row needs this column: fill or drop such rows",
     "empty text": "fill or drop such rows",
-    "wrong type": "a cell is text or a list of {role, content} messages, the same in all rows and columns",
+    "wrong type": "a cell is text, or a list of {role, content} messages, not {from, value}; all cells are alike",
     "text and chat": "the prompt is a text, the answers are chats that hold it: remove_columns('prompt')",
     "unknown role": "roles are system, user, assistant and tool: give your own these names",
     "chosen equals rejected": "such a pair does not say what is preferred: drop it",

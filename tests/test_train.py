@@ -271,7 +271,7 @@ def test_nothing_is_under_the_final_name_until_it_is_whole(zoo: Zoo, tmp_path: P
     with pytest.raises(KeyboardInterrupt):
         train.sft(zoo["full"], DEMONSTRATIONS, out, max_steps=2, callbacks=[Crash()])
     same = PREFERENCES.map(lambda row: {"prompt": "why ?", "chosen": " no .", "rejected": " no ."})
-    with pytest.raises(ValueError, match="same score"):  # identical completions cannot be normalised
+    with pytest.raises(ValueError, match="nothing to learn"):
         train.reward_model(zoo["full"], same, out, max_steps=1, **COMMON)
     with pytest.raises(ModelError, match="weights that are not finite"):  # after the last step, so no gradient tells
         train.reward_model(zoo["full"], PREFERENCES, out, max_steps=1, learning_rate=1e39, **COMMON)

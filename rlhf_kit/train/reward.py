@@ -67,12 +67,15 @@ def reward_model(model: ModelPath, dataset: Dataset, out: ModelPath, **options: 
     dataset's completions, so these should be the SFT model's own. A column `margin` m asks for more where the raters
     were sure: -log sigmoid(r_chosen - r_rejected - m) (Llama 2, 2307.09288, eq. 2). A column `item` names the ranking
     that a pair comes from: the pairs of one item stay in one batch, because they are overfitted when they are shuffled
-    among others (2203.02155, section 3.5); ValueError if several processes train. Options: see `help(rk.train)`.
+    among others (2203.02155, section 3.5). ValueError if several processes train such pairs, or where chosen equals
+    rejected in every row. Options: see `help(rk.train)`.
     """
     with new_directory(out) as folder:
         training = Training("reward model", RewardConfig, model, folder, **options)
         margin = ["margin"] if "margin" in dataset.column_names else []
         dataset = training.ready(dataset, "prompt", "chosen", "rejected", *margin)
+        if dataset["chosen"][:] == dataset["rejected"][:]:
+            raise ValueError("reward_model: chosen equals rejected in every row, so there is nothing to learn")
         trainer_class = ItemRewardTrainer if "item" in dataset.column_names else RewardTrainer
         trainer = training.trainer(trainer_class, dataset, start=_with_score_head(training))
         fit(trainer, folder)
