@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any, Literal, Protocol, get_args
 
 import pandas as pd
@@ -49,7 +50,7 @@ class Item:
             equal = n - different
             raise FeedbackError(f"{self}: has {n} completions, {equal} equal; give 1 to {MOST} different")
 
-    @property
+    @cached_property
     def id(self) -> str:
         """A hash of the content: the same prompt and completions in the same order have the same id everywhere."""
         return hashlib.sha256(canonical([self.prompt, *self.completions]).encode()).hexdigest()[:16]

@@ -124,11 +124,15 @@ class Store:
             if not connection.execute(f"INSERT INTO withdrawals {select}", (now(), judgment, rater)).rowcount:
                 raise FeedbackError(f"judgment {judgment}: is not one of rater {rater!r}, or was withdrawn before")
 
-    def judged(self, rater: str, question: Question) -> list[Judged]:
-        """The rater's judgments of that question that count, in the order in which they were made."""
+    def withdrawals(self) -> int:
+        """How many judgments were taken back."""
+        return int(self._rows("SELECT count(*) FROM withdrawals")[0][0])
+
+    def judged(self, rater: str, question: Question, after: int = 0) -> list[Judged]:
+        """The rater's judgments of that question that count, of those after a number, in the order they were made."""
         columns = "judgment, item, shown, seconds, ranks IS NULL AND rating IS NULL"
-        where = f"rater = ? AND question = ? AND {COUNTS} ORDER BY judgment"
-        rows = self._rows(f"SELECT {columns} FROM judgments WHERE {where}", rater, question)
+        where = f"rater = ? AND question = ? AND judgment > ? AND {COUNTS} ORDER BY judgment"
+        rows = self._rows(f"SELECT {columns} FROM judgments WHERE {where}", rater, question, after)
         return [Judged(j, item, tuple(json.loads(shown)), seconds, bool(no)) for j, item, shown, seconds, no in rows]
 
     def judgments(self, withdrawn: bool = False) -> pd.DataFrame:

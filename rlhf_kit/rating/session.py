@@ -15,6 +15,7 @@ import numpy as np
 from rlhf_kit.feedback import STRENGTHS, Answer, FeedbackError, Item, Question, Store
 from rlhf_kit.feedback.collecting import draw_order
 from rlhf_kit.feedback.judging import as_row, check_question
+from rlhf_kit.feedback.store import Judged
 from rlhf_kit.progress import clock
 
 
@@ -49,6 +50,8 @@ class Session:
         self._lock = threading.RLock()  # each request of a browser has a thread of its own
         self._state: dict[str, Any] = {}
         self._started: float | None = None
+        self._history: list[Judged] = []
+        self._withdrawn = 0
         store.add(items)
         self._look()
 
@@ -75,8 +78,11 @@ class Session:
 
     def _look(self) -> None:
         """Read from the store which item is open, and how far the rater is."""
-        found = self.store.judged(self.rater, self.question)
-        self._history = [each for each in found if each.item in self.items]
+        withdrawn = self.store.withdrawals()
+        if withdrawn != self._withdrawn:  # otherwise the store has only grown, and what is new is enough
+            self._withdrawn, self._history = withdrawn, []
+        found = self.store.judged(self.rater, self.question, self._history[-1].judgment if self._history else 0)
+        self._history += [each for each in found if each.item in self.items]
         made, pending = Counter(each.item for each in self._history), []
         for item in self.asked:  # each judgment of an item settles one asking of it
             made[item] -= 1
