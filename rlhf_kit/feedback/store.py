@@ -14,6 +14,11 @@ from rlhf_kit.feedback.judging import FeedbackError, Item, Question, canonical, 
 
 SCHEMA_VERSION = 2
 WAIT = 30.0  # seconds that a write waits for another process's write
+CURES = {
+    "locked": "end the program that holds it",
+    "full": "make room on the disk",
+    "surrogate": "mend half a character",
+}
 # Nothing is ever changed or deleted: what a rater takes back is a withdrawal beside the judgment.
 TABLES = {
     "items": "item TEXT PRIMARY KEY, prompt TEXT NOT NULL, completions TEXT NOT NULL, columns TEXT NOT NULL",
@@ -39,37 +44,58 @@ class Judged(NamedTuple):
 class Store:
     """Judgments in a file of that path, made if it is not there; FeedbackError where it is no store of this version.
 
-    WAL mode with full synchronisation: what a method has written survives kill -9, and readers never wait.
+    WAL mode with full synchronisation: what a method has written survives kill -9, and readers never wait. A store that
+    is opened `read_only` must be there, and nothing is written at its place.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        try:
+    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
+        self.path, self.read_only = Path(path), read_only
+        if fault := self._fault():
+            raise FeedbackError(f"{self.path}: is no store of judgments ({fault}); name another file")
+        if not read_only:
             with self._transaction() as connection:  # of two processes that make the same store, one waits
-                [version] = connection.execute("PRAGMA user_version").fetchone()
-                if not version and not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                     _create(connection)
-                elif version != SCHEMA_VERSION:
-                    raise sqlite3.DatabaseError(f"its schema is {version}, and this rlhf-kit reads {SCHEMA_VERSION}")
-            with closing(sqlite3.connect(self.path, timeout=WAIT)) as connection:
-                connection.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.DatabaseError as error:
-            raise FeedbackError(f"{self.path}: is no store of judgments ({error}); name another file") from None
+            with self._transaction("PRAGMA journal_mode = WAL"):
+                pass
+
+    def _fault(self) -> str | None:
+        """Why the file is no store. It is read as bytes, because SQLite may change any database that it opens."""
+        try:
+            with self.path.open("rb") as stream:
+                page = stream.read(4096)  # the first page has all of the schema
+        except OSError as error:
+            return None if isinstance(error, FileNotFoundError) and not self.read_only else error.strerror
+        version = int.from_bytes(page[60:64], "big")
+        if page and not page.startswith(b"SQLite format 3\0"):
+            return "file is not a database"
+        if page and version != SCHEMA_VERSION:
+            return f"its schema is {version}, and this rlhf-kit reads {SCHEMA_VERSION}"
+        made = b"CREATE TABLE withdrawals" in page or not (page or self.read_only)  # an empty one is yet to be made
+        return None if made else "it lacks the tables of one"
 
     @contextmanager
     def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
-        """A connection for one transaction: committed at the end, undone on an error. IMMEDIATE waits for writers."""
-        with closing(sqlite3.connect(self.path, timeout=WAIT, isolation_level=None)) as connection:
-            connection.row_factory = sqlite3.Row
-            connection.execute("PRAGMA foreign_keys = ON")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute(begin)
-            with connection:
-                yield connection
+        """A connection for one transaction: committed at the end, undone on an error. IMMEDIATE waits for writers.
 
-    def _rows(self, select: str, *values: Any) -> list[sqlite3.Row]:
-        with self._transaction("BEGIN") as connection:  # a reader never waits
-            return connection.execute(select, values).fetchall()
+        FeedbackError says what went wrong, also in reading what the file holds.
+        """
+        address = self.path.resolve().as_uri()
+        if self.read_only:  # without a -wal file nobody else has it open, and `immutable` makes no file beside it
+            address += "?mode=ro" if Path(f"{self.path.resolve()}-wal").exists() else "?immutable=1"
+        try:
+            with closing(sqlite3.connect(address, timeout=WAIT, isolation_level=None, uri=True)) as connection:
+                connection.row_factory = sqlite3.Row
+                connection.execute("PRAGMA foreign_keys = ON")
+                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute(begin)
+                with connection:
+                    yield connection
+        except FeedbackError:
+            raise
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            cure = next((cure for word, cure in CURES.items() if word in str(error)), "see that the file is whole")
+            raise FeedbackError(f"{self.path}: the store does not answer ({error}); {cure}, or name another") from None
 
     def add(self, items: Sequence[Item]) -> int:
         """Put items into the store; returns how many are new. Items that are there keep their columns, with a warning.
@@ -91,9 +117,10 @@ class Store:
 
     def items(self) -> list[Item]:
         """All items, in the order in which they were added."""
-        rows = self._rows("SELECT prompt, completions, columns FROM items ORDER BY rowid")
-        found = [[json.loads(text) for text in row] for row in rows]
-        return [Item(prompt, tuple(completions), columns) for prompt, completions, columns in found]
+        with self._transaction("BEGIN") as connection:
+            rows = connection.execute("SELECT prompt, completions, columns FROM items ORDER BY rowid")
+            found = [[json.loads(text) for text in row] for row in rows]
+            return [Item(prompt, tuple(completions), columns) for prompt, completions, columns in found]
 
     def append(self, judgment: Mapping[str, Any], before: int | None = None) -> int:
         """Keep a judgment, a row by `as_row` of an item in the store; returns its number.
@@ -126,21 +153,24 @@ class Store:
 
     def withdrawals(self) -> int:
         """How many judgments were taken back."""
-        return int(self._rows("SELECT count(*) FROM withdrawals")[0][0])
+        with self._transaction("BEGIN") as connection:  # a reader never waits
+            return int(connection.execute("SELECT count(*) FROM withdrawals").fetchone()[0])
 
     def judged(self, rater: str, question: Question, after: int = 0) -> list[Judged]:
         """The rater's judgments of that question that count, of those after a number, in the order they were made."""
         columns = "judgment, item, shown, seconds, ranks IS NULL AND rating IS NULL"
         where = f"rater = ? AND question = ? AND judgment > ? AND {COUNTS} ORDER BY judgment"
-        rows = self._rows(f"SELECT {columns} FROM judgments WHERE {where}", rater, question, after)
-        return [Judged(j, item, tuple(json.loads(shown)), seconds, bool(no)) for j, item, shown, seconds, no in rows]
+        with self._transaction("BEGIN") as connection:
+            rows = connection.execute(f"SELECT {columns} FROM judgments WHERE {where}", (rater, question, after))
+            return [Judged(j, item, tuple(json.loads(shown)), sec, bool(no)) for j, item, shown, sec, no in rows]
 
     def judgments(self, withdrawn: bool = False) -> pd.DataFrame:
         """A row per judgment, COLUMNS, in the order in which they were made; with `withdrawn` those taken back too."""
         columns = f"*, NOT {COUNTS} AS withdrawn"
-        found = self._rows(f"SELECT {columns} FROM judgments JOIN items USING (item) ORDER BY judgment")
-        rows = [dict(row) for row in found if withdrawn or not row["withdrawn"]]
-        return judgments_frame([row | {name: json.loads(row[name] or "null") for name in AS_JSON} for row in rows])
+        with self._transaction("BEGIN") as connection:
+            found = connection.execute(f"SELECT {columns} FROM judgments JOIN items USING (item) ORDER BY judgment")
+            rows = [dict(row) for row in found if withdrawn or not row["withdrawn"]]
+            return judgments_frame([row | {name: json.loads(row[name] or "null") for name in AS_JSON} for row in rows])
 
 
 def _create(connection: sqlite3.Connection) -> None:

@@ -1,7 +1,6 @@
 """What is behind the rating page: which item comes next, in which order it is shown, and how far the rater is."""
 
 import hashlib
-import sqlite3
 import threading
 import time
 from collections import Counter
@@ -69,11 +68,10 @@ class Session:
                 self._look()
                 try:
                     self._do(message)
-                except FeedbackError as refused:
-                    error = str(refused)
-                self._look()
-            except sqlite3.Error as failed:
-                error = f"{self.store.path}: the store does not answer ({failed}); the page waits until it does"
+                finally:
+                    self._look()
+            except FeedbackError as refused:
+                error = str(refused)
             return self.state(error)
 
     def _look(self) -> None:
