@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import pandas as pd
 
-from rlhf_kit.models import Prompt
+from rlhf_kit.models import Prompt, plain
 from rlhf_kit.rewards import Completion
 
 Question = Literal["rank", "good/bad", "1-7"]
@@ -34,7 +34,7 @@ class FeedbackError(ValueError):
 class Item:
     """A prompt with one completion to rate, or 2 to 9 different ones to rank; `columns` hold what else is known of it.
 
-    Raises FeedbackError where completions are missing, equal or too many.
+    Raises FeedbackError where one is neither a text nor a chat, or where completions are equal or too many.
     """
 
     prompt: Prompt
@@ -42,9 +42,10 @@ class Item:
     columns: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        for place, each in enumerate(self.completions):
-            if not isinstance(each, str | list):
-                raise FeedbackError(f"{self}: completion {place} is missing ({each!r}); give a text or a chat")
+        for place, each in enumerate((self.prompt, *self.completions)):
+            if not _is_text(each) or (place == 0 and not str(each).strip()):
+                what = f"completion {place - 1}" if place else "prompt"
+                raise FeedbackError(f"{self}: {what} is missing ({each!r:.80}); give a text or a chat of text")
         n, different = len(self.completions), len(set(map(canonical, self.completions)))
         if not 1 <= n <= MOST or different < n:
             equal = n - different
@@ -57,6 +58,22 @@ class Item:
 
     def __str__(self) -> str:
         return f"item {str(self.prompt)[:60]!r}"
+
+
+def _is_text(cell: Any) -> bool:
+    """Whether it is a text of whole characters, or a chat: messages with a role and a text, or with parts of text."""
+    try:
+        json.dumps(cell, ensure_ascii=False).encode()
+        contents = [] if isinstance(cell, str) else [(str(each["role"]), each.get("content")) for each in plain(cell)]
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return False
+    return isinstance(cell, str) or (cell != [] and all(isinstance(text, str | None) for _, text in contents))
+
+
+def check_rater(name: str) -> None:
+    """FeedbackError for a rater without a name, or with half a character in it."""
+    if not name.strip() or not _is_text(name):
+        raise FeedbackError(f"a judgment needs a rater's name, not {name!r}; give one, such as rater='ana'")
 
 
 @dataclass(frozen=True)
@@ -127,8 +144,7 @@ def as_row(
     interface: str,
 ) -> dict[str, Any]:
     """A judgment made now as a row of COLUMNS, not numbered yet; FeedbackError where these do not fit each other."""
-    if not rater.strip():
-        raise FeedbackError("a judgment needs a rater's name; give one, such as rater='ana'")
+    check_rater(rater)
     answer.check(question, len(item.completions))
     if sorted(shown) != list(range(len(item.completions))):
         raise FeedbackError(f"shown {tuple(shown)}: it must name each of {len(item.completions)} completions once")

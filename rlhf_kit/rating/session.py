@@ -13,8 +13,9 @@ import numpy as np
 
 from rlhf_kit.feedback import STRENGTHS, Answer, FeedbackError, Item, Question, Store
 from rlhf_kit.feedback.collecting import draw_order
-from rlhf_kit.feedback.judging import as_row, check_question
+from rlhf_kit.feedback.judging import as_row, check_question, check_rater
 from rlhf_kit.feedback.store import Judged
+from rlhf_kit.models import plain
 from rlhf_kit.progress import clock
 
 
@@ -38,6 +39,7 @@ class Session:
         repeats: int = 0,
     ) -> None:
         check_question(question, items)
+        check_rater(rater)
         self.store, self.rater, self.question, self.seed = store, rater, question, seed
         self.items = {item.id: item for item in items}
         once = list(self.items)
@@ -142,5 +144,5 @@ class Session:
 
 def _messages(text: Any) -> list[dict[str, str | None]]:
     """A prompt or completion as messages of a chat; a plain text is one message without a role."""
-    messages = [{"role": None, "content": text}] if isinstance(text, str) else text
-    return [{"role": each["role"], "content": str(each.get("content") or "")} for each in messages]
+    messages = [{"role": None, "content": text}] if isinstance(text, str) else plain(text)
+    return [{"role": each["role"], "content": each["content"] or ""} for each in messages]
