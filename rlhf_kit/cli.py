@@ -45,16 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=_number(0), default=0)
     demo.add_argument("--set", action="append", default=[], metavar="STAGE.SETTING=VALUE", help="e.g. ppo.kl_coef=0.2")
     demo.add_argument("--fresh", action="store_true", help="make every stage again instead of keeping finished ones")
-    demo.add_argument(
-        "--threads", type=_number(1), help="CPU threads (default: OMP_NUM_THREADS or 2; 1 on a busy machine)"
-    )
+    demo.add_argument("--threads", type=_number(1), help="of the CPU (default: OMP_NUM_THREADS or 2; 1 if it is busy)")
     demo.set_defaults(run=_demo)
     memory = commands.add_parser("memory", help="the GPU memory that a stage will need, part by part, before it starts")
     memory.add_argument("model", metavar="MODEL", help="a model directory (its config.json is enough) or a hub id")
     memory.add_argument("--stage", default="ppo", choices=("sft", "reward_model", "dpo", "ppo"))
-    memory.add_argument(
-        "--gpu", type=_number(0.1, 10**6, float), metavar="GIB", help="memory of the GPU (default: this machine's)"
-    )
+    memory.add_argument("--gpu", type=_number(0.1, 10**6, float), metavar="GIB", help="it has (default: this one's)")
     trained = memory.add_mutually_exclusive_group()
     trained.add_argument("--full", action="store_true", help="train all weights, not an adapter")
     trained.add_argument("--lora", type=_number(1), metavar="R", default=16, help="rank of the adapters (default: 16)")
@@ -68,9 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--ensemble", "ensemble", 1, "reward models"),
     ):
         meaning = f"{unit} (default: {default})"
-        memory.add_argument(
-            option, dest=name, type=_number(int(name != "ensemble")), default=default, metavar="N", help=meaning
-        )
+        memory.add_argument(option, dest=name, type=int, default=default, metavar="N", help=meaning)
     memory.add_argument("--reward-model", metavar="MODEL", help="the reward models' base, where it is another one")
     memory.add_argument("--8bit-adam", action="store_true", dest="adam_8bit", help='optim="paged_adamw_8bit"')
     memory.add_argument("--checkpointing", **either, default=True, help="of activations (default); --no keeps them all")
@@ -86,13 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     rate.add_argument("--store", type=Path, default=Path("judgments.db"), help="made if not there (judgments.db)")
     rate.add_argument("--question", default="rank", choices=("rank", "good/bad", "1-7"))
     rate.add_argument("--k", type=_number(2, 9), default=2, help="samples of a prompt to rank at a time (default: 2)")
-    rate.add_argument(
-        "--port", type=_number(0, 65535), default=0, metavar="N", help="of 127.0.0.1 (default: a free one)"
-    )
+    rate.add_argument("--port", type=_number(0, 65535), default=0, help="of 127.0.0.1 (default: a free one)")
     rate.add_argument("--seed", type=_number(0), default=0, help="draws the order in which completions are shown")
-    rate.add_argument(
-        "--repeats", type=_number(0), default=0, metavar="N", help="items that come again, in reverse order"
-    )
+    rate.add_argument("--repeats", type=_number(0), default=0, help="how many items come again, in reverse order")
     rate.set_defaults(run=_rate)
     return parser
 
@@ -101,9 +91,9 @@ def _number(least: float, most: float = 10**9, kind: type = int) -> Callable[[st
     """The type of an option: a number from `least` to `most`."""
 
     def number(text: str) -> Any:
-        if not least <= kind(text) <= most:  # NaN is neither
-            raise argparse.ArgumentTypeError(f"{text}: give a number from {least} to {most}")
-        return kind(text)
+        if least <= kind(text) <= most:  # NaN is not
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text}: give a number from {least} to {most}")
 
     return number
 
@@ -161,8 +151,8 @@ def _report(options: argparse.Namespace) -> None:
     from rlhf_kit.feedback import Store, reporting
 
     store, out = Store(options.store, read_only=True), options.out
-    if out.exists() and (out.samefile(options.store) or not out.is_file()):
-        raise ValueError(f"{out}: is {'no file' if out.is_dir() else 'the store itself'}; name another file with --out")
+    if out.exists() and (out.is_dir() or out.samefile(options.store)):
+        raise ValueError(f"{out}: is {'a folder' if out.is_dir() else 'the store'}; name another file with --out")
     if out.exists() and not options.force:
         raise ValueError(f"{out}: is there already; name another file with --out, or overwrite it with --force")
     page = reporting.page(store, f"rlhf-kit report {options.store}")

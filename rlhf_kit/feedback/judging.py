@@ -70,10 +70,11 @@ def _is_text(cell: Any) -> bool:
     return isinstance(cell, str) or (cell != [] and all(isinstance(text, str | None) for _, text in contents))
 
 
-def check_rater(name: str) -> None:
-    """FeedbackError for a rater without a name, or with half a character in it."""
-    if not name.strip() or not _is_text(name):
-        raise FeedbackError(f"a judgment needs a rater's name, not {name!r}; give one, such as rater='ana'")
+def check_rater(name: str, note: str = "") -> None:
+    """FeedbackError for a rater without a name, and for half a character in it or in the note."""
+    if not name.strip() or not _is_text(name + note):
+        said = "half a character in it or the note" if name.strip() else "give one, such as rater='ana'"
+        raise FeedbackError(f"a judgment needs a rater's name, not {name!r}: {said}")
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def as_row(
     interface: str,
 ) -> dict[str, Any]:
     """A judgment made now as a row of COLUMNS, not numbered yet; FeedbackError where these do not fit each other."""
-    check_rater(rater)
+    check_rater(rater, answer.note)
     answer.check(question, len(item.completions))
     if sorted(shown) != list(range(len(item.completions))):
         raise FeedbackError(f"shown {tuple(shown)}: it must name each of {len(item.completions)} completions once")

@@ -14,11 +14,6 @@ from rlhf_kit.feedback.judging import FeedbackError, Item, Question, canonical, 
 
 SCHEMA_VERSION = 2
 WAIT = 30.0  # seconds that a write waits for another process's write
-CURES = {
-    "locked": "end the program that holds it",
-    "full": "make room on the disk",
-    "surrogate": "mend half a character",
-}
 # Nothing is ever changed or deleted: what a rater takes back is a withdrawal beside the judgment.
 TABLES = {
     "items": "item TEXT PRIMARY KEY, prompt TEXT NOT NULL, completions TEXT NOT NULL, columns TEXT NOT NULL",
@@ -64,15 +59,18 @@ class Store:
         try:
             with self.path.open("rb") as stream:
                 page = stream.read(4096)  # the first page has all of the schema
+        except FileNotFoundError:
+            return "no such file" if self.read_only else None
         except OSError as error:
-            return None if isinstance(error, FileNotFoundError) and not self.read_only else error.strerror
+            return error.strerror
         version = int.from_bytes(page[60:64], "big")
-        if page and not page.startswith(b"SQLite format 3\0"):
+        if not page and not self.read_only:
+            return None  # it is yet to be made
+        if not page.startswith(b"SQLite format 3\0"):
             return "file is not a database"
-        if page and version != SCHEMA_VERSION:
+        if version != SCHEMA_VERSION:
             return f"its schema is {version}, and this rlhf-kit reads {SCHEMA_VERSION}"
-        made = b"CREATE TABLE withdrawals" in page or not (page or self.read_only)  # an empty one is yet to be made
-        return None if made else "it lacks the tables of one"
+        return None if b"CREATE TABLE withdrawals" in page else "it lacks the tables of one"
 
     @contextmanager
     def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
@@ -94,8 +92,8 @@ class Store:
         except FeedbackError:
             raise
         except (sqlite3.Error, ValueError, TypeError) as error:
-            cure = next((cure for word, cure in CURES.items() if word in str(error)), "see that the file is whole")
-            raise FeedbackError(f"{self.path}: the store does not answer ({error}); {cure}, or name another") from None
+            said = "see that it is whole, that no program holds it and that the disk has room, or name another file"
+            raise FeedbackError(f"{self.path}: the store does not answer ({error}); {said}") from None
 
     def add(self, items: Sequence[Item]) -> int:
         """Put items into the store; returns how many are new. Items that are there keep their columns, with a warning.
