@@ -81,6 +81,26 @@ def test_wrong_uses_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
         assert all(path.read_bytes() == content for path, content in before.items()), name
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["memory m --gpu nan", "memory m --lora 0", "demo --threads 0", "demo --seed -1"]
+    + [f"rate f --rater a {option}" for option in ("--port 99999", "--k 1", "--seed -1", "--repeats -1")],
+)
+def test_a_number_that_cannot_be_is_refused_by_its_option(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments.split())
+    assert f"argument {arguments.split()[-2]}: {arguments.split()[-1]}: give a number" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_kit_says_that_it_is_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_report", lambda options: {}["a fault"])
+    assert cli.main(["report", "x"]) == 1
+    said = capsys.readouterr().err
+    assert "KeyError: 'a fault'" in said and said.endswith("please report it with the lines above\n")
+
+
 @pytest.mark.slow
 def test_the_exit_code_reaches_the_shell(tmp_path: Path) -> None:
     result = run(command("demo", "--preset", "galaxy"))
