@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from rlhf_kit import cli, presets
 from rlhf_kit.pipeline import Pipeline
 from rlhf_kit.runs import Run
+from rlhf_kit.tasks import Pocket
 
 TINY = [
     *("sft.max_steps=4", "reward_model.max_steps=4", "dpo.max_steps=4", "dpo.save_steps=2", "ppo.max_steps=2"),
@@ -54,6 +56,12 @@ def wrong_uses(tmp: Path) -> dict[str, tuple[list[str | Path], list[str]]]:
     (tmp / "empty.jsonl").touch()
     whole = gzip.compress("".join(json.dumps(row) + "\n" for row in PAIRS).encode())
     (tmp / "half.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    for name, file, content in (
+        ("no-config", "config.json", '{"model_type": "llama", "hidden_size": "x"}'),
+        ("no-words", "tokenizer.json", "[]"),
+    ):
+        shutil.copytree(Pocket.base_model, tmp / name)
+        (tmp / name / file).write_text(content)
     wrong = preference_file(tmp / "wrong.jsonl", [{"prompt": "a ?", "better": " b", "rejected": " c"}])
     out = tmp / "out"
     return {
@@ -62,6 +70,8 @@ def wrong_uses(tmp: Path) -> dict[str, tuple[list[str | Path], list[str]]]:
         "empty file": (["--data", tmp / "empty.jsonl", "--out", out], ["empty.jsonl", "empty"]),
         "half a gzip": (["--data", tmp / "half.jsonl.gz", "--out", out], ["half.jsonl.gz"]),
         "no model": (["--base-model", tmp / "nothing", "--out", out], ["nothing", "config.json"]),
+        "damaged config": (["--base-model", tmp / "no-config", "--out", out], ["no-config", "hidden_size"]),
+        "damaged tokenizer": (["--base-model", tmp / "no-words", "--out", out], ["no-words"]),
         "hub id offline": (["--base-model", "someone/some-model", "--out", out], ["someone/some-model"]),
         "hub data offline": (["--data", "someone/some-data", "--out", out], ["someone/some-data"]),
         "unwritable": (["--out", tmp / "file" / "results"], ["cannot write", "results"]),
