@@ -151,10 +151,8 @@ def _report(options: argparse.Namespace) -> None:
     from rlhf_kit.feedback import Store, reporting
 
     store, out = Store(options.store, read_only=True), options.out
-    if out.exists() and (out.is_dir() or out.samefile(options.store)):
-        raise ValueError(f"{out}: is {'a folder' if out.is_dir() else 'the store'}; name another file with --out")
-    if out.exists() and not options.force:
-        raise ValueError(f"{out}: is there already; name another file with --out, or overwrite it with --force")
+    if out.exists() and (not options.force or out.is_dir() or out.samefile(options.store)):
+        raise ValueError(f"{out}: is there already; name another with --out; --force overwrites a page, not the store")
     page = reporting.page(store, f"rlhf-kit report {options.store}")
     with files.replacing(out) as unfinished:
         unfinished.write_text(page, encoding="utf-8")

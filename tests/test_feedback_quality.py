@@ -372,7 +372,7 @@ def test_a_report_of_no_store_is_one_sentence_and_touches_nothing(tmp_path: Path
     (tmp_path / "link").hardlink_to(tmp_path / "empty.sqlite")
     for out in ("empty.sqlite", "link"):
         assert cli.main(["report", str(tmp_path / "empty.sqlite"), "--out", str(tmp_path / out), "--force"]) == 2
-        assert "is the store" in capsys.readouterr().err
+        assert "not the store" in capsys.readouterr().err
     assert (tmp_path / "text").read_text() == "no store"
     assert not (tmp_path / "absent").exists() and not (tmp_path / "out.html").exists()
 

@@ -125,8 +125,7 @@ class EndpointRater(ModelRater):
             raise FeedbackError(f"{self.model} at {self.base_url}: {said} {error_said}".strip()) from None
         content = self._without_key(content.encode(errors="replace").decode())  # half an emoji cannot be kept
         self._sql("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", digest, text, content)
-        counts = {"in": "prompt_tokens", "out": "completion_tokens"}  # which a server may leave out
-        used = {name: getattr(answer.usage, tokens, None) for name, tokens in counts.items()}
+        used = {"in": getattr(answer.usage, "prompt_tokens", 0), "out": getattr(answer.usage, "completion_tokens", 0)}
         self._count({name: n for name, n in used.items() if isinstance(n, int)})
         return content
 

@@ -64,10 +64,10 @@ def _is_text(cell: Any) -> bool:
     """Whether it is a text of whole characters, or a chat: messages with a role and a text, or with parts of text."""
     try:
         json.dumps(cell, ensure_ascii=False).encode()
-        contents = [] if isinstance(cell, str) else [(str(each["role"]), each.get("content")) for each in plain(cell)]
+        chat = [] if isinstance(cell, str) else [each["role"] and each["content"] for each in plain(cell)]
     except (TypeError, ValueError, KeyError, AttributeError):
         return False
-    return isinstance(cell, str) or (cell != [] and all(isinstance(text, str | None) for _, text in contents))
+    return isinstance(cell, str) or (cell != [] and all(isinstance(content, str | None) for content in chat))
 
 
 def check_rater(name: str, note: str = "") -> None:

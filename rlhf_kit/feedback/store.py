@@ -39,8 +39,8 @@ class Judged(NamedTuple):
 class Store:
     """Judgments in a file of that path, made if it is not there; FeedbackError where it is no store of this version.
 
-    WAL mode with full synchronisation: what a method has written survives kill -9, and readers never wait. A store that
-    is opened `read_only` must be there, and nothing is written at its place.
+    WAL mode with full synchronisation: what a method has written survives kill -9, and readers never wait.
+    read_only: it must be there, and nothing is written at its place.
     """
 
     def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
@@ -74,10 +74,7 @@ class Store:
 
     @contextmanager
     def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
-        """A connection for one transaction: committed at the end, undone on an error. IMMEDIATE waits for writers.
-
-        FeedbackError says what went wrong, also in reading what the file holds.
-        """
+        """A connection for one transaction, undone on an error (then a FeedbackError). IMMEDIATE waits for writers."""
         address = self.path.resolve().as_uri()
         if self.read_only:  # without a -wal file nobody else has it open, and `immutable` makes no file beside it
             address += "?mode=ro" if Path(f"{self.path.resolve()}-wal").exists() else "?immutable=1"
