@@ -5,12 +5,14 @@ import contextlib
 import os
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 a mistake that the person can mend, 130 interrupted."""
+    """Run a command; the exit code: 0 done, 1 a fault of the kit, 2 what the person can mend, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -23,6 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"rlhf-kit: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Exception:  # what a person can mend is a ValueError or an OSError, made one where it arises
+        traceback.print_exc()
+        print("rlhf-kit: this is a fault of rlhf-kit: please report it with the lines above", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,18 +42,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", metavar="FILE", help="your own preferences: .jsonl[.gz], .csv, .parquet or a hub id")
     demo.add_argument("--base-model", metavar="DIR|HUB_ID", help="the model to start from (default: the preset's own)")
     demo.add_argument("--out", type=Path, help="results folder (default: results/demo, or results/demo-PRESET)")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=_number(0), default=0)
     demo.add_argument("--set", action="append", default=[], metavar="STAGE.SETTING=VALUE", help="e.g. ppo.kl_coef=0.2")
     demo.add_argument("--fresh", action="store_true", help="make every stage again instead of keeping finished ones")
-    demo.add_argument("--threads", type=int, help="CPU threads (default: OMP_NUM_THREADS or 2; 1 on a busy machine)")
+    demo.add_argument("--threads", type=_number(1), help="of the CPU (default: OMP_NUM_THREADS or 2; 1 if it is busy)")
     demo.set_defaults(run=_demo)
     memory = commands.add_parser("memory", help="the GPU memory that a stage will need, part by part, before it starts")
     memory.add_argument("model", metavar="MODEL", help="a model directory (its config.json is enough) or a hub id")
     memory.add_argument("--stage", default="ppo", choices=("sft", "reward_model", "dpo", "ppo"))
-    memory.add_argument("--gpu", type=float, metavar="GIB", help="memory of the GPU (default: this machine's)")
+    memory.add_argument("--gpu", type=_number(0.1, 10**6, float), metavar="GIB", help="it has (default: this one's)")
     trained = memory.add_mutually_exclusive_group()
     trained.add_argument("--full", action="store_true", help="train all weights, not an adapter")
-    trained.add_argument("--lora", type=int, metavar="R", default=16, help="rank of the adapters (default: 16)")
+    trained.add_argument("--lora", type=_number(1), metavar="R", default=16, help="rank of the adapters (default: 16)")
     either: Any = {"action": argparse.BooleanOptionalAction}
     memory.add_argument("--4bit", **either, dest="load_in_4bit", help="the base in NF4 (default with LoRA)")
     for option, name, default, unit in (
@@ -73,12 +79,23 @@ def _parser() -> argparse.ArgumentParser:
     rate.add_argument("--rater", required=True, metavar="NAME", help="who judges; each judgment is kept by that name")
     rate.add_argument("--store", type=Path, default=Path("judgments.db"), help="made if not there (judgments.db)")
     rate.add_argument("--question", default="rank", choices=("rank", "good/bad", "1-7"))
-    rate.add_argument("--k", type=int, default=2, help="samples of a prompt to rank at a time (default: 2)")
-    rate.add_argument("--port", type=int, default=0, metavar="N", help="of 127.0.0.1 (default: a free one)")
-    rate.add_argument("--seed", type=int, default=0, help="draws the order in which completions are shown")
-    rate.add_argument("--repeats", type=int, default=0, metavar="N", help="items that come again, in reverse order")
+    rate.add_argument("--k", type=_number(2, 9), default=2, help="samples of a prompt to rank at a time (default: 2)")
+    rate.add_argument("--port", type=_number(0, 65535), default=0, help="of 127.0.0.1 (default: a free one)")
+    rate.add_argument("--seed", type=_number(0), default=0, help="draws the order in which completions are shown")
+    rate.add_argument("--repeats", type=_number(0), default=0, help="how many items come again, in reverse order")
     rate.set_defaults(run=_rate)
     return parser
+
+
+def _number(least: float, most: float = 10**9, kind: type = int) -> Callable[[str], Any]:
+    """The type of an option: a number from `least` to `most`."""
+
+    def number(text: str) -> Any:
+        if least <= kind(text) <= most:  # NaN is not
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text}: give a number from {least} to {most}")
+
+    return number
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -113,8 +130,6 @@ def _memory(options: argparse.Namespace) -> None:
     quiet()
     if options.full and options.load_in_4bit:
         raise ValueError("--full does not go with --4bit: 4-bit weights cannot be trained; leave one out")
-    if options.lora < 1:
-        raise ValueError(f"--lora {options.lora}: the rank of an adapter is at least 1")
     adapter = models.is_adapter(options.model)
     if options.full and adapter:
         raise ValueError(f"--full does not go with {options.model}: it is an adapter, and is trained on as it is")
@@ -132,14 +147,15 @@ def _memory(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from rlhf_kit import files
     from rlhf_kit.feedback import Store, reporting
 
-    if not options.store.is_file():  # a store is made where none is; a report only reads
-        raise ValueError(f"{options.store}: no such file; name a store of judgments")
-    if options.out.exists() and not options.force:
-        raise ValueError(f"{options.out}: is there already; name another file with --out, or overwrite it with --force")
-    page = reporting.page(Store(options.store), f"rlhf-kit report {options.store}")
-    options.out.write_text(page, encoding="utf-8")
+    store, out = Store(options.store, read_only=True), options.out
+    if out.exists() and (not options.force or out.is_dir() or out.samefile(options.store)):
+        raise ValueError(f"{out}: is there already; name another with --out; --force overwrites a page, not the store")
+    page = reporting.page(store, f"rlhf-kit report {options.store}")
+    with files.replacing(out) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
     print(f"the report lies in {options.out}")
 
 

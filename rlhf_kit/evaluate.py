@@ -9,8 +9,10 @@ from datasets import Dataset
 
 from rlhf_kit import sampling, stats
 from rlhf_kit.models import ModelPath
-from rlhf_kit.rewards import Reward
+from rlhf_kit.rewards import Reward, checked
 from rlhf_kit.stats import Interval, compare, summary  # noqa: F401 (evaluate.compare and evaluate.summary)
+
+OURS = ("model", "seed", "step", "n", "beta", "run", "kl", "gold", "proxy")  # columns that statistics and figures read
 
 
 def score(
@@ -23,12 +25,16 @@ def score(
 ) -> pd.DataFrame:
     """Scores frame: `n` completions of each prompt by each model, a column per reward, `kl` to `reference` in nats.
 
+    Rewards get the prompts' own columns; those with a name of OURS then have "_dataset" behind it in the frame.
     settings: of `sampling.sample`, such as temperature, max_completion_length and seed.
     """
     parts = []
     for name, model in models.items():
         samples = sampling.sample(model, prompts, n, reference=reference, **settings)
-        parts.append(sampling.add_rewards(samples, rewards).assign(model=name))
+        own = {column for column in prompts.column_names if f"{column}_dataset" not in samples} & {*OURS, *rewards}
+        theirs = samples[list(own)].add_suffix("_dataset")
+        scored = sampling.add_rewards(samples, rewards).drop(columns=own - {*rewards})
+        parts.append(scored.join(theirs).assign(model=name))
     scores = pd.concat(parts, ignore_index=True)
     return scores[["model", *(column for column in scores.columns if column != "model")]]
 
@@ -65,5 +71,6 @@ def reward_calibration(reward: Reward, preferences: Dataset, scale: float = 1.0)
 
 
 def _margins(reward: Reward, preferences: Dataset) -> np.ndarray:
-    chosen, rejected = (reward(preferences["prompt"][:], preferences[side][:]) for side in ("chosen", "rejected"))
-    return np.asarray(chosen) - np.asarray(rejected)
+    given = (reward(preferences["prompt"][:], preferences[side][:]) for side in ("chosen", "rejected"))
+    chosen, rejected = (checked(each, len(preferences)).numpy() for each in given)
+    return chosen - rejected

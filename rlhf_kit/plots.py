@@ -89,7 +89,7 @@ def reward_shift(
             text = f"mean {mean:.2f}"
             if model != baseline:
                 shift = stats.paired_difference(scores, model, baseline, reward)
-                text = f"shift {shift.mean:+.2f} [{shift.lo:.2f}, {shift.hi:.2f}]"
+                text = f"shift {shift:+.2f}"
             axes.plot(x, density, color=colour[model], linewidth=2.2, label=f"{model}  {text}")
             axes.fill_between(x, density, color=colour[model], alpha=0.15, linewidth=0)
             top = np.interp(mean, x, density)
@@ -97,7 +97,7 @@ def reward_shift(
         axes.set(xlabel=label(reward), ylabel="density of completions", xlim=(x[0], x[-1]), ylim=(0, None))
         _legend_on_top(axes, title="dashed: mean; its shift [95% interval]")
     figure.suptitle(f"Reward of the completions of the same {scores['prompt_id'].nunique()} prompts")
-    return _done(figure)
+    return done(figure)
 
 
 def reward_ridge(scores: pd.DataFrame, reward: str = "proxy", models: Sequence[str] | None = None) -> Figure:
@@ -120,7 +120,7 @@ def reward_ridge(scores: pd.DataFrame, reward: str = "proxy", models: Sequence[s
     axes.grid(axis="y", visible=False)
     axes.set_title(f"{label(reward).capitalize()} by model; lines: quantiles .05, .50, .95")
     sns.despine(figure, left=True)
-    return _done(figure)
+    return done(figure)
 
 
 def _densities(scores: pd.DataFrame, models: Sequence[str], reward: str) -> tuple[Array, dict[str, Array]]:
@@ -164,11 +164,13 @@ def reward_against_kl(frame: pd.DataFrame, rewards: Sequence[str] = ("gold", "pr
     notes = []
     if any(line.get_markersize() == LAST for line in panels[0].lines):
         notes.append("large point: the last of its curve")
+    if "n" not in drawn or (drawn := drawn[drawn["n"].isna()]).size:  # the bounds of best-of-n have no intervals
+        notes += dict.fromkeys(filter(None, (_barless(drawn, reward) for reward in rewards)))
     if len(missing):
         notes.append(f"not drawn, no KL: {', '.join(missing)}")
     _legend_below(figure, panels[0], 2 * len(panels), title="; ".join(notes))
     figure.suptitle("Reward against distance from the SFT model")
-    return _done(figure)
+    return done(figure)
 
 
 def _curves(axes: Axes, rows: pd.DataFrame, reward: str, look: dict[str, Any]) -> None:
@@ -189,11 +191,17 @@ def _curves(axes: Axes, rows: pd.DataFrame, reward: str, look: dict[str, Any]) -
 
 
 def _error(rows: pd.DataFrame, column: str) -> Array | None:
-    """Distances [2, N] from the mean down to `_lo` and up to `_hi`, 0 where they are not known, None without them."""
+    """Distances [2, N] from the mean down to `_lo` and up to `_hi`, NaN where they are not known, None without them."""
     if f"{column}_lo" not in rows:
         return None
     ends = [rows[column] - rows[f"{column}_lo"], rows[f"{column}_hi"] - rows[column]]
-    return np.clip(np.nan_to_num(np.asarray(ends, dtype=float)), 0, None)
+    return np.clip(np.asarray(ends, dtype=float), 0, None)
+
+
+def _barless(frame: pd.DataFrame, column: str) -> str:
+    """What a legend says of points that have no interval; nothing where all have one."""
+    alone = frame[column].notna() & frame[f"{column}_lo"].isna() if f"{column}_lo" in frame else pd.Series([False])
+    return f"no bar: {stats.NO_INTERVAL}" if alone.any() else ""
 
 
 def by_kind(scores: pd.DataFrame, value: str = "gold", models: Sequence[str] | None = None) -> Figure:
@@ -201,6 +209,7 @@ def by_kind(scores: pd.DataFrame, value: str = "gold", models: Sequence[str] | N
     models = list(models or scores["model"].unique())
     colour, kinds = colours(models), sorted(scores["kind"].unique())
     figure, (axes,) = _panels(1, width=max(6.5, 1.5 * len(kinds)), height=4.8)
+    barless = ""
     for i, model in enumerate(models):
         rows = stats.of_model(scores, model).groupby("kind")
         found = {kind: stats.columns(value, stats.hierarchical_bootstrap(part, value)) for kind, part in rows}
@@ -209,13 +218,14 @@ def by_kind(scores: pd.DataFrame, value: str = "gold", models: Sequence[str] | N
         look: dict[str, Any] = {"color": colour[model], "marker": MARKERS.get(model, "o"), "label": model}
         bars: dict[str, Any] = {"linestyle": "", "markersize": 8, "capsize": 3, "elinewidth": 1.8}
         axes.errorbar(x, table[value], _error(table, value), **look, **bars)
+        barless = _barless(table, value) or barless
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set(xlabel="kind of prompt", ylabel=f"mean {label(value)}")
     axes.grid(axis="x", visible=False)
     for edge in range(len(kinds) - 1):
         axes.axvline(edge + 0.5, color="#E5E5E5", linewidth=1)
-    _legend_on_top(axes, title="mean [95% interval]", columns=5)
-    return _done(figure)
+    _legend_on_top(axes, title=barless or "mean [95% interval]", columns=5)
+    return done(figure)
 
 
 def training(metrics: pd.DataFrame, columns: Sequence[str], x: str = "update") -> Figure:
@@ -243,7 +253,7 @@ def training(metrics: pd.DataFrame, columns: Sequence[str], x: str = "update") -
     if len(lines) > 1:
         _legend_below(figure, panels[0], columns=5)
     figure.suptitle(f"Training by {label(x)}" + (f", all {len(lines)} runs" if len(lines) > 1 else ""))
-    return _done(figure)
+    return done(figure)
 
 
 def calibration(frame: pd.DataFrame) -> Figure:
@@ -258,7 +268,7 @@ def calibration(frame: pd.DataFrame) -> Figure:
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
     error = stats.expected_calibration_error(frame)
     _legend_on_top(axes, title=f"calibration error {error:.3f}, {frame['n'].sum()} pairs")
-    return _done(figure)
+    return done(figure)
 
 
 def accuracy(frame: pd.DataFrame) -> Figure:
@@ -271,8 +281,8 @@ def accuracy(frame: pd.DataFrame) -> Figure:
     names = [f"{name}\n({n} pairs)" for name, n in zip(frame["pairs"], frame["n"], strict=True)]
     axes.set(yticks=rows, yticklabels=names, ylim=(-0.6, len(frame) - 0.4), xlabel="accuracy [share of pairs]")
     axes.set_xlim(min(0.45, frame["accuracy_lo"].min() - 0.03), max(0.8, frame["accuracy_hi"].max() + 0.03))
-    _legend_on_top(axes, title="Preferred completion scored higher", columns=2)
-    return _done(figure)
+    _legend_on_top(axes, title=_barless(frame, "accuracy") or "Preferred completion scored higher", columns=2)
+    return done(figure)
 
 
 def _measured(frame: pd.DataFrame, columns: Sequence[str]) -> list[str]:
@@ -303,7 +313,7 @@ def _legend_below(figure: Figure, axes: Axes, columns: int, title: str = "") -> 
     figure.legend(list(known.values()), list(known), **place, title=title or None)
 
 
-def _done(figure: Figure) -> Figure:
+def done(figure: Figure) -> Figure:
     """Let pyplot close the figure; a `$` in a name begins no formula."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)

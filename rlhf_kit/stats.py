@@ -18,6 +18,9 @@ Indices = NDArray[np.int64]
 DRAWS_AT_ONCE = 4_000_000  # bounds the memory of one block of resamples: 32 MB of indices
 
 
+NO_INTERVAL = "no interval: one prompt only"
+
+
 class Interval(NamedTuple):
     """A mean with the bounds of its interval; the bounds are NaN where they cannot be estimated."""
 
@@ -26,7 +29,15 @@ class Interval(NamedTuple):
     hi: float
 
     def __str__(self) -> str:
-        return "-" if math.isnan(self.mean) else f"{self.mean:.2f} [{self.lo:.2f}, {self.hi:.2f}]"
+        return format(self, ".2f")
+
+    def __format__(self, spec: str) -> str:
+        """The mean as `spec` says, with its bounds, or why there are none; "-" where nothing was measured."""
+        digits = spec.removeprefix("+") or ".2f"
+        bounds = f"[{self.lo:{digits}}, {self.hi:{digits}}]"
+        if math.isnan(self.lo) and math.isnan(self.hi):
+            bounds = f"({NO_INTERVAL})"
+        return "-" if math.isnan(self.mean) else f"{self.mean:{spec or digits}} {bounds}"
 
 
 LEVEL = 0.95
@@ -205,7 +216,7 @@ def compare(scores: pd.DataFrame, a: str = "PPO", b: str = "DPO") -> pd.DataFram
     """RLHF against DPO on the same prompts: win rate of a over b, and a - b in gold, proxy, `kl` (nats) and `n_tokens`.
 
     Columns: `quantity`, `mean`, `lo`, `hi`, `if_equal` (the value that means no difference) and `verdict`, which is
-    "<a> higher" or "<b> higher" where the interval excludes `if_equal`, else "cannot tell", or "not measured".
+    "<a> higher" or "<b> higher" where the interval excludes `if_equal`, else "cannot tell", or why there is none.
     """
     left, right = of_model(scores, a), of_model(scores, b)
     table = []
@@ -217,6 +228,7 @@ def compare(scores: pd.DataFrame, a: str = "PPO", b: str = "DPO") -> pd.DataFram
             interval = estimate(scores, a, b, value)
             verdict = f"{a} higher" if interval.lo > if_equal else "cannot tell"
             verdict = f"{b} higher" if interval.hi < if_equal else verdict
+            verdict = NO_INTERVAL if math.isnan(interval.lo) else verdict
         table.append({"quantity": quantity, **interval._asdict(), "if_equal": if_equal, "verdict": verdict})
     return pd.DataFrame(table)
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from rlhf_kit import cli, presets
 from rlhf_kit.pipeline import Pipeline
 from rlhf_kit.runs import Run
+from rlhf_kit.tasks import Pocket
 
 TINY = [
     *("sft.max_steps=4", "reward_model.max_steps=4", "dpo.max_steps=4", "dpo.save_steps=2", "ppo.max_steps=2"),
@@ -54,6 +56,12 @@ def wrong_uses(tmp: Path) -> dict[str, tuple[list[str | Path], list[str]]]:
     (tmp / "empty.jsonl").touch()
     whole = gzip.compress("".join(json.dumps(row) + "\n" for row in PAIRS).encode())
     (tmp / "half.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    for name, file, content in (
+        ("no-config", "config.json", '{"model_type": "llama", "hidden_size": "x"}'),
+        ("no-words", "tokenizer.json", "[]"),
+    ):
+        shutil.copytree(Pocket.base_model, tmp / name)
+        (tmp / name / file).write_text(content)
     wrong = preference_file(tmp / "wrong.jsonl", [{"prompt": "a ?", "better": " b", "rejected": " c"}])
     out = tmp / "out"
     return {
@@ -62,6 +70,8 @@ def wrong_uses(tmp: Path) -> dict[str, tuple[list[str | Path], list[str]]]:
         "empty file": (["--data", tmp / "empty.jsonl", "--out", out], ["empty.jsonl", "empty"]),
         "half a gzip": (["--data", tmp / "half.jsonl.gz", "--out", out], ["half.jsonl.gz"]),
         "no model": (["--base-model", tmp / "nothing", "--out", out], ["nothing", "config.json"]),
+        "damaged config": (["--base-model", tmp / "no-config", "--out", out], ["no-config", "hidden_size"]),
+        "damaged tokenizer": (["--base-model", tmp / "no-words", "--out", out], ["no-words"]),
         "hub id offline": (["--base-model", "someone/some-model", "--out", out], ["someone/some-model"]),
         "hub data offline": (["--data", "someone/some-data", "--out", out], ["someone/some-data"]),
         "unwritable": (["--out", tmp / "file" / "results"], ["cannot write", "results"]),
@@ -79,6 +89,26 @@ def test_wrong_uses_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
         assert message.startswith("rlhf-kit: ") and "Traceback" not in message, name
         assert all(word in message for word in words), (name, message)
         assert all(path.read_bytes() == content for path, content in before.items()), name
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["memory m --gpu nan", "memory m --lora 0", "demo --threads 0", "demo --seed -1"]
+    + [f"rate f --rater a {option}" for option in ("--port 99999", "--k 1", "--seed -1", "--repeats -1")],
+)
+def test_a_number_that_cannot_be_is_refused_by_its_option(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments.split())
+    assert f"argument {arguments.split()[-2]}: {arguments.split()[-1]}: give a number" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_kit_says_that_it_is_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_report", lambda options: {}["a fault"])
+    assert cli.main(["report", "x"]) == 1
+    said = capsys.readouterr().err
+    assert "KeyError: 'a fault'" in said and said.endswith("please report it with the lines above\n")
 
 
 @pytest.mark.slow

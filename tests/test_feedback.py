@@ -63,12 +63,20 @@ def test_an_items_id_is_its_content() -> None:
         ((), "has 0 completions"),
         (tuple("abcdefghij"), "has 10 completions"),
         (("a", None), "completion 1 is missing"),
+        (("a", 5), "completion 1 is missing"),
+        (("a", [["b"]]), "completion 1 is missing"),
+        (("a", [{"from": "human", "value": "b"}]), "completion 1 is missing"),
+        (("a", [{"role": "user", "content": [{"type": "image"}]}]), "completion 1 is missing"),
+        (("a", "half an emoji \ud83d"), "completion 1 is missing"),
         (("a", "b", "a"), "has 3 completions, 1 equal"),
     ],
 )
 def test_items_that_cannot_be_judged_are_refused(completions: tuple[Any, ...], said: str) -> None:
     with pytest.raises(FeedbackError, match=said):
         Item("how do i ?", completions)
+    for prompt in ("", 7, {"role": "user", "content": "hi"}, []):
+        with pytest.raises(FeedbackError, match="prompt is missing"):
+            Item(prompt, ("a", "b"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +120,25 @@ def test_columns_of_completions_are_not_taken_for_the_items() -> None:
     assert [item.columns["topic"] for item in pairs] == ["x", "y"]
     assert all("gold" not in item.columns for item in pairs)
     assert [item.columns["gold"] for item in feedback.items(frame, k=1)] == [1.0, 2.0, 3.0, 3.0]
+
+
+def test_peoples_own_columns_are_carried_and_never_taken_for_ours() -> None:
+    names = ("sample", "kl", "item", "rater", "judgment", "ranks", "model", "step", "label", "margin", "chosen")
+    frame = THREE.assign(**dict.fromkeys(names, "mine"))
+    item = feedback.items(frame)[0]
+    assert set(item.columns) == {"prompt_id", "kind", *names[2:]}  # sample and kl are of a completion
+    pairs = feedback.collect(frame, [Longest("ana"), Longest("ben")], per_item=2)
+    assert pairs["rater"][:2] == ["ana", "ben"] and pairs["chosen"][0] == "bb" and pairs["step"][0] == "mine"
+    assert {f"{name}_dataset" for name in ("item", "rater", "label", "margin", "chosen")} < {*pairs.column_names}
+    assert not {"item", "margin", "label"} & {*pairs.column_names}
+    judged = feedback.ask([item, Item("q", ("a", "bb"), {"topic": 5, "step": 3})], Longest())
+    assert feedback.preferences(judged)["topic"][:] == [None, 5]
+    for wrong, said in (
+        (frame.assign(prompt_id=1), "different prompts"),
+        (frame[["prompt"]], "no column 'completion'"),
+    ):
+        with pytest.raises(FeedbackError, match=said):
+            feedback.items(wrong)
 
 
 # Asking ---

@@ -353,6 +353,10 @@ def test_the_key_is_nowhere_but_on_the_wire(
         ((200, {"Content-Type": "application/json"}, "<html>"), 1, "answered without a message"),
         ((200, {}, '{"choices": []}'), 1, "answered without a message"),
         ((200, {}, '{"choices": [{"message": {}}]}'), 1, "answered without a message"),
+        ((200, {}, '{"choices": {"message": "A"}}'), 1, "answered without a message"),
+        ((200, {}, '["A"]'), 1, "answered without a message"),
+        ((200, {}, "[" * 100_000), 1, "answered without a message"),
+        ((200, {}, '{"error": {"message": "no such model"}}'), 1, "answered without a message.*no such model"),
     ],
 )
 def test_what_a_server_refuses_is_one_sentence_without_the_key(reply: Reply, requests: int, says_so: str) -> None:
@@ -409,6 +413,14 @@ def test_garbage_is_asked_again_and_then_skipped_with_a_note_never_guessed() -> 
         assert judged["note"][0] == "asked 3 times, endpoint:m gave no answer word; its last reply: 'both are nice'"
 
 
+def test_what_is_long_or_broken_is_kept_and_not_paid_for_again(tmp_path: Path) -> None:
+    odd = json.dumps({"choices": [{"message": {"content": "\ud83d " + "w" * 10**6}}], "usage": {"prompt_tokens": "x"}})
+    with server(lambda *_: (200, {}, odd)) as (url, asked):
+        rater = rater_at(url, cache=tmp_path / "replies.sqlite")
+        assert rater(PROMPT, [GOOD], "good/bad").note.startswith("asked 3 times")
+    assert [len(str(one["messages"])) < 5000 for one in asked] == [True] * 3 and rater.counts["in"] == 0
+
+
 @pytest.mark.parametrize(
     ("reply", "read"),
     [("A", 0), (" b.", 1), ("**B**", 1), ("Better answer: B", 1), ("A good answer is B", None)]
@@ -416,6 +428,7 @@ def test_garbage_is_asked_again_and_then_skipped_with_a_note_never_guessed() -> 
 )
 def test_only_the_word_itself_is_an_answer(reply: str, read: int | None) -> None:
     assert read_reply(reply, ("A", "B")) == read
+    assert read_reply("ye\u017f", ("yes", "no")) == 0  # a long s, which is an s in any case
 
 
 def test_ratings_and_pairs_of_ratings_at_an_endpoint_without_keys_or_counts() -> None:

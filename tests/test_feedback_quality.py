@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -18,7 +19,7 @@ from scipy import integrate
 from scipy.stats import beta, halfnorm, norm
 
 from rlhf_kit import cli, feedback
-from rlhf_kit.feedback import Answer, FeedbackError, Item, Store
+from rlhf_kit.feedback import Answer, FeedbackError, Item, Store, reporting
 from rlhf_kit.feedback.judging import as_row, judgments_frame
 from rlhf_kit.feedback.quality import Posterior, position_from_swaps
 from rlhf_kit.tasks import Pocket, pocket
@@ -368,6 +369,10 @@ def test_a_report_of_no_store_is_one_sentence_and_touches_nothing(tmp_path: Path
         assert cli.main(["report", str(tmp_path / name), "--out", str(tmp_path / "out.html")]) == 2
         message = capsys.readouterr().err.strip()
         assert word in message and "\n" not in message, message
+    (tmp_path / "link").hardlink_to(tmp_path / "empty.sqlite")
+    for out in ("empty.sqlite", "link"):
+        assert cli.main(["report", str(tmp_path / "empty.sqlite"), "--out", str(tmp_path / out), "--force"]) == 2
+        assert "not the store" in capsys.readouterr().err
     assert (tmp_path / "text").read_text() == "no store"
     assert not (tmp_path / "absent").exists() and not (tmp_path / "out.html").exists()
 
@@ -379,3 +384,16 @@ def test_the_figure_says_what_is_in_the_table() -> None:
         assert np.allclose(axes.lines[0].get_xdata(), table[name], equal_nan=True)
         assert "[" in axes.get_xlabel()  # the quantity's unit
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == list(table["rater"])
+
+
+def test_any_name_can_be_reported_and_one_item_has_no_interval(tmp_path: Path) -> None:
+    store = Store(tmp_path / "j.db")
+    names = ["$x^{$", "\u674e\u56db", "ana"]
+    store.add([pair(1)])
+    for name in names:
+        store.append(as_row(pair(1), name, "rank", Answer(ranks=A), (0, 1), 1.0, "test"))
+    with warnings.catch_warnings(action="error"):
+        page, (_, figure) = reporting.page(store, "x"), feedback.report(store)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["$x^{$", "ana", "rater 3"]
+    assert all(name in page for name in names) and "1.00 (no interval: one item only)" in page
+    assert "nan" not in re.sub('base64,[^"]*', "", page)

@@ -15,6 +15,7 @@ import pytest
 
 from rlhf_kit.feedback import Answer, FeedbackError, Item, Store
 from rlhf_kit.feedback.judging import as_row
+from rlhf_kit.feedback.store import SCHEMA_VERSION
 
 ITEM = Item("is it even ?", ("yes .", "no ."), {"topic": "numbers"})
 FIRST = Answer(ranks=(1, 2))
@@ -84,16 +85,47 @@ def test_files_of_another_version_or_program_are_left_alone(store: Store, tmp_pa
         connection.execute("PRAGMA user_version = 1")
     with closing(sqlite3.connect(tmp_path / "other.db")) as connection:
         connection.execute("CREATE TABLE mine (x)")
+    wal = sqlite3.connect(tmp_path / "live.db")  # another program has it open, and not all is in the file yet
+    for statement in ("PRAGMA journal_mode = WAL", f"PRAGMA user_version = {SCHEMA_VERSION}", "CREATE TABLE mine (x)"):
+        wal.execute(statement)
     text = tmp_path / "notes.txt"
     text.write_text("these are notes, and long enough to be taken for a header of a database" * 20)
     says = {store.path: "its schema is 1", tmp_path / "other.db": "its schema is 0", text: "is no store"}
-    for path, said in says.items():
-        before = path.read_bytes()
+    for path, said in (says | {tmp_path / "live.db": "is no store", tmp_path: "Is a directory"}).items():
+        before = {each: each.read_bytes() for each in tmp_path.iterdir()}
         with pytest.raises(FeedbackError, match=f"{path.name}: .*{said}.*; name another file"):
             Store(path)
-        assert path.read_bytes() == before
+        assert {each: each.read_bytes() for each in tmp_path.iterdir()} == before
+    wal.close()
     with pytest.raises(FeedbackError, match="unable to open"):
         Store(tmp_path / "absent" / "j.db")
+
+
+def test_a_store_that_is_only_read_stays_as_it_is_and_has_what_others_write_meanwhile(store: Store) -> None:
+    judge(store)
+    before, reader = [*store.path.parent.iterdir()], Store(store.path, read_only=True)
+    assert len(reader.judgments()) == 1 and [*store.path.parent.iterdir()] == before
+    with store._transaction("BEGIN"):  # the writer's connection is open, so that what it writes is not in the file yet
+        judge(store, "ben")
+        assert list(reader.judgments()["rater"]) == ["ana", "ben"]
+    with pytest.raises(FeedbackError, match="readonly"):
+        reader.add([Item("new ?", ("a", "b"))])
+
+
+@pytest.mark.parametrize(("damage", "says"), [(b"\xff" * 9000, "malformed|not a database"), (b'"' * 50, "delimiter")])
+def test_a_damaged_or_busy_store_is_said_in_a_sentence(
+    store: Store, damage: bytes, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(200):
+        store.add([Item(f"{number} ?", ("yes " * 50, "no"))])
+    monkeypatch.setattr("rlhf_kit.feedback.store.WAIT", 0.1)
+    with store._transaction(), pytest.raises(FeedbackError, match="judgments.db: .*is locked.*; see that"):
+        judge(store)
+    content = store.path.read_bytes()
+    at = content.index(b"yes yes", len(content) // 2)
+    store.path.write_bytes(content[:at] + damage + content[at + len(damage) :])
+    with pytest.raises(FeedbackError, match=f"judgments.db: the store does not answer .*({says}).*; see that"):
+        store.items()
 
 
 def test_what_was_judged_is_judged_again_only_after_a_withdrawal(store: Store) -> None:
@@ -117,6 +149,8 @@ def test_what_was_judged_is_judged_again_only_after_a_withdrawal(store: Store) -
     ("change", "says"),
     [
         ({"rater": "  "}, "needs a rater's name"),
+        ({"rater": "ana\udcff"}, "half a character"),
+        ({"answer": Answer(note="\ud83d")}, "half a character"),
         ({"shown": (0, 0)}, "name each of 2 completions once"),
         ({"item": Item("unknown ?", ("a", "b"))}, "FOREIGN KEY"),
         ({"answer": Answer(ranks=(1, 2, 3))}, "2 numbers from 1 to 2"),

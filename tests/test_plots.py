@@ -154,6 +154,19 @@ def test_by_kind_draws_the_mean_and_interval_of_each_kind(scores):
     assert axes.containers[3].lines[2][0].get_segments()[1][:, 1] == pytest.approx([interval.lo, interval.hi])
 
 
+def test_what_has_no_interval_has_no_bar_and_the_figure_says_why(scores):
+    one = scores[scores["prompt_id"] == 0]
+    table = stats.summary(one)
+    judged = pd.DataFrame({"pairs": ["held out"], "n": [1], **stats.columns("accuracy", stats.bootstrap([1.0]))}, [0])
+    figures = [plots.by_kind(one), plots.reward_against_kl(table), plots.accuracy(judged), plots.reward_shift(one)]
+    for figure, bars in zip(figures, (4, 4, 1, 0), strict=True):
+        legends = [*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))]
+        said = [text for legend in legends for text in (legend.get_title().get_text(), *texts_of(legend))]
+        assert any(stats.NO_INTERVAL in text for text in said) and not any("nan" in text for text in said)
+        found = [bar for container in figure.axes[0].containers for bar in container.lines[2]]
+        assert len(found) >= bars and not any(len(s) for bar in found for s in bar.get_segments())
+
+
 def test_training_draws_every_run_in_order_of_updates():
     keys = pd.MultiIndex.from_product([range(3), reversed(range(5))], names=["seed", "update"]).to_frame(index=False)
     metrics = keys.assign(run="ppo-" + keys["seed"].astype(str), kl=keys["update"] * (keys["seed"] + 1.0))

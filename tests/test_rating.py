@@ -163,10 +163,10 @@ def test_the_pace_is_the_median_so_that_one_break_does_not_spoil_it(store: Store
     assert Session(store, PAIRS, "ana").state()["progress"] == "4 of 5 · 6.0 a minute · about 0:20 left"
 
 
-@pytest.mark.parametrize("change", [{"question": "1-7"}, {"repeats": -1}, {"repeats": 6}])
+@pytest.mark.parametrize("change", [{"question": "1-7"}, {"repeats": -1}, {"repeats": 6}, {"rater": " "}])
 def test_a_page_that_cannot_be_is_refused_at_once(store: Store, change: dict[str, Any]) -> None:
-    with pytest.raises(FeedbackError, match=r"asks about one completion|there are 5 different items"):
-        Session(store, PAIRS, "ana", **change)
+    with pytest.raises(FeedbackError, match=r"asks about one completion|there are 5 different items|rater's name"):
+        Session(store, PAIRS, **{"rater": "ana", **change})
 
 
 def test_the_cell_takes_samples_and_goes_on_where_the_rater_stopped(tmp_path: Path) -> None:
@@ -260,6 +260,9 @@ def test_lists_of_completions_and_samples_become_the_same_items(tmp_path: Path) 
     assert [item.completions for item in expected] == [("a", "b")] * 3 and expected[0].columns == {"topic": "x"}
     for path in (samples, tmp_path / "lists.parquet", tmp_path / "lists.csv"):
         assert rating.read(path) == expected
+    numbered = written(tmp_path / "own.jsonl", [row | {"prompt_id": i} for i, row in enumerate(each)])
+    with pytest.warns(UserWarning, match="prompt_id_dataset: differs"):
+        assert rating.read(numbered) == expected
     assert [item.completions for item in rating.read(listed, "1-7")] == [("a",), ("b",)] * 3
     assert rating.read(samples, "good/bad")[0].completions == ("a",)
     with pytest.raises(FeedbackError, match="k=10: a ranking is of 2 to 9 completions"):
@@ -274,6 +277,9 @@ def test_lists_of_completions_and_samples_become_the_same_items(tmp_path: Path) 
         ({"prompt": "b ?", "completions": []}, ["row 1", "completions"]),
         ({"prompt": "b ?"}, ["row 1", "completions"]),
         ({"completions": ["x", "y"]}, ["row 2", "prompt"]),
+        ({"prompt": " ", "completions": ["x", "y"]}, ["row 1", "column 'prompt'"]),
+        ({"prompt": "b ?", "completions": ["x", {"y": 1}]}, ["row 1", "column 'completions'"]),
+        ({"messages": [{"role": "user", "content": "x"}]}, ["row 2", "prompt"]),
     ],
 )
 def test_a_row_at_fault_is_named_and_the_command_ends_with_2(

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rlhf_kit import models, rewards
+from rlhf_kit import evaluate, models, rewards
 from rlhf_kit.rewards import RewardModel
 from rlhf_kit.sampling import add_rewards
 
@@ -135,3 +136,18 @@ def test_numbers_may_come_in_any_row(kind: Any) -> None:
     samples = pd.DataFrame({"prompt_id": [0, 1], "prompt": ["a", "b"], "completion": ["x", "y"]}, index=[7, 3])
     scored = add_rewards(samples, {"mine": lambda prompts, completions, **columns: kind([1.5, -0.25])})
     assert scored["mine"].tolist() == [1.5, -0.25]
+    pairs = Dataset.from_dict({"prompt": ["a", "b"], "chosen": ["x", "yy"], "rejected": ["xx", "y"]})
+    assert evaluate.accuracy(lambda prompts, completions: kind([*map(len, completions)]), pairs).mean == 0.5
+    with pytest.raises(ValueError, match="gave a NoneType, not a list of 2 finite numbers"):
+        evaluate.accuracy(lambda prompts, completions: None, pairs)  # type: ignore[arg-type, return-value]
+
+
+def test_scores_carry_the_prompts_own_columns_beside_ours(zoo: Zoo) -> None:
+    own = {"model": ["x", "y"], "kl": ["far", "near"], "gold": ["Paris", "Rome"], "seed": [7, 8], "mine": [1, 2]}
+    prompts = Dataset.from_dict({"prompt": PROMPTS[:2], **own})
+    few: dict[str, Any] = {"n": 1, "max_completion_length": 2}
+    scores = evaluate.score({"SFT": zoo["full"]}, prompts, {"mine": lambda p, c, gold, **_: map(len, gold)}, **few)
+    assert scores["model"].tolist() == ["SFT"] * 2 and scores["mine"].tolist() == [5, 4]
+    assert not {"kl", "gold", "seed"} & {*scores} and scores["model_dataset"].tolist() == ["x", "y"]
+    assert scores["gold_dataset"].tolist() == ["Paris", "Rome"] and scores["mine_dataset"].tolist() == [1, 2]
+    evaluate.summary(scores)

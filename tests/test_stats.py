@@ -70,6 +70,8 @@ def test_one_value_or_one_group_has_a_mean_but_no_interval():
     for interval in (st.bootstrap([3.0]), st.bootstrap([3.0, 3.0], [7, 7]), one_group):
         assert interval.mean == 3.0 and math.isnan(interval.lo) and math.isnan(interval.hi)
     assert [str(st.Interval(1.234, -1, 2)), str(st.NOT_MEASURED)] == ["1.23 [-1.00, 2.00]", "-"]
+    assert f"{st.Interval(1.234, -1, 2):+.1f}" == "+1.2 [-1.0, 2.0]" and str(interval) == f"3.00 ({st.NO_INTERVAL})"
+    assert set(st.compare(scores_frame(1), "PPO", "SFT")["verdict"]) == {st.NO_INTERVAL, "not measured"}
 
 
 def test_hierarchical_bootstrap_covers_over_seeds_and_prompts():

@@ -16,6 +16,8 @@ from rlhf_kit.progress import Countdown
 
 # These columns of samples describe one completion; the others describe the prompt, unless they differ within it.
 OF_A_COMPLETION = ("sample", "completion", "finished", "n_tokens", "kl")
+# Columns that mean something in the datasets made here; an item's own of these names get "_dataset" behind them.
+OURS = ("prompt", "completion", "chosen", "rejected", "label", "margin", "shown_first", "item", "rater")
 # Llama 2 (2307.09288, Table 27, "margin small"): how far apart the rewards of a pair should be at least.
 MARGINS = {"slightly": 1 / 3, "clearly": 2 / 3, "much": 1.0}
 MIDDLE = {"good/bad": 0.5, "1-7": 4.0}  # a rating above is good, below is bad
@@ -27,6 +29,10 @@ def items(samples: pd.DataFrame, k: int = 2) -> list[Item]:
     A group keeps its different completions only. Items carry the columns that are the same for all samples of a prompt
     (where k is 1, all columns). Warnings count what is left out. Raises FeedbackError if nothing is left.
     """
+    if missing := {"prompt_id", "prompt", "completion"} - {*samples.columns}:
+        raise FeedbackError(f"items: samples have no column {min(missing)!r}; they have {', '.join(map(str, samples))}")
+    if samples["prompt"].map(str).groupby(samples["prompt_id"]).nunique().max() > 1:
+        raise FeedbackError("items: a prompt_id stands for different prompts; number prompts there, or rename yours")
     carried = [name for name in samples.columns if name not in (*OF_A_COMPLETION, "prompt")]
     values = samples[carried].map(str).groupby(samples["prompt_id"]).nunique().max()
     differ = [name for name in carried if k > 1 and values[name] > 1]  # such as scores
@@ -143,7 +149,7 @@ def preferences(judgments: pd.DataFrame, margins: Mapping[str, float] | None = N
         raise FeedbackError(f"preferences: none of {len(ranked)} judgments puts a completion above another")
     if silent:
         warnings.warn(f"{silent} of {len(ranked)} judgments are ties or skipped, and give no pair", stacklevel=2)
-    return Dataset.from_list(rows)
+    return _dataset(rows)
 
 
 def labels(judgments: pd.DataFrame) -> Dataset:
@@ -160,7 +166,7 @@ def labels(judgments: pd.DataFrame) -> Dataset:
         raise FeedbackError(f"labels: none of {len(rated)} judgments calls a completion good or bad")
     if left := len(rated) - len(rows):
         warnings.warn(f"{left} of {len(rated)} ratings are in the middle or skipped, and give no label", stacklevel=2)
-    return Dataset.from_list(rows)
+    return _dataset(rows)
 
 
 def _pairs(judgment: Mapping[Any, Any]) -> list[dict[str, Any]]:
@@ -182,5 +188,12 @@ def _answers(judgments: pd.DataFrame, questions: list[str]) -> list[dict[Any, An
     rows, several = found.to_dict("records"), found["rater"].nunique() > 1
     for row in rows:
         rater = {"rater": row["rater"]} if several else {}
-        row["known"] = {**row["columns"], "prompt": row["prompt"], **rater}
+        own = {f"{name}_dataset" if name in OURS else name: value for name, value in row["columns"].items()}
+        row["known"] = {**own, "prompt": row["prompt"], **rater}
     return rows
+
+
+def _dataset(rows: list[dict[str, Any]]) -> Dataset:
+    """Rows with the columns of them all: items may differ in what they carry, and cells in their types."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, on_mixed_types="use_json")

@@ -96,9 +96,9 @@ def as_text(content: Prompt | Completion) -> str:
 
 def read_reply(reply: str, words: tuple[str, str]) -> int | None:
     """Which of two answer words a reply is, 0 or 1; None for anything else, because a guess is no judgment."""
-    either = "|".join(map(re.escape, words))
-    found = re.fullmatch(rf"\W*(?:(?:better )?answer\W+)?({either})\W*", reply.strip(), re.IGNORECASE)
-    return [word.lower() for word in words].index(found[1].lower()) if found else None
+    first, second = map(re.escape, words)
+    found = re.fullmatch(rf"\W*(?:(?:better )?answer\W+)?(?:({first})|({second}))\W*", reply.strip(), re.IGNORECASE)
+    return int(found[2] is not None) if found else None
 
 
 def critique_and_revise(

@@ -87,7 +87,7 @@ class EndpointRater(ModelRater):
                 if found is not None:
                     odds[i] = CERTAIN * (1 - 2 * found)
                     continue
-                chats[i] += [*as_chat("assistant", reply), *again]
+                chats[i] += [*as_chat("assistant", reply[:1000]), *again]  # what goes on for ever is not paid for twice
                 last = " ".join(reply.split())[:80]
                 self.why_skipped = f"asked {ATTEMPTS} times, {self.name} gave no answer word; its last reply: {last!r}"
         return odds
@@ -109,6 +109,7 @@ class EndpointRater(ModelRater):
         key = self._key()
         headers = {"Authorization": f"Bearer {key}" if key else openai.Omit()}
         self._count({"asked": 1})
+        answer: Any = None
         try:
             answer = self._client.chat.completions.create(
                 model=self.model, messages=list(chat), extra_body=self.options, extra_headers=headers
@@ -118,13 +119,14 @@ class EndpointRater(ModelRater):
                 raise ValueError
         except openai.APIError as error:
             raise FeedbackError(self._reason(error)) from None
-        except (ValueError, AttributeError, IndexError, TypeError):  # what came is no JSON, or JSON without a message
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):  # no JSON, or none with a message
+            error_said = " ".join(self._without_key(str(getattr(answer, "error", "") or "")).split())[:200]
             said = "answered without a message; is base_url that of a chat-completions server (it often ends in /v1)?"
-            raise FeedbackError(f"{self.model} at {self.base_url}: {said}") from None
-        content = self._without_key(content)
+            raise FeedbackError(f"{self.model} at {self.base_url}: {said} {error_said}".strip()) from None
+        content = self._without_key(content.encode(errors="replace").decode())  # half an emoji cannot be kept
         self._sql("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", digest, text, content)
-        if answer.usage:
-            self._count({"in": answer.usage.prompt_tokens, "out": answer.usage.completion_tokens})
+        used = {"in": getattr(answer.usage, "prompt_tokens", 0), "out": getattr(answer.usage, "completion_tokens", 0)}
+        self._count({name: n for name, n in used.items() if isinstance(n, int)})
         return content
 
     def costs(self) -> str:

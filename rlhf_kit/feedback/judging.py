@@ -5,11 +5,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any, Literal, Protocol, get_args
 
 import pandas as pd
 
-from rlhf_kit.models import Prompt
+from rlhf_kit.models import Prompt, plain
 from rlhf_kit.rewards import Completion
 
 Question = Literal["rank", "good/bad", "1-7"]
@@ -33,7 +34,7 @@ class FeedbackError(ValueError):
 class Item:
     """A prompt with one completion to rate, or 2 to 9 different ones to rank; `columns` hold what else is known of it.
 
-    Raises FeedbackError where completions are missing, equal or too many.
+    Raises FeedbackError where one is neither a text nor a chat, or where completions are equal or too many.
     """
 
     prompt: Prompt
@@ -41,21 +42,39 @@ class Item:
     columns: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        for place, each in enumerate(self.completions):
-            if not isinstance(each, str | list):
-                raise FeedbackError(f"{self}: completion {place} is missing ({each!r}); give a text or a chat")
+        for place, each in enumerate((self.prompt, *self.completions)):
+            if not _is_text(each) or (place == 0 and not str(each).strip()):
+                what = f"completion {place - 1}" if place else "prompt"
+                raise FeedbackError(f"{self}: {what} is missing ({each!r:.80}); give a text or a chat of text")
         n, different = len(self.completions), len(set(map(canonical, self.completions)))
         if not 1 <= n <= MOST or different < n:
             equal = n - different
             raise FeedbackError(f"{self}: has {n} completions, {equal} equal; give 1 to {MOST} different")
 
-    @property
+    @cached_property
     def id(self) -> str:
         """A hash of the content: the same prompt and completions in the same order have the same id everywhere."""
         return hashlib.sha256(canonical([self.prompt, *self.completions]).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
         return f"item {str(self.prompt)[:60]!r}"
+
+
+def _is_text(cell: Any) -> bool:
+    """Whether it is a text of whole characters, or a chat: messages with a role and a text, or with parts of text."""
+    try:
+        json.dumps(cell, ensure_ascii=False).encode()
+        chat = [] if isinstance(cell, str) else [each["role"] and each["content"] for each in plain(cell)]
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return False
+    return isinstance(cell, str) or (cell != [] and all(isinstance(content, str | None) for content in chat))
+
+
+def check_rater(name: str, note: str = "") -> None:
+    """FeedbackError for a rater without a name, and for half a character in it or in the note."""
+    if not name.strip() or not _is_text(name + note):
+        said = "half a character in it or the note" if name.strip() else "give one, such as rater='ana'"
+        raise FeedbackError(f"a judgment needs a rater's name, not {name!r}: {said}")
 
 
 @dataclass(frozen=True)
@@ -126,8 +145,7 @@ def as_row(
     interface: str,
 ) -> dict[str, Any]:
     """A judgment made now as a row of COLUMNS, not numbered yet; FeedbackError where these do not fit each other."""
-    if not rater.strip():
-        raise FeedbackError("a judgment needs a rater's name; give one, such as rater='ana'")
+    check_rater(rater, answer.note)
     answer.check(question, len(item.completions))
     if sorted(shown) != list(range(len(item.completions))):
         raise FeedbackError(f"shown {tuple(shown)}: it must name each of {len(item.completions)} completions once")

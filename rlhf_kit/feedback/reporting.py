@@ -13,12 +13,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from rlhf_kit import plots
 from rlhf_kit.feedback.judging import FeedbackError
 from rlhf_kit.feedback.quality import PAIR, agreement, biases, position_from_swaps, votes, words
 from rlhf_kit.feedback.store import Store
-from rlhf_kit.stats import NOT_MEASURED, bootstrap, columns
+from rlhf_kit.stats import NOT_MEASURED, Interval, bootstrap, columns
 
 PACKAGES = ("rlhf-kit", "krippendorff", "scipy", "pandas")  # the numbers depend on these
 BLUE, GREY = plots.COLOURS["SFT"], plots.COLOURS["base"]
@@ -92,6 +93,8 @@ def report(judgments: pd.DataFrame | Store) -> tuple[pd.DataFrame, Figure]:
         "seconds": ("How fast are they?", "time of a judgment [s]: median, middle half"),
     }
     rows = np.arange(len(table))
+    glyphs = get_font(findfont(FontProperties())).get_charmap()  # a name in other letters would be a row of boxes
+    names = [name if {*map(ord, name)} <= {*glyphs} else f"rater {row + 1}" for row, name in enumerate(table["rater"])]
     figure, grid = plt.subplots(2, 2, figsize=(12.4, 3 + 0.76 * len(table)), layout="constrained", sharey=True)
     for axes, (name, (title, label)) in zip(grid.flat, panels.items(), strict=True):
         axes.hlines(rows, numbers[f"{name}_lo"], numbers[f"{name}_hi"], color=BLUE, linewidth=2.4)
@@ -101,14 +104,13 @@ def report(judgments: pd.DataFrame | Store) -> tuple[pd.DataFrame, Figure]:
             axes.text(0.5, row, "not measured", color=GREY, **middle)
         axes.set_title(title, loc="right")
         axes.set(xlabel=label, ylim=(len(table) - 0.5, -0.5))
-        axes.set_yticks(rows, table["rater"])
+        axes.set_yticks(rows, names)
         axes.grid(axis="y", visible=False)
         if name in ("position", "length"):
             axes.axvline(0, color=GREY, linewidth=2, linestyle="--", zorder=1)
     grid[1, 1].set_xlim(left=0)
     figure.suptitle(f"{len(table)} rater{'s' * (len(table) > 1)}, {table['judgments'].sum()} judgments; 95% intervals")
-    plt.close(figure)
-    return table, figure
+    return table, plots.done(figure)
 
 
 def page(store: Store, command: str) -> str:
@@ -151,5 +153,5 @@ def _cell(row: dict[Any, Any], name: str) -> str:
         return str(value)
     lo, hi = ("lo", "hi") if name == "value" else (f"{name}_lo", f"{name}_hi")
     digits = 3 if name == "length" else 2
-    text = f"{value:.{digits}f} [{row[lo]:.{digits}f}, {row[hi]:.{digits}f}]" if lo in row else f"{value:.3g}"
-    return "-" if np.isnan(value) else text.replace("nan", "-")
+    text = format(Interval(value, row[lo], row[hi]), f".{digits}f") if lo in row else f"{value:.3g}"
+    return "-" if np.isnan(value) else text.replace("nan", "-").replace("prompt", "item")

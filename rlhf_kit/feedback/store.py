@@ -40,36 +40,57 @@ class Store:
     """Judgments in a file of that path, made if it is not there; FeedbackError where it is no store of this version.
 
     WAL mode with full synchronisation: what a method has written survives kill -9, and readers never wait.
+    read_only: it must be there, and nothing is written at its place.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        try:
+    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
+        self.path, self.read_only = Path(path), read_only
+        if fault := self._fault():
+            raise FeedbackError(f"{self.path}: is no store of judgments ({fault}); name another file")
+        if not read_only:
             with self._transaction() as connection:  # of two processes that make the same store, one waits
-                [version] = connection.execute("PRAGMA user_version").fetchone()
-                if not version and not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                     _create(connection)
-                elif version != SCHEMA_VERSION:
-                    raise sqlite3.DatabaseError(f"its schema is {version}, and this rlhf-kit reads {SCHEMA_VERSION}")
-            with closing(sqlite3.connect(self.path, timeout=WAIT)) as connection:
-                connection.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.DatabaseError as error:
-            raise FeedbackError(f"{self.path}: is no store of judgments ({error}); name another file") from None
+            with self._transaction("PRAGMA journal_mode = WAL"):
+                pass
+
+    def _fault(self) -> str | None:
+        """Why the file is no store. It is read as bytes, because SQLite may change any database that it opens."""
+        try:
+            with self.path.open("rb") as stream:
+                page = stream.read(4096)  # the first page has all of the schema
+        except FileNotFoundError:
+            return "no such file" if self.read_only else None
+        except OSError as error:
+            return error.strerror
+        version = int.from_bytes(page[60:64], "big")
+        if not page and not self.read_only:
+            return None  # it is yet to be made
+        if not page.startswith(b"SQLite format 3\0"):
+            return "file is not a database"
+        if version != SCHEMA_VERSION:
+            return f"its schema is {version}, and this rlhf-kit reads {SCHEMA_VERSION}"
+        return None if b"CREATE TABLE withdrawals" in page else "it lacks the tables of one"
 
     @contextmanager
     def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
-        """A connection for one transaction: committed at the end, undone on an error. IMMEDIATE waits for writers."""
-        with closing(sqlite3.connect(self.path, timeout=WAIT, isolation_level=None)) as connection:
-            connection.row_factory = sqlite3.Row
-            connection.execute("PRAGMA foreign_keys = ON")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute(begin)
-            with connection:
-                yield connection
-
-    def _rows(self, select: str, *values: Any) -> list[sqlite3.Row]:
-        with self._transaction("BEGIN") as connection:  # a reader never waits
-            return connection.execute(select, values).fetchall()
+        """A connection for one transaction, undone on an error (then a FeedbackError). IMMEDIATE waits for writers."""
+        address = self.path.resolve().as_uri()
+        if self.read_only:  # without a -wal file nobody else has it open, and `immutable` makes no file beside it
+            address += "?mode=ro" if Path(f"{self.path.resolve()}-wal").exists() else "?immutable=1"
+        try:
+            with closing(sqlite3.connect(address, timeout=WAIT, isolation_level=None, uri=True)) as connection:
+                connection.row_factory = sqlite3.Row
+                connection.execute("PRAGMA foreign_keys = ON")
+                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute(begin)
+                with connection:
+                    yield connection
+        except FeedbackError:
+            raise
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            said = "see that it is whole, that no program holds it and that the disk has room, or name another file"
+            raise FeedbackError(f"{self.path}: the store does not answer ({error}); {said}") from None
 
     def add(self, items: Sequence[Item]) -> int:
         """Put items into the store; returns how many are new. Items that are there keep their columns, with a warning.
@@ -91,9 +112,10 @@ class Store:
 
     def items(self) -> list[Item]:
         """All items, in the order in which they were added."""
-        rows = self._rows("SELECT prompt, completions, columns FROM items ORDER BY rowid")
-        found = [[json.loads(text) for text in row] for row in rows]
-        return [Item(prompt, tuple(completions), columns) for prompt, completions, columns in found]
+        with self._transaction("BEGIN") as connection:
+            rows = connection.execute("SELECT prompt, completions, columns FROM items ORDER BY rowid")
+            found = [[json.loads(text) for text in row] for row in rows]
+            return [Item(prompt, tuple(completions), columns) for prompt, completions, columns in found]
 
     def append(self, judgment: Mapping[str, Any], before: int | None = None) -> int:
         """Keep a judgment, a row by `as_row` of an item in the store; returns its number.
@@ -124,19 +146,26 @@ class Store:
             if not connection.execute(f"INSERT INTO withdrawals {select}", (now(), judgment, rater)).rowcount:
                 raise FeedbackError(f"judgment {judgment}: is not one of rater {rater!r}, or was withdrawn before")
 
-    def judged(self, rater: str, question: Question) -> list[Judged]:
-        """The rater's judgments of that question that count, in the order in which they were made."""
+    def withdrawals(self) -> int:
+        """How many judgments were taken back."""
+        with self._transaction("BEGIN") as connection:  # a reader never waits
+            return int(connection.execute("SELECT count(*) FROM withdrawals").fetchone()[0])
+
+    def judged(self, rater: str, question: Question, after: int = 0) -> list[Judged]:
+        """The rater's judgments of that question that count, of those after a number, in the order they were made."""
         columns = "judgment, item, shown, seconds, ranks IS NULL AND rating IS NULL"
-        where = f"rater = ? AND question = ? AND {COUNTS} ORDER BY judgment"
-        rows = self._rows(f"SELECT {columns} FROM judgments WHERE {where}", rater, question)
-        return [Judged(j, item, tuple(json.loads(shown)), seconds, bool(no)) for j, item, shown, seconds, no in rows]
+        where = f"rater = ? AND question = ? AND judgment > ? AND {COUNTS} ORDER BY judgment"
+        with self._transaction("BEGIN") as connection:
+            rows = connection.execute(f"SELECT {columns} FROM judgments WHERE {where}", (rater, question, after))
+            return [Judged(j, item, tuple(json.loads(shown)), sec, bool(no)) for j, item, shown, sec, no in rows]
 
     def judgments(self, withdrawn: bool = False) -> pd.DataFrame:
         """A row per judgment, COLUMNS, in the order in which they were made; with `withdrawn` those taken back too."""
         columns = f"*, NOT {COUNTS} AS withdrawn"
-        found = self._rows(f"SELECT {columns} FROM judgments JOIN items USING (item) ORDER BY judgment")
-        rows = [dict(row) for row in found if withdrawn or not row["withdrawn"]]
-        return judgments_frame([row | {name: json.loads(row[name] or "null") for name in AS_JSON} for row in rows])
+        with self._transaction("BEGIN") as connection:
+            found = connection.execute(f"SELECT {columns} FROM judgments JOIN items USING (item) ORDER BY judgment")
+            rows = [dict(row) for row in found if withdrawn or not row["withdrawn"]]
+            return judgments_frame([row | {name: json.loads(row[name] or "null") for name in AS_JSON} for row in rows])
 
 
 def _create(connection: sqlite3.Connection) -> None:

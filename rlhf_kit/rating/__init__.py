@@ -52,21 +52,22 @@ def read(path: str | Path, question: Question = "rank", k: int = 2) -> list[Item
     rows = data.load(path)
     if "completions" not in rows.column_names:
         data.check(rows, ("prompt", "completion"), str(path))
-        samples = pd.DataFrame(list(rows))
-        if "prompt_id" not in samples:
-            samples["prompt_id"] = pd.factorize(samples["prompt"].map(canonical))[0]
+        samples = pd.DataFrame(list(rows)).rename(columns={"prompt_id": "prompt_id_dataset"})  # theirs may be anything
+        samples["prompt_id"] = pd.factorize(samples["prompt"].map(canonical))[0]
         return _of_samples(samples, question, k)
     found: list[Item] = []
     for index, row in enumerate(rows):
-        prompt, texts = row.pop("prompt"), row.pop("completions")
+        prompt, texts, column = row.pop("prompt"), row.pop("completions"), "prompt"
         try:
+            Item(prompt, ("",))  # a fault of the prompt alone
+            column = "completions"
             texts = json.loads(texts) if isinstance(texts, str) else texts
             if not isinstance(texts, list) or not texts:
                 raise FeedbackError("give a list of texts or chats")
             new = [Item(prompt, tuple(each), row) for each in ([texts] if question == "rank" else [[t] for t in texts])]
             check_question(question, new)
         except ValueError as error:
-            where = f"{path}, row {index} (counting from 0), column 'completions'"
+            where = f"{path}, row {index} (counting from 0), column {column!r}"
             raise FeedbackError(f"{where}: {error}") from None
         found += new
     return found

@@ -1,7 +1,6 @@
 """What is behind the rating page: which item comes next, in which order it is shown, and how far the rater is."""
 
 import hashlib
-import sqlite3
 import threading
 import time
 from collections import Counter
@@ -14,7 +13,9 @@ import numpy as np
 
 from rlhf_kit.feedback import STRENGTHS, Answer, FeedbackError, Item, Question, Store
 from rlhf_kit.feedback.collecting import draw_order
-from rlhf_kit.feedback.judging import as_row, check_question
+from rlhf_kit.feedback.judging import as_row, check_question, check_rater
+from rlhf_kit.feedback.store import Judged
+from rlhf_kit.models import plain
 from rlhf_kit.progress import clock
 
 
@@ -38,6 +39,7 @@ class Session:
         repeats: int = 0,
     ) -> None:
         check_question(question, items)
+        check_rater(rater)
         self.store, self.rater, self.question, self.seed = store, rater, question, seed
         self.items = {item.id: item for item in items}
         once = list(self.items)
@@ -49,6 +51,8 @@ class Session:
         self._lock = threading.RLock()  # each request of a browser has a thread of its own
         self._state: dict[str, Any] = {}
         self._started: float | None = None
+        self._history: list[Judged] = []
+        self._withdrawn = 0
         store.add(items)
         self._look()
 
@@ -66,17 +70,19 @@ class Session:
                 self._look()
                 try:
                     self._do(message)
-                except FeedbackError as refused:
-                    error = str(refused)
-                self._look()
-            except sqlite3.Error as failed:
-                error = f"{self.store.path}: the store does not answer ({failed}); the page waits until it does"
+                finally:
+                    self._look()
+            except FeedbackError as refused:
+                error = str(refused)
             return self.state(error)
 
     def _look(self) -> None:
         """Read from the store which item is open, and how far the rater is."""
-        found = self.store.judged(self.rater, self.question)
-        self._history = [each for each in found if each.item in self.items]
+        withdrawn = self.store.withdrawals()
+        if withdrawn != self._withdrawn:  # otherwise the store has only grown, and what is new is enough
+            self._withdrawn, self._history = withdrawn, []
+        found = self.store.judged(self.rater, self.question, self._history[-1].judgment if self._history else 0)
+        self._history += [each for each in found if each.item in self.items]
         made, pending = Counter(each.item for each in self._history), []
         for item in self.asked:  # each judgment of an item settles one asking of it
             made[item] -= 1
@@ -138,5 +144,5 @@ class Session:
 
 def _messages(text: Any) -> list[dict[str, str | None]]:
     """A prompt or completion as messages of a chat; a plain text is one message without a role."""
-    messages = [{"role": None, "content": text}] if isinstance(text, str) else text
-    return [{"role": each["role"], "content": str(each.get("content") or "")} for each in messages]
+    messages = [{"role": None, "content": text}] if isinstance(text, str) else plain(text)
+    return [{"role": each["role"], "content": each["content"] or ""} for each in messages]
