@@ -16,6 +16,7 @@ Settings = dict[str, Any]
 CONFIGS = {"sft": train.SFTConfig, "reward_model": train.RewardConfig, "dpo": train.DPOConfig, "ppo": PPOConfig}
 # Settings of every stage that are none of TRL's.
 ADAPTER: dict[str, Any] = {"lora": dict | None, "load_in_4bit": bool | None}
+ADAPTER |= {"dtype": str | None, "attn_implementation": str | None}
 ABOVE_ZERO = (
     "beta",
     "learning_rate",

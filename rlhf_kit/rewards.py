@@ -34,17 +34,18 @@ class RewardModel:
 
     It scores text, so the policy may have another tokenizer. Scores are shifted and scaled as `normalise` stored it.
     The transformer is loaded at the first use, or not at all where the adapter is over a base that is in use (`on`).
+    loading: `load_in_4bit`, `dtype` and `attn_implementation`, as `models.load_causal` takes them.
     """
 
-    def __init__(self, path: ModelPath, load_in_4bit: bool | None = None) -> None:
+    def __init__(self, path: ModelPath, **loading: Any) -> None:
         self.path = str(path)
         self.__name__ = "reward_model"  # in the logs of TRL's trainers
-        self.load_in_4bit = load_in_4bit
+        self.stored = models.stored_as(path, **loading)
         self.tokenizer = models.load_tokenizer(path)
         self.head = models.read_score_head(path)
         notes = models.read_notes(path)
         self.shift, self.scale = notes.get("shift", 0.0), notes.get("scale", 1.0)
-        self.backbone: Any = cache(lambda: models.load_backbone(path, load_in_4bit))
+        self.backbone: Any = cache(lambda: models.load_backbone(path, **loading))
 
     def on(self, roles: Roles, role: str) -> "RewardModel":
         """The same reward through its adapter in `roles`, without a second copy of the base."""

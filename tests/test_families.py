@@ -34,9 +34,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-NeoX": ("GPTNeoXConfig", SIZES),
     "Granite": ("GraniteConfig", {**GROUPED, "logits_scaling": 4.0}),
 }
-# Each family once: every way to train meets texts and chats, not every family both.
-WAYS = ("full", "lora", "4bit")
-MATRIX = [(name, i % 2 == 1, WAYS[i % 3]) for i, name in enumerate(FAMILIES)]
+# Each family meets every way to train, texts and chats; each way meets both.
+WAYS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"dtype": "bfloat16"}, "4bit": {"load_in_4bit": True}}
+MATRIX = [(name, (i + j) % 2 == 1, way) for i, name in enumerate(FAMILIES) for j, way in enumerate(WAYS)]
 
 
 def vowels(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
@@ -59,7 +59,7 @@ def test_a_family_goes_through_every_stage(
     own.save_pretrained(tmp_path / "base")
     pairs = CHATS if chat else PREFERENCES
     rows = Dataset.from_dict({"prompt": pairs["prompt"][:], "completion": pairs["chosen"][:]})
-    how = {} if way == "full" else {"lora": {"r": 2}, "load_in_4bit": way == "4bit"}
+    how = {} if way == "full" else {"lora": {"r": 2}, **WAYS[way]}
     few = {**FEW, "max_length": 120}
     sft = train.sft(tmp_path / "base", rows, tmp_path / "sft", **how, **few)
     if family == "Granite":

@@ -221,9 +221,9 @@ def test_llama_8b_in_four_roles_by_hand() -> None:
 
 
 def test_each_setting_turned_up_never_needs_less() -> None:
-    start = {"lora": LORA, "load_in_4bit": True, "gradient_checkpointing": True, "optim": "paged_adamw_8bit"}
+    start = {"lora": LORA, "load_in_4bit": True, "activation_checkpointing": True, "optim": "paged_adamw_8bit"}
     start |= {"prompt_length": 128, "max_completion_length": 128, "rollout": 8, "micro_batch_size": 2, "ensemble": 1}
-    more = {"lora": {"r": 64}, "load_in_4bit": False, "gradient_checkpointing": False, "optim": "adamw_torch_fused"}
+    more = {"lora": {"r": 64}, "load_in_4bit": False, "activation_checkpointing": False, "optim": "adamw_torch_fused"}
     more |= {"prompt_length": 512, "max_completion_length": 512, "rollout": 16, "micro_batch_size": 16, "ensemble": 4}
     less = memory.estimate(config_of("Llama", TINY), "ppo", on_gpu=True, **start).phases
     for setting, value in more.items():
@@ -232,11 +232,17 @@ def test_each_setting_turned_up_never_needs_less() -> None:
 
 
 def test_the_first_change_named_makes_it_fit(zoo: Zoo) -> None:
-    config, checkpointing = config_of("Llama", LLAMA, layers=4), "gradient_checkpointing=True"
-    start = {"lora": LORA, "load_in_4bit": True, "on_gpu": True, "micro_batch_size": 8, "gradient_checkpointing": False}
+    config, checkpointing = config_of("Llama", LLAMA, layers=4), "activation_checkpointing=True"
+    start = {
+        "lora": LORA,
+        "load_in_4bit": True,
+        "on_gpu": True,
+        "micro_batch_size": 8,
+        "activation_checkpointing": False,
+    }
     fits, before, sentence = memory.advise(config, "sft", 8, **start)
     assert not fits and f"Change first: {checkpointing}" in sentence
-    fits, after, _ = memory.advise(config, "sft", 8, **{**start, "gradient_checkpointing": True})
+    fits, after, _ = memory.advise(config, "sft", 8, **{**start, "activation_checkpointing": True})
     assert fits and f"{after.peak:6.1f} GiB fits  {checkpointing}" in sentence
     assert all(float(line.split()[0]) <= before.peak for line in sentence.splitlines()[2:])
     assert "No setting helps" in memory.advise(config, "sft", 2, **start)[2]

@@ -1,6 +1,7 @@
 """Load and save models: full weights, LoRA adapters, 4-bit bases, their tokenizers and their heads."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from safetensors import SafetensorError, safe_open
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What this kit stores beside Hugging Face's own files: {"load_in_4bit": bool, "shift": float, "scale": float}.
+# What this kit stores beside Hugging Face's own files: {"load_in_4bit": bool, "dtype": str, "shift": float, ...}.
 NOTES = "rlhf_kit.json"
 MAX_COMPLETION_LENGTH = 64  # tokens: the default of everything that samples
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -22,6 +24,10 @@ Lora: TypeAlias = LoraConfig | Mapping[str, Any]
 
 
 NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+LAYER = re.compile(r"\.\d+\.")  # in the name of a weight
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ModelError(ValueError):
@@ -39,12 +45,19 @@ def lora_config(lora: Lora | None) -> LoraConfig | None:
     return LoraConfig(**{**defaults, **lora})
 
 
-def check_trainable(model: ModelPath, lora: Lora | None, load_in_4bit: bool | None) -> None:
-    """ModelError for a new adapter over an adapter, and for 4-bit weights to be trained without one."""
+def check_trainable(model: ModelPath, lora: Lora | None, load_in_4bit: bool | None, dtype: str | None = None) -> None:
+    """ModelError for a new adapter over an adapter, and for 4-bit or bf16 weights to be trained without one."""
+    frozen_dtype(model, dtype)
     if is_adapter(model) and lora is not None:
         raise ModelError(f"{model}: is an adapter already, and is trained on as it is; leave `lora` out")
-    if not is_adapter(model) and lora is None and is_4bit(model, load_in_4bit):
+    if is_adapter(model) or lora is not None:
+        return
+    if is_4bit(model, load_in_4bit):
         raise ModelError(f'{model}: 4-bit weights cannot be trained; pass `lora={{"r": 16}}` to train an adapter')
+    if dtype == "bfloat16":  # it would round small updates away
+        raise ModelError(
+            f'{model}: weights are trained in fp32; leave `dtype` out, or train an adapter, `lora={{"r": 16}}`'
+        )
 
 
 def check_one_device(args: transformers.TrainingArguments) -> None:
@@ -88,6 +101,23 @@ def is_4bit(model: ModelPath, load_in_4bit: bool | None) -> bool:
     return load_in_4bit
 
 
+def frozen_dtype(model: ModelPath, dtype: str | None, on_gpu: bool | None = None) -> torch.dtype:
+    """The dtype of weights that do not train: as asked, or where None, as noted, else bf16 on a GPU and fp32 on a CPU.
+
+    ModelError for another dtype than these two.
+    """
+    on_gpu = device().type == "cuda" if on_gpu is None else on_gpu
+    name = dtype or read_notes(model).get("dtype") or ("bfloat16" if on_gpu else "float32")
+    if name not in DTYPES:
+        raise ModelError(f"dtype={name!r}: choose float32 or bfloat16; scores and gradients overflow in float16")
+    return DTYPES[name]
+
+
+def stored_as(model: ModelPath, load_in_4bit: bool | None = None, dtype: str | None = None, **_: Any) -> Any:
+    """Whether the frozen base of `model` is loaded in 4 bits, and the dtype of what is not quantised."""
+    return is_4bit(model, load_in_4bit), frozen_dtype(model, dtype)
+
+
 def _own_4bit(model: ModelPath) -> bool:
     """Whether the base weights are stored in 4 bits."""
     stored = getattr(load_config(model), "quantization_config", None) or {}
@@ -104,10 +134,18 @@ def write_notes(model: ModelPath, **notes: Any) -> None:
     (Path(model) / NOTES).write_text(json.dumps({**read_notes(model), **notes}, indent=2) + "\n")
 
 
+def write_loading(model: ModelPath, trained: Model) -> None:
+    """Note in a model's directory how its base was loaded, so that it is loaded and scores as it was trained."""
+    base: Any = without_adapters(trained)
+    dtype = str(base.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    write_notes(model, load_in_4bit=bool(getattr(base, "is_loaded_in_4bit", False)), dtype=dtype)
+
+
 def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, padding on the left with a token that is not EOS; ModelError where it has none.
+    """The tokenizer of a model, padding on the left with a token that is not EOS.
 
     transformers' score heads read the last token that is not the pad token, and a finished completion is scored at EOS.
+    ModelError where there is no such token, or no embedding for a token in use.
     """
     source = model if (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
     tokenizer = _load(transformers.AutoTokenizer.from_pretrained, source, padding_side="left")
@@ -115,6 +153,15 @@ def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
         raise ModelError(f"{source}: its tokenizer has no EOS token, so completions could never end; set `eos_token`")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = _spare_token(tokenizer, source)
+    rows, added = load_config(model).get_text_config().vocab_size, tokenizer.get_added_vocab()
+    in_use = f"{tokenizer.chat_template} {tokenizer.eos_token} {tokenizer.bos_token} {tokenizer.pad_token}"
+    # Some models add a token that no text of theirs holds (Gemma 3 one for images), without an embedding.
+    beyond = [t for t, row in tokenizer.get_vocab().items() if row >= rows and (t not in added or t in in_use)]
+    if beyond:
+        raise ModelError(
+            f"{source}: its tokenizer has the token {beyond[0]!r} (one of {len(beyond)}) beyond the model's {rows}; "
+            "take the model's own tokenizer, or give the model more embeddings (resize_token_embeddings)"
+        )
     _add_no_end(tokenizer)
     return tokenizer
 
@@ -149,24 +196,34 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
 
 
 @torch.random.fork_rng()  # loading an adapter draws random numbers, and those of a run must not depend on when it loads
-def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False) -> Model:
+def load_causal(
+    model: ModelPath,
+    load_in_4bit: bool | None = None,
+    trainable: bool = False,
+    dtype: str | None = None,
+    attn_implementation: str | None = None,
+) -> Model:
     """A causal LM from full weights or an adapter: to train, or frozen, in eval mode and on the device.
 
-    `load_in_4bit=None` loads it as its notes say. ModelError where `model` is no model, or cannot be trained.
+    `load_in_4bit` and `dtype` ("float32", "bfloat16"): None loads it as its notes say, else bf16 on a GPU; whatever
+    trains is fp32. ModelError where `model` is no causal LM, or cannot be trained.
     """
     if trainable:
-        check_trainable(model, None, load_in_4bit)
-    loaded = load_base(model, transformers.AutoModelForCausalLM.from_pretrained, load_in_4bit)
+        check_trainable(model, None, load_in_4bit, dtype)
+        dtype = dtype if is_adapter(model) else "float32"
+    auto = transformers.AutoModelForCausalLM.from_pretrained
+    loaded = load_base(model, auto, load_in_4bit, dtype, attn_implementation=attn_implementation)
     if is_adapter(model):
-        loaded = _with_adapter(loaded, model, trainable)
+        loaded = with_adapter(loaded, model, trainable)
     return loaded if trainable else _frozen(loaded)
 
 
-def _with_adapter(base: PreTrainedModel, model: ModelPath, trainable: bool) -> PeftModel:
+def with_adapter(base: PreTrainedModel, model: ModelPath, trainable: bool, name: str = "default") -> PeftModel:
+    """The base with the adapter of `model` on it, by that name; ModelError where it is no LoRA or does not fit."""
     if (kind := PeftConfig.from_pretrained(str(model)).peft_type) != PeftType.LORA:
         raise ModelError(f"{model}: is an adapter of the kind {kind.value}; this kit knows LoRA only")
     try:
-        return PeftModel.from_pretrained(base, str(model), is_trainable=trainable)
+        return PeftModel.from_pretrained(base, str(model), adapter_name=name, is_trainable=trainable)
     except RuntimeError as error:  # PyTorch's, of weights in another shape
         vocabulary = base.get_input_embeddings().weight.shape[0]
         raise ModelError(
@@ -175,21 +232,33 @@ def _with_adapter(base: PreTrainedModel, model: ModelPath, trainable: bool) -> P
         ) from None
 
 
-def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bit: bool | None, **kwargs: Any) -> Any:
-    """The base weights of `model` by an Auto class's `from_pretrained`: fp32, or 4-bit NF4 (QLoRA, 2305.14314)."""
-    base = base_of(model)
-    kwargs["dtype"] = torch.float32
+def load_base(
+    model: ModelPath,
+    from_pretrained: Callable[..., Any],
+    load_in_4bit: bool | None = None,
+    dtype: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The base weights of `model` by an Auto class's `from_pretrained`: `frozen_dtype`, or 4-bit NF4 (2305.14314)."""
+    base, config = base_of(model), load_config(model)
+    kwargs["dtype"] = frozen_dtype(model, dtype)
+    if from_pretrained == transformers.AutoModelForCausalLM.from_pretrained:
+        _check_causal(base, config)
     if is_4bit(model, load_in_4bit):
-        kwargs |= {"dtype": torch.bfloat16 if device().type == "cuda" else torch.float32, "device_map": {"": device()}}
+        kwargs["device_map"] = {"": device()}
         heads = ["lm_head", "score", "embed_out"]
         quantization = {**NF4, "bnb_4bit_compute_dtype": kwargs["dtype"], "llm_int8_skip_modules": heads}
         if not _own_4bit(model):
             kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
-    loaded, keys = _load(from_pretrained, base, output_loading_info=True, **kwargs)
-    if missing := sorted(set(keys["missing_keys"]) - {"score.weight"}):
-        raise ModelError(
-            f"{base}: its weights lack {missing[0]} (one of {len(missing)}), which would be random numbers"
-        )
+    loaded, keys = _load(from_pretrained, base, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    for says, found in (
+        ("have another shape than its config.json says in {}", {key for key, *_ in keys["mismatched_keys"]}),
+        ("lack {}, which would be random numbers", set(keys["missing_keys"]) - {"score.weight"}),
+        # Heads of another use may be left over, but no numbered layers.
+        ("hold {}, for which its config.json has no layer", set(filter(LAYER.search, keys["unexpected_keys"]))),
+    ):
+        if found:
+            raise ModelError(f"{base}: its weights {says.format(min(found))} (one of {len(found)})")
     settings = getattr(loaded, "generation_config", None)
     if settings is not None and settings.temperature is not None:
         settings.do_sample = True  # a temperature without sampling is refused when the model is saved
@@ -201,13 +270,26 @@ def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bi
     return loaded
 
 
+def _check_causal(model: str, config: transformers.PreTrainedConfig) -> None:
+    """ModelError where the weights were saved from a model without the output head of a causal LM."""
+    saved = (config.architectures or ["ForCausalLM"])[0]
+    expected = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    tied = saved.endswith("Model") and config.get_text_config().tie_word_embeddings  # the embeddings are the head
+    if not (tied or saved.endswith(("ForCausalLM", "LMHeadModel")) or saved == getattr(expected, "__name__", saved)):
+        raise ModelError(
+            f"{model}: holds the weights of {saved}, without the output head of a causal language model; name a model "
+            "that AutoModelForCausalLM saved"
+        )
+
+
 @torch.random.fork_rng()
-def load_backbone(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False) -> PreTrainedModel:
+def load_backbone(model: ModelPath, trainable: bool = False, **loading: Any) -> PreTrainedModel:
     """The transformer of a causal LM or a reward model without its head: token ids to hidden states (B, T, D)."""
     if is_adapter(model):
         # A reward adapter has the keys of a causal-LM adapter and its head besides, so it fits on the causal base.
-        return decoder(load_causal(model, load_in_4bit, trainable))
-    loaded = load_base(model, transformers.AutoModel.from_pretrained, load_in_4bit)
+        return decoder(load_causal(model, trainable=trainable, **loading))
+    loading |= {"dtype": "float32"} if trainable else {}
+    loaded = load_base(model, transformers.AutoModel.from_pretrained, **loading)
     return loaded if trainable else _frozen(loaded)
 
 
@@ -239,8 +321,16 @@ def read_score_head(reward_model: ModelPath) -> torch.Tensor:
 
 
 def load_config(model: ModelPath) -> transformers.PreTrainedConfig:
-    """The config of a model or of an adapter's base; needs no weights."""
-    return _load(transformers.AutoConfig.from_pretrained, base_of(model))
+    """The config of a model or of an adapter's base; needs no weights. ModelError where it is no causal LM's."""
+    source = base_of(model)
+    config = _load(transformers.AutoConfig.from_pretrained, source)
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if masked or config.is_encoder_decoder:
+        raise ModelError(f"{source}: is or has an encoder ({config.model_type}); name a causal language model")
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if isinstance(number := getattr(config.get_text_config(), name, None), int) and number < 1:
+            raise ModelError(f"{source}: its config.json says {name}={number}, which no model has; mend it")
+    return config
 
 
 def max_length(model: ModelPath) -> int | None:
@@ -260,8 +350,8 @@ def _load(from_pretrained: Callable[..., Any], model: ModelPath, **kwargs: Any) 
     try:
         # An adapter remembers the path of its base, and will be loaded from other folders.
         return from_pretrained(str(path.resolve() if path.is_dir() else model), **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
+        reason = str(error.__cause__ if isinstance(error, StrictDataclassError) else error).strip().split("\n")[0]
         if "Unrecognized configuration class" in reason:
             auto = from_pretrained.__self__.__name__  # type: ignore[attr-defined]
             reason = f"transformers has no {auto.removeprefix('AutoModelFor')} of this family of models"

@@ -25,7 +25,7 @@ def new_directory(out: ModelPath) -> AbstractContextManager[Path]:
 
 
 CHECKED = 16  # rows whose tokens, and whose scores, are compared once
-DEFAULTS: dict[str, Any] = {"seed": 0, "save_strategy": "no", "logging_steps": 10, "gradient_checkpointing": False}
+DEFAULTS: dict[str, Any] = {"seed": 0, "save_strategy": "no", "logging_steps": 10}
 DEFAULTS |= {"disable_tqdm": True, "log_level": "error", "logging_nan_inf_filter": False}  # or NaN would look harmless
 
 
@@ -40,16 +40,21 @@ class Training:
         folder: Path,
         lora: Lora | None = None,
         load_in_4bit: bool | None = None,
+        dtype: str | None = None,
+        attn_implementation: str | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **settings: Any,
     ) -> None:
-        models.check_trainable(model, lora, load_in_4bit)
-        self.model, self.lora, self.load_in_4bit = model, lora, load_in_4bit
+        models.check_trainable(model, lora, load_in_4bit, dtype)
+        self.model, self.lora = model, lora
+        self.loading: dict[str, Any] = {"load_in_4bit": load_in_4bit, "attn_implementation": attn_implementation}
+        self.loading["dtype"] = dtype if lora is not None or models.is_adapter(model) else "float32"
         self.callbacks = [ProgressCallback(label)] if callbacks is None else callbacks
         self.tokenizer = models.load_tokenizer(model)
         self.tokenizer.padding_side = "right"
         on_gpu = torch.cuda.is_available()
-        settings = DEFAULTS | {"bf16": on_gpu, "use_cpu": not on_gpu} | settings
+        recompute = settings.get("gradient_checkpointing", False)  # the older name, which would warn
+        settings = DEFAULTS | {"bf16": on_gpu, "use_cpu": not on_gpu, "activation_checkpointing": recompute} | settings
         self.args = config_class(output_dir=str(folder), **settings)
         models.check_one_device(self.args)
 
@@ -59,10 +64,13 @@ class Training:
         The reference of the methods that have one must be `self.model` as it was, not the raw base. Full weights go in
         as a path: TRL loads the reference from it again. An adapter goes in loaded: TRL clones it as the reference.
         """
-        given: Any = str(self.model)
+        given: Any = str(self.model)  # loaded by TRL, in fp32
         adapter = self.lora is not None or models.is_adapter(self.model)
         if adapter or not hasattr(self.args, "beta"):  # beta is the weight of a reference
-            given = start or models.load_causal(self.model, self.load_in_4bit, trainable=self.lora is None)
+            given = start or models.load_causal(self.model, trainable=self.lora is None, **self.loading)
+        else:
+            how = {"trust_remote_code": False, "attn_implementation": self.loading["attn_implementation"]}
+            self.args.model_init_kwargs = (self.args.model_init_kwargs or {}) | how
         exact = {}
         if getattr(given, "is_loaded_in_4bit", False):  # TRL rounds what it trains to bf16, unlike its reference
             exact = {name: p.detach().clone() for name, p in given.named_parameters() if p.requires_grad}
@@ -123,7 +131,7 @@ def fit(trainer: Trainer, folder: Path) -> None:
     trainer.model.save_pretrained(folder, **trained)
     trainer.processing_class.save_pretrained(folder)
     trainer.save_state()
-    models.write_notes(folder, load_in_4bit=bool(getattr(trainer.model, "is_loaded_in_4bit", False)))
+    models.write_loading(folder, trainer.model)
 
 
 def history(model: ModelPath) -> pd.DataFrame:
