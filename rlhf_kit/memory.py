@@ -152,7 +152,7 @@ def estimate(
     config, scorer = (each if isinstance(each, PreTrainedConfig) else models.load_config(each) for each in shapes)
     settings = models.lora_config(lora)
     if not isinstance(model, PreTrainedConfig):
-        models.check_trainable(model, settings, load_in_4bit, dtype)
+        models.check_trainable(model, settings, load_in_4bit, dtype=dtype)
         if models.is_adapter(model):
             settings = PeftConfig.from_pretrained(str(model))
             settings.inference_mode = False  # it was saved frozen
@@ -164,8 +164,8 @@ def estimate(
     if (limit := getattr(text, "max_position_embeddings", None)) is not None and length > limit:
         raise ValueError(f"prompt_length + max_completion_length = {length} exceeds the model's {limit} positions")
     on_gpu = models.device().type == "cuda" if on_gpu is None else on_gpu
-    noted = "" if isinstance(model, PreTrainedConfig) else model
-    frozen = torch.float32 if settings is None else models.frozen_dtype(noted, dtype, on_gpu)
+    notes = {} if isinstance(model, PreTrainedConfig) else models.read_notes(model)
+    frozen = torch.float32 if settings is None else models.frozen_dtype(dtype, notes, on_gpu)
 
     # What each role holds in bytes, and the tensors that are trained.
     base, _, linears = _weights(_model(config, frozen), load_in_4bit, head=stage != "reward_model")
@@ -189,7 +189,7 @@ def estimate(
         held["heads"] = 4 * (width + 1) + ensemble * 4 * _number(scorer, 0, "hidden_size")
         trained += [(width, False), (1, False)]
     elif stage == "reward_model":
-        held["heads"] = 4 * width + (0 if settings is None else 4 * width)  # peft trains a copy
+        held["heads"] = 4 * width + 4 * width * (settings is not None)  # peft trains a copy
         trained += [(width, False)]
     optimizer, gradients = sum(_adam(n, embedding, optim) for n, embedding in trained), 4 * sum(n for n, _ in trained)
 

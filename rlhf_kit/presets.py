@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rlhf_kit import train
+from rlhf_kit.models import LOADING
 from rlhf_kit.ppo import PPOConfig
 from rlhf_kit.tasks import Pairs, Pocket, Task
 
@@ -15,8 +16,7 @@ Settings = dict[str, Any]
 # Where the settings of a stage are checked against, by name and by type.
 CONFIGS = {"sft": train.SFTConfig, "reward_model": train.RewardConfig, "dpo": train.DPOConfig, "ppo": PPOConfig}
 # Settings of every stage that are none of TRL's.
-ADAPTER: dict[str, Any] = {"lora": dict | None, "load_in_4bit": bool | None}
-ADAPTER |= {"dtype": str | None, "attn_implementation": str | None}
+ADAPTER: dict[str, Any] = {"lora": dict | None} | dict.fromkeys(LOADING, str | None) | {"load_in_4bit": bool | None}
 ABOVE_ZERO = (
     "beta",
     "learning_rate",

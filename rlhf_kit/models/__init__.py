@@ -3,6 +3,7 @@
 
 from rlhf_kit.models.generation import check_positions, finished, generate, stop_ids
 from rlhf_kit.models.loading import (
+    LOADING,
     MAX_COMPLETION_LENGTH,
     Lora,
     Model,

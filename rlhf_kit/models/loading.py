@@ -1,8 +1,7 @@
 """Load and save models: full weights, LoRA adapters, 4-bit bases, their tokenizers and their heads."""
 
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,10 +23,11 @@ Lora: TypeAlias = LoraConfig | Mapping[str, Any]
 
 
 NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+NF4["llm_int8_skip_modules"] = ["lm_head", "score", "embed_out"]
 
 
-LAYER = re.compile(r"\.\d+\.")  # in the name of a weight
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LOADING = ("load_in_4bit", "dtype", "attn_implementation")  # how weights are loaded, named alike in every stage
 
 
 class ModelError(ValueError):
@@ -45,19 +45,14 @@ def lora_config(lora: Lora | None) -> LoraConfig | None:
     return LoraConfig(**{**defaults, **lora})
 
 
-def check_trainable(model: ModelPath, lora: Lora | None, load_in_4bit: bool | None, dtype: str | None = None) -> None:
+def check_trainable(model: ModelPath, lora: Lora | None, load_in_4bit: bool | None = None, **loading: Any) -> None:
     """ModelError for a new adapter over an adapter, and for 4-bit or bf16 weights to be trained without one."""
-    frozen_dtype(model, dtype)
     if is_adapter(model) and lora is not None:
         raise ModelError(f"{model}: is an adapter already, and is trained on as it is; leave `lora` out")
-    if is_adapter(model) or lora is not None:
-        return
-    if is_4bit(model, load_in_4bit):
-        raise ModelError(f'{model}: 4-bit weights cannot be trained; pass `lora={{"r": 16}}` to train an adapter')
-    if dtype == "bfloat16":  # it would round small updates away
-        raise ModelError(
-            f'{model}: weights are trained in fp32; leave `dtype` out, or train an adapter, `lora={{"r": 16}}`'
-        )
+    in_4bit, dtype = stored_as(model, load_in_4bit, **loading)
+    if not is_adapter(model) and lora is None and (in_4bit or loading.get("dtype") and dtype != torch.float32):
+        kind = "4-bit" if in_4bit else "bf16"  # in bf16 small updates would be rounded away
+        raise ModelError(f'{model}: {kind} weights cannot be trained; pass `lora={{"r": 16}}` to train an adapter')
 
 
 def check_one_device(args: transformers.TrainingArguments) -> None:
@@ -101,13 +96,9 @@ def is_4bit(model: ModelPath, load_in_4bit: bool | None) -> bool:
     return load_in_4bit
 
 
-def frozen_dtype(model: ModelPath, dtype: str | None, on_gpu: bool | None = None) -> torch.dtype:
-    """The dtype of weights that do not train: as asked, or where None, as noted, else bf16 on a GPU and fp32 on a CPU.
-
-    ModelError for another dtype than these two.
-    """
-    on_gpu = device().type == "cuda" if on_gpu is None else on_gpu
-    name = dtype or read_notes(model).get("dtype") or ("bfloat16" if on_gpu else "float32")
+def frozen_dtype(dtype: str | None, notes: Mapping[str, Any], on_gpu: bool) -> torch.dtype:
+    """The dtype of weights that do not train: as asked, or where None as noted, else bf16 on a GPU, fp32 on a CPU."""
+    name = dtype or notes.get("dtype") or ("bfloat16" if on_gpu else "float32")
     if name not in DTYPES:
         raise ModelError(f"dtype={name!r}: choose float32 or bfloat16; scores and gradients overflow in float16")
     return DTYPES[name]
@@ -115,7 +106,7 @@ def frozen_dtype(model: ModelPath, dtype: str | None, on_gpu: bool | None = None
 
 def stored_as(model: ModelPath, load_in_4bit: bool | None = None, dtype: str | None = None, **_: Any) -> Any:
     """Whether the frozen base of `model` is loaded in 4 bits, and the dtype of what is not quantised."""
-    return is_4bit(model, load_in_4bit), frozen_dtype(model, dtype)
+    return is_4bit(model, load_in_4bit), frozen_dtype(dtype, read_notes(model), device().type == "cuda")
 
 
 def _own_4bit(model: ModelPath) -> bool:
@@ -156,12 +147,8 @@ def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
     rows, added = load_config(model).get_text_config().vocab_size, tokenizer.get_added_vocab()
     in_use = f"{tokenizer.chat_template} {tokenizer.eos_token} {tokenizer.bos_token} {tokenizer.pad_token}"
     # Some models add a token that no text of theirs holds (Gemma 3 one for images), without an embedding.
-    beyond = [t for t, row in tokenizer.get_vocab().items() if row >= rows and (t not in added or t in in_use)]
-    if beyond:
-        raise ModelError(
-            f"{source}: its tokenizer has the token {beyond[0]!r} (one of {len(beyond)}) beyond the model's {rows}; "
-            "take the model's own tokenizer, or give the model more embeddings (resize_token_embeddings)"
-        )
+    if beyond := [t for t, row in tokenizer.get_vocab().items() if row >= rows and (t not in added or t in in_use)]:
+        raise ModelError(f"{source}: token {beyond[0]!r} is beyond the model's {rows}; take the model's own tokenizer")
     _add_no_end(tokenizer)
     return tokenizer
 
@@ -196,23 +183,16 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
 
 
 @torch.random.fork_rng()  # loading an adapter draws random numbers, and those of a run must not depend on when it loads
-def load_causal(
-    model: ModelPath,
-    load_in_4bit: bool | None = None,
-    trainable: bool = False,
-    dtype: str | None = None,
-    attn_implementation: str | None = None,
-) -> Model:
+def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False, **loading: Any) -> Model:
     """A causal LM from full weights or an adapter: to train, or frozen, in eval mode and on the device.
 
-    `load_in_4bit` and `dtype` ("float32", "bfloat16"): None loads it as its notes say, else bf16 on a GPU; whatever
-    trains is fp32. ModelError where `model` is no causal LM, or cannot be trained.
+    loading: `dtype` of what does not train ("float32", "bfloat16"), and `attn_implementation`. None loads as the notes
+    say, else bf16 on a GPU. ModelError where `model` is no causal LM, or cannot be trained.
     """
     if trainable:
-        check_trainable(model, None, load_in_4bit, dtype)
-        dtype = dtype if is_adapter(model) else "float32"
-    auto = transformers.AutoModelForCausalLM.from_pretrained
-    loaded = load_base(model, auto, load_in_4bit, dtype, attn_implementation=attn_implementation)
+        check_trainable(model, None, load_in_4bit, **loading)
+        loading |= {} if is_adapter(model) else {"dtype": "float32"}
+    loaded = load_base(model, transformers.AutoModelForCausalLM.from_pretrained, load_in_4bit, **loading)
     if is_adapter(model):
         loaded = with_adapter(loaded, model, trainable)
     return loaded if trainable else _frozen(loaded)
@@ -232,33 +212,28 @@ def with_adapter(base: PreTrainedModel, model: ModelPath, trainable: bool, name:
         ) from None
 
 
-def load_base(
-    model: ModelPath,
-    from_pretrained: Callable[..., Any],
-    load_in_4bit: bool | None = None,
-    dtype: str | None = None,
-    **kwargs: Any,
-) -> Any:
-    """The base weights of `model` by an Auto class's `from_pretrained`: `frozen_dtype`, or 4-bit NF4 (2305.14314)."""
-    base, config = base_of(model), load_config(model)
-    kwargs["dtype"] = frozen_dtype(model, dtype)
-    if from_pretrained == transformers.AutoModelForCausalLM.from_pretrained:
-        _check_causal(base, config)
-    if is_4bit(model, load_in_4bit):
+def load_base(model: ModelPath, from_pretrained: Any, load_in_4bit: bool | None = None, **kwargs: Any) -> Any:
+    """The base weights of `model` by an Auto class's `from_pretrained`, as `stored_as` says (NF4: QLoRA, 2305.14314)."""
+    base, (in_4bit, kwargs["dtype"]) = base_of(model), stored_as(model, load_in_4bit, kwargs.get("dtype"))
+    saved_by = str(load_config(model).architectures)
+    if "Classification" in saved_by and from_pretrained == transformers.AutoModelForCausalLM.from_pretrained:
+        raise ModelError(
+            f"{base}: is a {saved_by} without a language model's head; name what AutoModelForCausalLM saved"
+        )
+    if in_4bit:
         kwargs["device_map"] = {"": device()}
-        heads = ["lm_head", "score", "embed_out"]
-        quantization = {**NF4, "bnb_4bit_compute_dtype": kwargs["dtype"], "llm_int8_skip_modules": heads}
         if not _own_4bit(model):
-            kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
+            how = NF4 | {"bnb_4bit_compute_dtype": kwargs["dtype"]}
+            kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**how)
     loaded, keys = _load(from_pretrained, base, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    for says, found in (
-        ("have another shape than its config.json says in {}", {key for key, *_ in keys["mismatched_keys"]}),
-        ("lack {}, which would be random numbers", set(keys["missing_keys"]) - {"score.weight"}),
-        # Heads of another use may be left over, but no numbered layers.
-        ("hold {}, for which its config.json has no layer", set(filter(LAYER.search, keys["unexpected_keys"]))),
-    ):
-        if found:
-            raise ModelError(f"{base}: its weights {says.format(min(found))} (one of {len(found)})")
+    # The weights of a head may be left over, but of no numbered layer.
+    beyond = {key for key in keys["unexpected_keys"] if any(map(str.isdigit, key.split(".")))}
+    if wrong := beyond | {key for key, *_ in keys["mismatched_keys"]}:
+        raise ModelError(f"{base}: its weights are not of its config's sizes at {min(wrong)} (one of {len(wrong)})")
+    if missing := sorted(set(keys["missing_keys"]) - {"score.weight"}):
+        raise ModelError(
+            f"{base}: its weights lack {missing[0]} (one of {len(missing)}), which would be random numbers"
+        )
     settings = getattr(loaded, "generation_config", None)
     if settings is not None and settings.temperature is not None:
         settings.do_sample = True  # a temperature without sampling is refused when the model is saved
@@ -268,18 +243,6 @@ def load_base(
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
     return loaded
-
-
-def _check_causal(model: str, config: transformers.PreTrainedConfig) -> None:
-    """ModelError where the weights were saved from a model without the output head of a causal LM."""
-    saved = (config.architectures or ["ForCausalLM"])[0]
-    expected = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    tied = saved.endswith("Model") and config.get_text_config().tie_word_embeddings  # the embeddings are the head
-    if not (tied or saved.endswith(("ForCausalLM", "LMHeadModel")) or saved == getattr(expected, "__name__", saved)):
-        raise ModelError(
-            f"{model}: holds the weights of {saved}, without the output head of a causal language model; name a model "
-            "that AutoModelForCausalLM saved"
-        )
 
 
 @torch.random.fork_rng()
@@ -327,9 +290,6 @@ def load_config(model: ModelPath) -> transformers.PreTrainedConfig:
     masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if masked or config.is_encoder_decoder:
         raise ModelError(f"{source}: is or has an encoder ({config.model_type}); name a causal language model")
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if isinstance(number := getattr(config.get_text_config(), name, None), int) and number < 1:
-            raise ModelError(f"{source}: its config.json says {name}={number}, which no model has; mend it")
     return config
 
 
@@ -338,7 +298,7 @@ def max_length(model: ModelPath) -> int | None:
     return getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
 
 
-def _load(from_pretrained: Callable[..., Any], model: ModelPath, **kwargs: Any) -> Any:
+def _load(from_pretrained: Any, model: ModelPath, **kwargs: Any) -> Any:
     """What `from_pretrained` returns; a failure becomes a ModelError of one sentence."""
     path = Path(model)
     kwargs["trust_remote_code"] = False  # otherwise transformers asks on the terminal, and a "y" runs the model's code
@@ -353,7 +313,7 @@ def _load(from_pretrained: Callable[..., Any], model: ModelPath, **kwargs: Any) 
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         reason = str(error.__cause__ if isinstance(error, StrictDataclassError) else error).strip().split("\n")[0]
         if "Unrecognized configuration class" in reason:
-            auto = from_pretrained.__self__.__name__  # type: ignore[attr-defined]
+            auto = from_pretrained.__self__.__name__
             reason = f"transformers has no {auto.removeprefix('AutoModelFor')} of this family of models"
         where = "this directory" if path.is_dir() else "no such directory here, and the hub gave no such model"
         raise ModelError(f"{model}: {where} ({reason})") from error

@@ -109,7 +109,7 @@ def load_roles(
     or `lora` is given, all roles are adapters over one base, and so are `rewards`, by role name. how: `load_in_4bit`,
     `dtype` and `attn_implementation`. ModelError where one of them is not over the policy's base.
     """
-    loading.check_trainable(policy, lora, how.get("load_in_4bit"), how.get("dtype"))
+    loading.check_trainable(policy, lora, **how)
     parts: dict[str, tuple[Any, str | None]]
     if lora is None and not is_adapter(policy):
         parts = {

@@ -35,6 +35,7 @@ class PPOConfig(TrainingArguments):
     disable_tqdm: bool = True
     log_level: str = "error"
     remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = False
     max_completion_length: int = MAX_COMPLETION_LENGTH
     temperature: float = 1.0
     missing_eos_penalty: float = 1.0

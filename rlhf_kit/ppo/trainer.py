@@ -373,7 +373,7 @@ def load_models(
 
     Raises ValueError, before any weights are loaded, where the run is estimated to need too much memory.
     """
-    loading = {name: getattr(args, name) for name in ("load_in_4bit", "dtype", "attn_implementation")}
+    loading = {name: getattr(args, name) for name in models.LOADING}
     given: Any = reward.members if isinstance(reward, Ensemble) else reward
     given = given if isinstance(given, list | tuple) else [given]
     members = [each if callable(each) else RewardModel(each) for each in given]

@@ -39,22 +39,20 @@ class Training:
         model: ModelPath,
         folder: Path,
         lora: Lora | None = None,
-        load_in_4bit: bool | None = None,
-        dtype: str | None = None,
-        attn_implementation: str | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **settings: Any,
     ) -> None:
-        models.check_trainable(model, lora, load_in_4bit, dtype)
         self.model, self.lora = model, lora
-        self.loading: dict[str, Any] = {"load_in_4bit": load_in_4bit, "attn_implementation": attn_implementation}
-        self.loading["dtype"] = dtype if lora is not None or models.is_adapter(model) else "float32"
+        self.loading = {name: settings.pop(name, None) for name in models.LOADING}
+        models.check_trainable(model, lora, **self.loading)
+        if lora is None and not models.is_adapter(model):
+            self.loading["dtype"] = "float32"
         self.callbacks = [ProgressCallback(label)] if callbacks is None else callbacks
         self.tokenizer = models.load_tokenizer(model)
         self.tokenizer.padding_side = "right"
         on_gpu = torch.cuda.is_available()
-        recompute = settings.get("gradient_checkpointing", False)  # the older name, which would warn
-        settings = DEFAULTS | {"bf16": on_gpu, "use_cpu": not on_gpu, "activation_checkpointing": recompute} | settings
+        settings.setdefault("activation_checkpointing", settings.pop("gradient_checkpointing", False))  # its older name
+        settings = DEFAULTS | {"bf16": on_gpu, "use_cpu": not on_gpu} | settings
         self.args = config_class(output_dir=str(folder), **settings)
         models.check_one_device(self.args)
 
@@ -64,7 +62,7 @@ class Training:
         The reference of the methods that have one must be `self.model` as it was, not the raw base. Full weights go in
         as a path: TRL loads the reference from it again. An adapter goes in loaded: TRL clones it as the reference.
         """
-        given: Any = str(self.model)  # loaded by TRL, in fp32
+        given: Any = str(self.model)
         adapter = self.lora is not None or models.is_adapter(self.model)
         if adapter or not hasattr(self.args, "beta"):  # beta is the weight of a reference
             given = start or models.load_causal(self.model, trainable=self.lora is None, **self.loading)

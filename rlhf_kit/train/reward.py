@@ -26,7 +26,7 @@ class ScoreHead(torch.nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Scores (..., 1) of hidden states (..., D)."""
         with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.to(self.weight.dtype))
+            return super().forward(input.float())
 
 
 class ItemBatches:
@@ -109,8 +109,7 @@ def _own_scores(trainer: RewardTrainer) -> tuple[list[Any], list[Any], torch.Ten
         own = model(**inputs).logits[:, 0].float().cpu()
     # TRL has joined each prompt with its completions.
     texts = [row[side][len(row["prompt"]) :] for side in ("chosen", "rejected") for row in rows]
-    in_bf16 = any(weight.dtype == torch.bfloat16 for weight in model.parameters())
-    rounded = trainer.args.bf16 or in_bf16 or getattr(model, "is_loaded_in_4bit", False)
+    rounded = trainer.args.bf16 or any(weight.dtype != torch.float32 for weight in model.parameters())
     return 2 * [row["prompt"] for row in rows], texts, own, 2e-2 if rounded else 1e-4
 
 
