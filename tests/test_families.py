@@ -45,6 +45,7 @@ def vowels(prompts: list[Any], completions: list[Any], **columns: Any) -> list[f
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:`gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize(("family", "chat", "way"), MATRIX)
 def test_a_family_goes_through_every_stage(
     family: str, chat: bool, way: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
@@ -62,6 +63,9 @@ def test_a_family_goes_through_every_stage(
     how = {} if way == "full" else {"lora": {"r": 2}, **WAYS[way]}
     few = {**FEW, "max_length": 120}
     sft = train.sft(tmp_path / "base", rows, tmp_path / "sft", **how, **few)
+    model = models.load_causal(sft, trainable=True)
+    assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
+    assert (torch.bfloat16 in {weight.dtype for weight in model.parameters()}) == (way == "lora")
     if family == "Granite":
         with pytest.raises(ModelError, match="has no SequenceClassification of this family"):
             train.reward_model(sft, pairs, tmp_path / "reward", **few)

@@ -67,9 +67,9 @@ def as_bytes(gib: float) -> int:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weights_to_the_byte_and_a_table_for_each_stage(architecture: str, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config_of(architecture, TINY)).save_pretrained(tmp_path)
-    for four_bit in (False, True):
-        base = models.load_base(tmp_path, AutoModelForCausalLM.from_pretrained, four_bit)
-        estimate = memory.estimate(tmp_path, "ppo", **SMALL, lora=LORA, load_in_4bit=four_bit)
+    for four_bit, dtype in ((False, None), (True, None), (False, "bfloat16")):
+        base = models.load_base(tmp_path, AutoModelForCausalLM.from_pretrained, four_bit, dtype=dtype)
+        estimate = memory.estimate(tmp_path, "ppo", **SMALL, lora=LORA, load_in_4bit=four_bit, dtype=dtype)
         assert as_bytes(estimate.parts["base"]) == real_bytes(held(base))
         adapted = get_peft_model(base, models.lora_config(LORA))
         for role in ("policy", "reference", "value", "reward models"):
@@ -255,7 +255,7 @@ def test_the_first_change_named_makes_it_fit(zoo: Zoo) -> None:
 def test_the_command_prints_parts_peak_and_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config_of("Llama", LLAMA, layers=2).save_pretrained(tmp_path)  # no weights
     command = ["memory", str(tmp_path), "--stage", "sft", "--no-checkpointing", "--gpu"]
-    for way in ([], ["--full"], ["--no-4bit"]):
+    for way in ([], ["--full"], ["--no-4bit"], ["--no-4bit", "--dtype", "float32"]):
         assert cli.main([*command, "80", *way]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].split() == ["GiB", "forward", "backward"] and lines[-1].startswith("It fits: ")
