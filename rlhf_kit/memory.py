@@ -137,8 +137,7 @@ def estimate(
     """GiB that `stage` ("sft", "reward_model", "dpo" or "ppo") will need on one device, before anything is loaded.
 
     model: a directory, a hub id or a transformers config; lora: train adapters (None: all weights, or the adapter that
-    `model` is); load_in_4bit, dtype: of the base of an adapter, None as the directory remembers, else bf16 on a GPU;
-    rollout: completions that PPO generates at once;
+    `model` is); load_in_4bit, dtype: as of `models.load_causal`; rollout: completions that PPO generates at once;
     micro_batch_size: rows (of preferences: pairs) in one forward pass; reward_model: what reward models stand on, where
     it is not the policy's base; ensemble: how many there are (0: a function). Lengths are tokens.
     Raises ValueError on settings that make no stage, ModelError where there is no such model.
@@ -165,7 +164,7 @@ def estimate(
         raise ValueError(f"prompt_length + max_completion_length = {length} exceeds the model's {limit} positions")
     on_gpu = models.device().type == "cuda" if on_gpu is None else on_gpu
     notes = {} if isinstance(model, PreTrainedConfig) else models.read_notes(model)
-    frozen = torch.float32 if settings is None else models.frozen_dtype(dtype, notes, on_gpu)
+    frozen = torch.float32 if settings is None else models.loading.frozen_dtype(dtype, notes, on_gpu)
 
     # What each role holds in bytes, and the tensors that are trained.
     base, _, linears = _weights(_model(config, frozen), load_in_4bit, head=stage != "reward_model")

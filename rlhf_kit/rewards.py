@@ -33,8 +33,8 @@ class RewardModel:
     """A learned reward r(x, y): the score head on the hidden state of the last token of prompt + completion + EOS.
 
     It scores text, so the policy may have another tokenizer. Scores are shifted and scaled as `normalise` stored it.
-    The transformer is loaded at the first use, or not at all where the adapter is over a base that is in use (`on`).
-    loading: `load_in_4bit`, `dtype` and `attn_implementation`, as `models.load_causal` takes them.
+    The transformer is loaded at the first use (loading: as of `models.load_causal`), or not at all where the adapter is
+    over a base that is in use (`on`).
     """
 
     def __init__(self, path: ModelPath, **loading: Any) -> None:

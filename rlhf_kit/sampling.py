@@ -30,8 +30,7 @@ def sample(
     A completion is text after a text, an assistant message after a chat.
     With a `reference` model the column `kl` is KL(model || reference) in nats: the exact KL over the vocabulary, summed
     over the positions of the completion. batch_tokens: the most tokens in memory at once, prompts and completions at
-    their longest. loading: `load_in_4bit`, `dtype` and `attn_implementation` of both models, as `models.load_causal`
-    takes them. ValueError where there are no prompts or n is below 1.
+    their longest. loading: as of `models.load_causal`. ValueError where there are no prompts or n is below 1.
     """
     if n < 1 or len(prompts) == 0:
         raise ValueError(f"sample: needs prompts and n of at least 1; got {len(prompts)} prompts and n={n}")

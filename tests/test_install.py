@@ -78,19 +78,14 @@ def test_what_the_kit_imports_is_declared() -> None:
 
 QUIET = """
 import sys, warnings
-import huggingface_hub.constants, transformers, trl
+import datasets, huggingface_hub.constants, transformers, trl
 warnings.simplefilter("error", FutureWarning)
 warnings.simplefilter("error", UserWarning)
 import rlhf_kit as rk
-from datasets import Dataset
-from pathlib import Path
-from transformers.utils import hub
-assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY and hub.constants.HF_HUB_DISABLE_TELEMETRY
-import json
-out, base = Path(json.loads(sys.argv[1])), rk.tasks.Pocket.base_model
-rows = Dataset.from_dict({"prompt": ["why ?"] * 2, "completion": [" yes ."] * 2})
-sft = rk.train.sft(base, rows, out / "sft", lora={"r": 2}, max_steps=1, max_length=60)
-args = rk.PPOConfig(str(out), max_steps=1, per_device_train_batch_size=2, max_completion_length=4)
+assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
+rows = datasets.Dataset.from_dict({"prompt": ["why ?"] * 2, "completion": [" yes ."] * 2})
+sft = rk.train.sft(rk.tasks.Pocket.base_model, rows, sys.argv[1][1:-1], lora={"r": 2}, max_steps=1, max_length=60)
+args = rk.PPOConfig("unused", max_steps=1, per_device_train_batch_size=2, max_completion_length=4)
 rk.PPOTrainer(sft, lambda prompts, completions: [0.5, 1.0], args, rows.select_columns(["prompt"])).train()
 print("ANSWERS", "true")
 """
@@ -98,7 +93,7 @@ print("ANSWERS", "true")
 
 @pytest.mark.slow
 def test_imported_last_the_kit_sends_nothing_and_no_library_warns(tmp_path: Path) -> None:
-    assert in_a_new_process(QUIET, str(tmp_path), HF_HUB_DISABLE_TELEMETRY="0")
+    assert in_a_new_process(QUIET, str(tmp_path / "sft"), HF_HUB_DISABLE_TELEMETRY="0")
 
 
 @pytest.mark.slow

@@ -383,17 +383,12 @@ def test_what_is_no_causal_lm_or_does_not_fit_its_config_is_said_in_one_sentence
     assert len(models.load_causal(tmp_path / "bare").lm_head.weight) == 512
 
 
-@pytest.mark.parametrize(
-    ("dtype", "notes", "on_gpu", "expected"),
-    [(None, {}, True, "bfloat16"), (None, {}, False, "float32"), (None, {"dtype": "float32"}, True, "float32")]
-    + [("float32", {"dtype": "bfloat16"}, True, "float32"), ("bfloat16", {}, False, "bfloat16")],
-)
-def test_what_is_frozen_is_bf16_on_a_gpu_unless_asked_or_noted(
-    dtype: Any, notes: Any, on_gpu: bool, expected: str
-) -> None:
-    assert models.frozen_dtype(dtype, notes, on_gpu) == getattr(torch, expected)
+def test_what_is_frozen_is_bf16_on_a_gpu_unless_asked_or_noted(zoo: Zoo) -> None:
+    asked = [(None, {}, True), (None, {}, False), (None, {"dtype": "float32"}, True), ("bfloat16", {}, False)]
+    found = [models.loading.frozen_dtype(*each) for each in asked]
+    assert found == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
     with pytest.raises(ModelError, match="float16.*choose float32 or bfloat16"):
-        models.frozen_dtype("float16", notes, on_gpu)
+        models.load_causal(zoo["full"], dtype="float16")
 
 
 def test_a_directory_remembers_that_it_stands_on_4_bits(zoo: Zoo) -> None:

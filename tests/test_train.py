@@ -150,8 +150,6 @@ def test_over_a_bf16_base_the_reloaded_scores_are_the_trained_ones(
     reward = RewardModel(out)
     scores = torch.tensor(reward(PROMPTS, CHOSEN)) * reward.scale + reward.shift
     assert trained.scores.dtype == torch.float32 and torch.allclose(scores, trained.scores, atol=1e-5)
-    in_full = torch.tensor(RewardModel(out, dtype="float32")(PROMPTS, CHOSEN)) * reward.scale + reward.shift
-    assert (in_full - scores).abs().max() > 1e-3
 
 
 def test_a_reward_model_that_reloads_to_other_scores_is_not_published(

@@ -13,7 +13,6 @@ from rlhf_kit.models.loading import (
     check_trainable,
     decoder,
     device,
-    frozen_dtype,
     is_4bit,
     is_adapter,
     load_backbone,
@@ -27,7 +26,6 @@ from rlhf_kit.models.loading import (
     read_score_head,
     same_base,
     stored_as,
-    write_loading,
     write_notes,
 )
 from rlhf_kit.models.logprobs import Tokens, completion_kl, completion_logprobs, completion_mask, next_logprobs, padded

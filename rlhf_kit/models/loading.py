@@ -114,9 +114,7 @@ def _own_4bit(model: ModelPath) -> bool:
     stored = getattr(load_config(model), "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     if stored and not stored.get("load_in_4bit"):
-        raise ModelError(
-            f"{model}: its base is quantised otherwise than in bitsandbytes' 4 bits; take its full weights"
-        )
+        raise ModelError(f"{model}: its base is quantised, but not in bitsandbytes' 4 bits; take its full weights")
     return bool(stored)
 
 
@@ -177,9 +175,7 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
     for token in (*spare, "\u0100", "<0x00>"):  # the NUL byte as byte-level BPE and as sentencepiece write it
         if token in tokenizer.get_vocab():
             return token
-    raise ModelError(
-        f"{source}: its tokenizer has no token to pad with except EOS; set `pad_token` to one that no text contains"
-    )
+    raise ModelError(f"{source}: its tokenizer has no token to pad with except EOS; set a `pad_token` that no text has")
 
 
 @torch.random.fork_rng()  # loading an adapter draws random numbers, and those of a run must not depend on when it loads
@@ -213,13 +209,11 @@ def with_adapter(base: PreTrainedModel, model: ModelPath, trainable: bool, name:
 
 
 def load_base(model: ModelPath, from_pretrained: Any, load_in_4bit: bool | None = None, **kwargs: Any) -> Any:
-    """The base weights of `model` by an Auto class's `from_pretrained`, as `stored_as` says (NF4: QLoRA, 2305.14314)."""
+    """The base weights of `model` by an Auto class's `from_pretrained`, as `stored_as` says (NF4: 2305.14314)."""
     base, (in_4bit, kwargs["dtype"]) = base_of(model), stored_as(model, load_in_4bit, kwargs.get("dtype"))
     saved_by = str(load_config(model).architectures)
     if "Classification" in saved_by and from_pretrained == transformers.AutoModelForCausalLM.from_pretrained:
-        raise ModelError(
-            f"{base}: is a {saved_by} without a language model's head; name what AutoModelForCausalLM saved"
-        )
+        raise ModelError(f"{base}: is a {saved_by} without a language model's head; name a causal language model")
     if in_4bit:
         kwargs["device_map"] = {"": device()}
         if not _own_4bit(model):
@@ -231,9 +225,7 @@ def load_base(model: ModelPath, from_pretrained: Any, load_in_4bit: bool | None 
     if wrong := beyond | {key for key, *_ in keys["mismatched_keys"]}:
         raise ModelError(f"{base}: its weights are not of its config's sizes at {min(wrong)} (one of {len(wrong)})")
     if missing := sorted(set(keys["missing_keys"]) - {"score.weight"}):
-        raise ModelError(
-            f"{base}: its weights lack {missing[0]} (one of {len(missing)}), which would be random numbers"
-        )
+        raise ModelError(f"{base}: its weights lack {missing[0]} (one of {len(missing)}), which would be random")
     settings = getattr(loaded, "generation_config", None)
     if settings is not None and settings.temperature is not None:
         settings.do_sample = True  # a temperature without sampling is refused when the model is saved

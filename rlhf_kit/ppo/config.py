@@ -20,9 +20,8 @@ class PPOConfig(TrainingArguments):
     policy loss; ppo_epochs, num_minibatches: their product is the number of optimizer steps in an update;
     micro_batch_size: completions in one forward pass (affects memory only, not the result); early_stop_kl: nats per
     token of policy change that end an update early; lora: train an adapter with these settings (a dict of LoraConfig's
-    fields, or a LoraConfig); load_in_4bit, dtype ("float32", "bfloat16") and attn_implementation of an adapter's base,
-    where None as the model's notes say, else bf16 on a GPU; max_memory_gib: a run that is estimated to need more is
-    refused (None: the GPU's memory; no limit on a CPU).
+    fields, or a LoraConfig); load_in_4bit, dtype, attn_implementation: as of `models.load_causal`;
+    max_memory_gib: a run that is estimated to need more is refused (None: the GPU's memory; no limit on a CPU).
     """
 
     per_device_train_batch_size: int = 64

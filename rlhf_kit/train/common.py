@@ -129,7 +129,7 @@ def fit(trainer: Trainer, folder: Path) -> None:
     trainer.model.save_pretrained(folder, **trained)
     trainer.processing_class.save_pretrained(folder)
     trainer.save_state()
-    models.write_loading(folder, trainer.model)
+    models.loading.write_loading(folder, trainer.model)
 
 
 def history(model: ModelPath) -> pd.DataFrame:
