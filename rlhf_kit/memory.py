@@ -35,6 +35,7 @@ class Estimate(NamedTuple):
     peak_phase: str
     parts: dict[str, float]
     peak: float
+    frozen: str  # the dtype of weights that do not train and are not quantised
 
     def table(self) -> str:
         """Parts in rows, phases in columns, GiB; the largest total is the peak."""
@@ -233,7 +234,7 @@ def estimate(
     if stage == "reward_model":  # loaded again, it scores the dataset to be normalised
         phases["score"] = phase(optimizer=0, activations=scored)
     peak = max(phases, key=lambda name: sum(phases[name].values()))
-    return Estimate(phases, peak, phases[peak], sum(phases[peak].values()))
+    return Estimate(phases, peak, phases[peak], sum(phases[peak].values()), str(frozen).removeprefix("torch."))
 
 
 def advise(model: Shape, stage: str, gib: float, **settings: Any) -> tuple[bool, Estimate, str]:
@@ -244,7 +245,7 @@ def advise(model: Shape, stage: str, gib: float, **settings: Any) -> tuple[bool,
     if gib <= 0:
         raise ValueError(f"a GPU of {gib} GiB: give its memory, for example 12")
     needed, room = estimate(model, stage, **settings), gib * (1 - RESERVE_SHARE) - RESERVE_GIB
-    peak = f"{needed.peak:.1f} GiB at the peak ({needed.peak_phase})"
+    peak = f"{needed.peak:.1f} GiB at the peak ({needed.peak_phase}; what is frozen in {needed.frozen})"
     left = f"the {room:.1f} GiB that {gib:g} GiB leave for tensors"
     if needed.peak <= room:
         return True, needed, f"It fits: {peak}, within {left}."

@@ -255,9 +255,11 @@ def test_the_first_change_named_makes_it_fit(zoo: Zoo) -> None:
 def test_the_command_prints_parts_peak_and_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config_of("Llama", LLAMA, layers=2).save_pretrained(tmp_path)  # no weights
     command = ["memory", str(tmp_path), "--stage", "sft", "--no-checkpointing", "--gpu"]
-    for way in ([], ["--full"], ["--no-4bit"], ["--no-4bit", "--dtype", "float32"]):
+    in_fp32 = (["--full"], ["--no-4bit", "--dtype", "float32"])
+    for way in ([], ["--no-4bit"], *in_fp32):
         assert cli.main([*command, "80", *way]) == 0
         lines = capsys.readouterr().out.splitlines()
+        assert f"frozen in {'float32' if way in in_fp32 else 'bfloat16'})" in lines[-1]
         assert lines[0].split() == ["GiB", "forward", "backward"] and lines[-1].startswith("It fits: ")
         rows = {line[:18].strip(): [float(cell) for cell in line[18:].split()] for line in lines[1:-2]}
         for i, total in enumerate(rows.pop("total")):
