@@ -32,6 +32,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 16},
     ),
     "GPT-NeoX": ("GPTNeoXConfig", SIZES),
+    "Cohere": ("CohereConfig", {**GROUPED, "logit_scale": 0.25}),
     "Granite": ("GraniteConfig", {**GROUPED, "logits_scaling": 4.0}),
 }
 # Each family meets every way to train, texts and chats; each way meets both.
@@ -66,7 +67,7 @@ def test_a_family_goes_through_every_stage(
     model = models.load_causal(sft, trainable=True)
     assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
     assert (torch.bfloat16 in {weight.dtype for weight in model.parameters()}) == (way == "lora")
-    if family == "Granite":
+    if family in ("Cohere", "Granite"):
         with pytest.raises(ModelError, match="has no SequenceClassification of this family"):
             train.reward_model(sft, pairs, tmp_path / "reward", **few)
         reward: Any = vowels
