@@ -172,7 +172,7 @@ def measured_run(options: argparse.Namespace, base: str, stage: str, made: dict[
             max_completion_length=options.completion,
             rollout=options.rollout,
             micro_batch_size=options.micro_batch,
-            gradient_checkpointing=not options.no_checkpointing,
+            activation_checkpointing=not options.no_checkpointing,
         )
         row = {"measured_gib": measured.gib, "estimate_gib": estimate.peak, "ratio": estimate.peak / measured.gib}
         row |= {"load_gib": loading.gib, "held_before_gib": held, "seconds": seconds, "phase": estimate.peak_phase}
@@ -187,7 +187,7 @@ def measured_run(options: argparse.Namespace, base: str, stage: str, made: dict[
 
 def run(options: argparse.Namespace, base: str, stage: str, out: Path, made: dict[str, Path]) -> None:
     """Two steps of a stage."""
-    steps: dict[str, Any] = {"max_steps": 2, "gradient_checkpointing": not options.no_checkpointing}
+    steps: dict[str, Any] = {"max_steps": 2, "activation_checkpointing": not options.no_checkpointing}
     length = options.prompt + options.completion
     trl = {**steps, "per_device_train_batch_size": options.micro_batch, "max_length": length}
     prompts = [text(options, row, options.prompt) for row in range(PAIRS)]

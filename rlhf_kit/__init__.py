@@ -11,11 +11,15 @@ import pkgutil
 import warnings
 from typing import Any
 
-# Before any Hugging Face library is imported: a research kit reports nothing, and no tokenizer forks in a data loader.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+from huggingface_hub import constants
+
+# A research kit reports nothing, whatever was imported before it, and no tokenizer forks in a data loader.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # of processes that are started from here
+constants.HF_HUB_DISABLE_TELEMETRY = True
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Said at import by libraries, of no use here: no progress bar needs ipywidgets, 4-bit on a CPU no faster kernel.
-warnings.filterwarnings("ignore", message="IProgress not found")
+# Said by libraries, of no use here: no progress bar needs ipywidgets, 4-bit on a CPU no faster kernel, and peft and TRL
+# ask transformers by an older name.
+warnings.filterwarnings("ignore", message="IProgress not found|`is_gradient_checkpointing` is deprecated")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _ROOMS = [module.name for module in pkgutil.iter_modules(__path__)]

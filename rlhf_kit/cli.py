@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     trained.add_argument("--lora", type=_number(1), metavar="R", default=16, help="rank of the adapters (default: 16)")
     either: Any = {"action": argparse.BooleanOptionalAction}
     memory.add_argument("--4bit", **either, dest="load_in_4bit", help="the base in NF4 (default with LoRA)")
+    memory.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base with LoRA (on a GPU: bfloat16)")
     for option, name, default, unit in (
         ("--prompt", "prompt_length", 512, "tokens"),
         ("--completion", "max_completion_length", 512, "tokens"),
@@ -135,10 +136,10 @@ def _memory(options: argparse.Namespace) -> None:
         raise ValueError(f"--full does not go with {options.model}: it is an adapter, and is trained on as it is")
     if options.load_in_4bit is None and not adapter:  # an adapter's directory remembers
         options.load_in_4bit = not options.full
-    same = ["load_in_4bit", "prompt_length", "max_completion_length", "rollout", "micro_batch_size"]
+    same = ["load_in_4bit", "dtype", "prompt_length", "max_completion_length", "rollout", "micro_batch_size"]
     settings: dict[str, Any] = {name: getattr(options, name) for name in [*same, "reward_model", "ensemble"]}
     settings["lora"] = None if options.full or adapter else {"r": options.lora}
-    settings["gradient_checkpointing"] = options.checkpointing
+    settings["activation_checkpointing"] = options.checkpointing
     settings["optim"] = "paged_adamw_8bit" if options.adam_8bit else "adamw_torch_fused"
     settings["on_gpu"] = options.gpu is not None or models.device().type == "cuda"
     gib = memory.device_memory() if options.gpu is None else options.gpu

@@ -35,6 +35,7 @@ class Estimate(NamedTuple):
     peak_phase: str
     parts: dict[str, float]
     peak: float
+    frozen: str  # the dtype of weights that do not train and are not quantised
 
     def table(self) -> str:
         """Parts in rows, phases in columns, GiB; the largest total is the peak."""
@@ -123,11 +124,12 @@ def estimate(
     *,
     lora: Lora | None = None,
     load_in_4bit: bool | None = None,
+    dtype: str | None = None,
     prompt_length: int = 512,
     max_completion_length: int = 512,
     rollout: int = 8,
     micro_batch_size: int = 1,
-    gradient_checkpointing: bool = True,
+    activation_checkpointing: bool = True,
     optim: str = "adamw_torch_fused",
     reward_model: Shape | None = None,
     ensemble: int = 1,
@@ -136,7 +138,7 @@ def estimate(
     """GiB that `stage` ("sft", "reward_model", "dpo" or "ppo") will need on one device, before anything is loaded.
 
     model: a directory, a hub id or a transformers config; lora: train adapters (None: all weights, or the adapter that
-    `model` is); load_in_4bit: None means as the directory remembers; rollout: completions that PPO generates at once;
+    `model` is); load_in_4bit, dtype: as of `models.load_causal`; rollout: completions that PPO generates at once;
     micro_batch_size: rows (of preferences: pairs) in one forward pass; reward_model: what reward models stand on, where
     it is not the policy's base; ensemble: how many there are (0: a function). Lengths are tokens.
     Raises ValueError on settings that make no stage, ModelError where there is no such model.
@@ -150,7 +152,7 @@ def estimate(
     config, scorer = (each if isinstance(each, PreTrainedConfig) else models.load_config(each) for each in shapes)
     settings = models.lora_config(lora)
     if not isinstance(model, PreTrainedConfig):
-        models.check_trainable(model, settings, load_in_4bit)
+        models.check_trainable(model, settings, load_in_4bit, dtype=dtype)
         if models.is_adapter(model):
             settings = PeftConfig.from_pretrained(str(model))
             settings.inference_mode = False  # it was saved frozen
@@ -162,7 +164,8 @@ def estimate(
     if (limit := getattr(text, "max_position_embeddings", None)) is not None and length > limit:
         raise ValueError(f"prompt_length + max_completion_length = {length} exceeds the model's {limit} positions")
     on_gpu = models.device().type == "cuda" if on_gpu is None else on_gpu
-    frozen = torch.bfloat16 if load_in_4bit and on_gpu else torch.float32
+    notes = {} if isinstance(model, PreTrainedConfig) else models.read_notes(model)
+    frozen = torch.float32 if settings is None else models.loading.frozen_dtype(dtype, notes, on_gpu)
 
     # What each role holds in bytes, and the tensors that are trained.
     base, _, linears = _weights(_model(config, frozen), load_in_4bit, head=stage != "reward_model")
@@ -186,7 +189,7 @@ def estimate(
         held["heads"] = 4 * (width + 1) + ensemble * 4 * _number(scorer, 0, "hidden_size")
         trained += [(width, False), (1, False)]
     elif stage == "reward_model":
-        held["heads"] = 4 * width + (0 if settings is None else frozen.itemsize * width)  # peft trains a copy
+        held["heads"] = 4 * width + 4 * width * (settings is not None)  # peft trains a copy
         trained += [(width, False)]
     optimizer, gradients = sum(_adam(n, embedding, optim) for n, embedding in trained), 4 * sum(n for n, _ in trained)
 
@@ -206,10 +209,10 @@ def estimate(
     elif stage != "reward_model":  # on a CPU TRL takes prompts' tokens too, and works on seven fp32 copies of a tile
         logits = 4 * min(tokens - rows, TRL_TILE[0]) * (TRL_TILE[1] + 7 * min(text.vocab_size, TRL_TILE[1]))
     one_layer = tokens * (kept + backward)
-    all_layers = tokens * (layers * (checkpoint if gradient_checkpointing else kept) + 4 * 4 * width)
+    all_layers = tokens * (layers * (checkpoint if activation_checkpointing else kept) + 4 * 4 * width)
     if autocast and stored == 4:  # autograd keeps the weights in bf16 with the activations
-        all_layers += 2 * sum(linears) // (layers if rank and gradient_checkpointing else 1)
-    at_work = one_layer if gradient_checkpointing else tokens * backward
+        all_layers += 2 * sum(linears) // (layers if rank and activation_checkpointing else 1)
+    at_work = one_layer if activation_checkpointing else tokens * backward
     accumulated = gradients // (1 if rollout > rows else 2) if stage == "ppo" else 0  # of earlier rows, or the policy's
 
     def phase(**made: int) -> dict[str, float]:
@@ -231,7 +234,7 @@ def estimate(
     if stage == "reward_model":  # loaded again, it scores the dataset to be normalised
         phases["score"] = phase(optimizer=0, activations=scored)
     peak = max(phases, key=lambda name: sum(phases[name].values()))
-    return Estimate(phases, peak, phases[peak], sum(phases[peak].values()))
+    return Estimate(phases, peak, phases[peak], sum(phases[peak].values()), str(frozen).removeprefix("torch."))
 
 
 def advise(model: Shape, stage: str, gib: float, **settings: Any) -> tuple[bool, Estimate, str]:
@@ -242,7 +245,7 @@ def advise(model: Shape, stage: str, gib: float, **settings: Any) -> tuple[bool,
     if gib <= 0:
         raise ValueError(f"a GPU of {gib} GiB: give its memory, for example 12")
     needed, room = estimate(model, stage, **settings), gib * (1 - RESERVE_SHARE) - RESERVE_GIB
-    peak = f"{needed.peak:.1f} GiB at the peak ({needed.peak_phase})"
+    peak = f"{needed.peak:.1f} GiB at the peak ({needed.peak_phase}; what is frozen in {needed.frozen})"
     left = f"the {room:.1f} GiB that {gib:g} GiB leave for tensors"
     if needed.peak <= room:
         return True, needed, f"It fits: {peak}, within {left}."
@@ -269,7 +272,7 @@ def _changes(model: Shape, stage: str, settings: dict[str, Any]) -> dict[str, di
     half = max(1, settings.get("max_completion_length", 512) // 2)
     shorter = f"max_completion_length={half}" if ppo else f"max_length={settings.get('prompt_length', 512) + half}"
     return {
-        "gradient_checkpointing=True": {"gradient_checkpointing": True},
+        "activation_checkpointing=True": {"activation_checkpointing": True},
         f"{'micro' if ppo else 'per_device_train'}_batch_size=1": {"micro_batch_size": 1},
         'optim="paged_adamw_8bit"': {"optim": "paged_adamw_8bit"},
         "a reward model that is an adapter over the policy's base": {"reward_model": None},

@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rlhf_kit import train
+from rlhf_kit.models import LOADING
 from rlhf_kit.ppo import PPOConfig
 from rlhf_kit.tasks import Pairs, Pocket, Task
 
@@ -15,18 +16,9 @@ Settings = dict[str, Any]
 # Where the settings of a stage are checked against, by name and by type.
 CONFIGS = {"sft": train.SFTConfig, "reward_model": train.RewardConfig, "dpo": train.DPOConfig, "ppo": PPOConfig}
 # Settings of every stage that are none of TRL's.
-ADAPTER: dict[str, Any] = {"lora": dict | None, "load_in_4bit": bool | None}
-ABOVE_ZERO = (
-    "beta",
-    "learning_rate",
-    "batch_size",
-    "steps",
-    "length",
-    "prompts",
-    "demonstrations",
-    "best_of",
-    "epochs",
-)
+ADAPTER: dict[str, Any] = {"lora": dict | None} | dict.fromkeys(LOADING, str | None) | {"load_in_4bit": bool | None}
+ABOVE_ZERO: tuple[str, ...] = ("beta", "learning_rate", "batch_size", "steps", "length")
+ABOVE_ZERO += ("prompts", "demonstrations", "best_of", "epochs")
 
 
 @dataclass(frozen=True)
@@ -156,6 +148,8 @@ def _quick(seed: int, task: Task) -> Preset:
 def _data(seed: int, task: Task) -> Preset:
     """A person's own preferences: the same stages; without a base model, a small one is pretrained on their text."""
     length = 384
+    shape = {"vocab_size": 4096, "hidden_size": 192, "intermediate_size": 384, "max_position_embeddings": 512}
+    shape |= {"num_hidden_layers": 4, "num_attention_heads": 6, "tie_word_embeddings": True}
     return Preset(
         name="data",
         seed=seed,
@@ -164,15 +158,7 @@ def _data(seed: int, task: Task) -> Preset:
         n_test_prompts=150,
         best_of=4,
         sampling={"max_completion_length": 48},
-        base_shape={
-            "vocab_size": 4096,
-            "hidden_size": 192,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": True,
-        },
+        base_shape=shape,
         pretrain={"max_steps": 300, "per_device_train_batch_size": 16},
         sft=_steps(60, 16, 5e-4) | {"max_length": length},
         reward_model=_steps(120, 16, 2e-4) | {"max_length": length},

@@ -34,18 +34,19 @@ class RewardModel:
     """A learned reward r(x, y): the score head on the hidden state of the last token of prompt + completion + EOS.
 
     It scores text, so the policy may have another tokenizer. Scores are shifted and scaled as `normalise` stored it.
-    The transformer is loaded at the first use, or not at all where the adapter is over a base that is in use (`on`).
+    The transformer is loaded at the first use (loading: as of `models.load_causal`), or not at all where the adapter is
+    over a base that is in use (`on`).
     """
 
-    def __init__(self, path: ModelPath, load_in_4bit: bool | None = None) -> None:
+    def __init__(self, path: ModelPath, **loading: Any) -> None:
         self.path = str(path)
         self.__name__ = "reward_model"  # in the logs of TRL's trainers
-        self.load_in_4bit = load_in_4bit
+        self.stored = models.stored_as(path, **loading)
         self.tokenizer = models.load_tokenizer(path)
         self.head = models.read_score_head(path)
         notes = models.read_notes(path)
         self.shift, self.scale = notes.get("shift", 0.0), notes.get("scale", 1.0)
-        self.backbone: Any = cache(lambda: models.load_backbone(path, load_in_4bit))
+        self.backbone: Any = cache(lambda: models.load_backbone(path, **loading))
 
     def on(self, roles: Roles, role: str) -> "RewardModel":
         """The same reward through its adapter in `roles`, without a second copy of the base."""

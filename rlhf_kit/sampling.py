@@ -1,6 +1,7 @@
 """Completions from a model directory as a frame, and best-of-n among them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 import torch
@@ -22,7 +23,7 @@ def sample(
     reference: models.ModelPath | None = None,
     seed: int = 0,
     batch_tokens: int = 2**15,
-    load_in_4bit: bool | None = None,
+    **loading: Any,
 ) -> pd.DataFrame:
     """`n` completions of each prompt: a row per (prompt_id, sample) with `finished`, `n_tokens`, the prompt columns.
 
@@ -30,15 +31,15 @@ def sample(
     gets `_dataset` behind its name.
     With a `reference` model the column `kl` is KL(model || reference) in nats: the exact KL over the vocabulary, summed
     over the positions of the completion. batch_tokens: the most tokens in memory at once, prompts and completions at
-    their longest. ValueError where there are no prompts or n is below 1.
+    their longest. loading: as of `models.load_causal`. ValueError where there are no prompts or n is below 1.
     """
     if n < 1 or len(prompts) == 0:
         raise ValueError(f"sample: needs prompts and n of at least 1; got {len(prompts)} prompts and n={n}")
     torch.manual_seed(seed)
     tokenizer = models.load_tokenizer(model)
     prompts = data.ready(prompts, tokenizer, ["prompt"], source="prompts")
-    policy = models.load_causal(model, load_in_4bit)
-    other = models.load_causal(reference, load_in_4bit) if reference is not None else None
+    policy = models.load_causal(model, **loading)
+    other = models.load_causal(reference, **loading) if reference is not None else None
     encoded = models.encode(tokenizer, prompts["prompt"][:])
     stops = models.stop_ids(policy, tokenizer)
     batch_size = max(1, batch_tokens // (max(map(len, encoded)) + max_completion_length))

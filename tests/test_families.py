@@ -32,11 +32,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 16},
     ),
     "GPT-NeoX": ("GPTNeoXConfig", SIZES),
+    "Cohere": ("CohereConfig", {**GROUPED, "logit_scale": 0.25}),
     "Granite": ("GraniteConfig", {**GROUPED, "logits_scaling": 4.0}),
 }
-# Each family once: every way to train meets texts and chats, not every family both.
-WAYS = ("full", "lora", "4bit")
-MATRIX = [(name, i % 2 == 1, WAYS[i % 3]) for i, name in enumerate(FAMILIES)]
+# Each family meets every way to train, texts and chats; each way meets both.
+WAYS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"dtype": "bfloat16"}, "4bit": {"load_in_4bit": True}}
+MATRIX = [(name, (i + j) % 2 == 1, way) for i, name in enumerate(FAMILIES) for j, way in enumerate(WAYS)]
 
 
 def vowels(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
@@ -45,6 +46,7 @@ def vowels(prompts: list[Any], completions: list[Any], **columns: Any) -> list[f
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:`gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize(("family", "chat", "way"), MATRIX)
 def test_a_family_goes_through_every_stage(
     family: str, chat: bool, way: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
@@ -59,10 +61,13 @@ def test_a_family_goes_through_every_stage(
     own.save_pretrained(tmp_path / "base")
     pairs = CHATS if chat else PREFERENCES
     rows = Dataset.from_dict({"prompt": pairs["prompt"][:], "completion": pairs["chosen"][:]})
-    how = {} if way == "full" else {"lora": {"r": 2}, "load_in_4bit": way == "4bit"}
+    how = {} if way == "full" else {"lora": {"r": 2}, **WAYS[way]}
     few = {**FEW, "max_length": 120}
     sft = train.sft(tmp_path / "base", rows, tmp_path / "sft", **how, **few)
-    if family == "Granite":
+    model = models.load_causal(sft, trainable=True)
+    assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
+    assert (torch.bfloat16 in {weight.dtype for weight in model.parameters()}) == (way == "lora")
+    if family in ("Cohere", "Granite"):
         with pytest.raises(ModelError, match="has no SequenceClassification of this family"):
             train.reward_model(sft, pairs, tmp_path / "reward", **few)
         reward: Any = vowels

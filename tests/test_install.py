@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from tiny import in_a_new_process
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -73,6 +74,26 @@ def test_what_the_kit_imports_is_declared() -> None:
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 safe = isinstance(node.value, ast.Constant) and node.value.value is False
                 assert safe, f"{path.name}: a model directory must not bring code that runs"
+
+
+QUIET = """
+import sys, warnings
+import datasets, huggingface_hub.constants, transformers, trl
+warnings.simplefilter("error", FutureWarning)
+warnings.simplefilter("error", UserWarning)
+import rlhf_kit as rk
+assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
+rows = datasets.Dataset.from_dict({"prompt": ["why ?"] * 2, "completion": [" yes ."] * 2})
+sft = rk.train.sft(rk.tasks.Pocket.base_model, rows, sys.argv[1][1:-1], lora={"r": 2}, max_steps=1, max_length=60)
+args = rk.PPOConfig("unused", max_steps=1, per_device_train_batch_size=2, max_completion_length=4)
+rk.PPOTrainer(sft, lambda prompts, completions: [0.5, 1.0], args, rows.select_columns(["prompt"])).train()
+print("ANSWERS", "true")
+"""
+
+
+@pytest.mark.slow
+def test_imported_last_the_kit_sends_nothing_and_no_library_warns(tmp_path: Path) -> None:
+    assert in_a_new_process(QUIET, str(tmp_path / "sft"), HF_HUB_DISABLE_TELEMETRY="0")
 
 
 @pytest.mark.slow

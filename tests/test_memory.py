@@ -67,9 +67,9 @@ def as_bytes(gib: float) -> int:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weights_to_the_byte_and_a_table_for_each_stage(architecture: str, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config_of(architecture, TINY)).save_pretrained(tmp_path)
-    for four_bit in (False, True):
-        base = models.load_base(tmp_path, AutoModelForCausalLM.from_pretrained, four_bit)
-        estimate = memory.estimate(tmp_path, "ppo", **SMALL, lora=LORA, load_in_4bit=four_bit)
+    for four_bit, dtype in ((False, None), (True, None), (False, "bfloat16")):
+        base = models.load_base(tmp_path, AutoModelForCausalLM.from_pretrained, four_bit, dtype=dtype)
+        estimate = memory.estimate(tmp_path, "ppo", **SMALL, lora=LORA, load_in_4bit=four_bit, dtype=dtype)
         assert as_bytes(estimate.parts["base"]) == real_bytes(held(base))
         adapted = get_peft_model(base, models.lora_config(LORA))
         for role in ("policy", "reference", "value", "reward models"):
@@ -221,9 +221,9 @@ def test_llama_8b_in_four_roles_by_hand() -> None:
 
 
 def test_each_setting_turned_up_never_needs_less() -> None:
-    start = {"lora": LORA, "load_in_4bit": True, "gradient_checkpointing": True, "optim": "paged_adamw_8bit"}
+    start = {"lora": LORA, "load_in_4bit": True, "activation_checkpointing": True, "optim": "paged_adamw_8bit"}
     start |= {"prompt_length": 128, "max_completion_length": 128, "rollout": 8, "micro_batch_size": 2, "ensemble": 1}
-    more = {"lora": {"r": 64}, "load_in_4bit": False, "gradient_checkpointing": False, "optim": "adamw_torch_fused"}
+    more = {"lora": {"r": 64}, "load_in_4bit": False, "activation_checkpointing": False, "optim": "adamw_torch_fused"}
     more |= {"prompt_length": 512, "max_completion_length": 512, "rollout": 16, "micro_batch_size": 16, "ensemble": 4}
     less = memory.estimate(config_of("Llama", TINY), "ppo", on_gpu=True, **start).phases
     for setting, value in more.items():
@@ -232,11 +232,17 @@ def test_each_setting_turned_up_never_needs_less() -> None:
 
 
 def test_the_first_change_named_makes_it_fit(zoo: Zoo) -> None:
-    config, checkpointing = config_of("Llama", LLAMA, layers=4), "gradient_checkpointing=True"
-    start = {"lora": LORA, "load_in_4bit": True, "on_gpu": True, "micro_batch_size": 8, "gradient_checkpointing": False}
+    config, checkpointing = config_of("Llama", LLAMA, layers=4), "activation_checkpointing=True"
+    start = {
+        "lora": LORA,
+        "load_in_4bit": True,
+        "on_gpu": True,
+        "micro_batch_size": 8,
+        "activation_checkpointing": False,
+    }
     fits, before, sentence = memory.advise(config, "sft", 8, **start)
     assert not fits and f"Change first: {checkpointing}" in sentence
-    fits, after, _ = memory.advise(config, "sft", 8, **{**start, "gradient_checkpointing": True})
+    fits, after, _ = memory.advise(config, "sft", 8, **{**start, "activation_checkpointing": True})
     assert fits and f"{after.peak:6.1f} GiB fits  {checkpointing}" in sentence
     assert all(float(line.split()[0]) <= before.peak for line in sentence.splitlines()[2:])
     assert "No setting helps" in memory.advise(config, "sft", 2, **start)[2]
@@ -249,9 +255,11 @@ def test_the_first_change_named_makes_it_fit(zoo: Zoo) -> None:
 def test_the_command_prints_parts_peak_and_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config_of("Llama", LLAMA, layers=2).save_pretrained(tmp_path)  # no weights
     command = ["memory", str(tmp_path), "--stage", "sft", "--no-checkpointing", "--gpu"]
-    for way in ([], ["--full"], ["--no-4bit"]):
+    in_fp32 = (["--full"], ["--no-4bit", "--dtype", "float32"])
+    for way in ([], ["--no-4bit"], *in_fp32):
         assert cli.main([*command, "80", *way]) == 0
         lines = capsys.readouterr().out.splitlines()
+        assert f"frozen in {'float32' if way in in_fp32 else 'bfloat16'})" in lines[-1]
         assert lines[0].split() == ["GiB", "forward", "backward"] and lines[-1].startswith("It fits: ")
         rows = {line[:18].strip(): [float(cell) for cell in line[18:].split()] for line in lines[1:-2]}
         for i, total in enumerate(rows.pop("total")):

@@ -354,6 +354,43 @@ def test_a_model_that_is_not_whole_is_refused(zoo: Zoo, tmp_path: Path) -> None:
             models.load_causal(path)
 
 
+def test_what_is_no_causal_lm_or_does_not_fit_its_config_is_said_in_one_sentence(zoo: Zoo, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tied = transformers.LlamaConfig(**sizes, vocab_size=512, tie_word_embeddings=True)
+    wrong: dict[str, Any] = {
+        "or has an encoder .bert": transformers.BertLMHeadModel(transformers.BertConfig(**sizes)),
+        "or has an encoder .t5": transformers.T5Model(transformers.T5Config(d_model=32, num_layers=1, d_ff=32)),
+        "is a .'LlamaForSequenceClassification'": transformers.LlamaForSequenceClassification(tied),
+        "lack lm_head.weight": transformers.AutoModel.from_pretrained(zoo["full"]),
+        "sizes at model.layers.0": {"num_hidden_layers": -1},
+        "sizes at model.layers.1": {"num_hidden_layers": 1},
+        "sizes at lm_head.weight": {"vocab_size": 100},
+        "not a multiple of the number of attention heads": {"num_attention_heads": 5, "head_dim": None},
+    }
+    for place, (says, change) in enumerate(wrong.items()):
+        path = shutil.copytree(zoo["full"], tmp_path / str(place))
+        if isinstance(change, dict):
+            config = json.loads((path / "config.json").read_text())
+            (path / "config.json").write_text(json.dumps(config | change))
+        else:
+            change.save_pretrained(path)
+        with pytest.raises(ModelError, match=says) as error:
+            models.load_causal(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ModelError, match="6: token .* is beyond the model's 100"):
+        models.load_tokenizer(tmp_path / "6")
+    transformers.LlamaForCausalLM(tied).base_model.save_pretrained(tmp_path / "bare")  # its embeddings are its head
+    assert len(models.load_causal(tmp_path / "bare").lm_head.weight) == 512
+
+
+def test_what_is_frozen_is_bf16_on_a_gpu_unless_asked_or_noted(zoo: Zoo) -> None:
+    asked = [(None, {}, True), (None, {}, False), (None, {"dtype": "float32"}, True), ("bfloat16", {}, False)]
+    found = [models.loading.frozen_dtype(*each) for each in asked]
+    assert found == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
+    with pytest.raises(ModelError, match="float16.*choose float32 or bfloat16"):
+        models.load_causal(zoo["full"], dtype="float16")
+
+
 def test_a_directory_remembers_that_it_stands_on_4_bits(zoo: Zoo) -> None:
     def linear(model: Any) -> str:
         return type(models.decoder(model).layers[0].self_attn.q_proj.base_layer).__name__
@@ -468,9 +505,10 @@ def test_roles_are_saved_and_loaded_bit_for_bit(zoo: Zoo, mode: str, tmp_path: P
         ("lora", {"lora": {}}, "is an adapter already"),
         ("full", {"value": "full"}, "not a reward model"),
         ("full", {"load_in_4bit": True}, "4-bit weights cannot be trained"),
+        ("full", {"dtype": "bfloat16"}, "bf16 weights cannot be trained"),
     ],
 )
 def test_roles_that_cannot_be_are_refused(zoo: Zoo, policy: str, settings: dict[str, Any], says: str) -> None:
-    paths = {name: zoo[value] if isinstance(value, str) else value for name, value in settings.items()}
+    paths = {name: zoo.get(value, value) if isinstance(value, str) else value for name, value in settings.items()}
     with pytest.raises(ModelError, match=says):
         models.load_roles(zoo[policy], **paths)

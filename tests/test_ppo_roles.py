@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,9 @@ def test_a_reward_on_the_shared_base_acts_as_one_alone(zoo: Zoo, mode: str, rewa
 
 
 def test_a_reward_on_another_base_keeps_its_own_weights(zoo: Zoo, rewards: Zoo, tmp_path: Path) -> None:
-    for other in (zoo["full-reward"], rewards["4bit-0"]):
+    in_bf16 = shutil.copytree(rewards["lora-0"], tmp_path / "bf16")
+    models.write_notes(in_bf16, dtype="bfloat16")
+    for other in (zoo["full-reward"], rewards["4bit-0"], in_bf16):
         trainer = make(zoo, "lora", tmp_path, reward=other)
         assert set(trainer.roles.parts) == {"policy", "reference", "value"}
         assert trainer.rewards(rows_of(PROMPTS), rolled_out(trainer)[0].tokens)["reward"].notna().all()

@@ -104,6 +104,8 @@ SETTINGS = {
     "ppo.adaptive_kl_target=6": 6.0,
     "reward_model.lr_scheduler_type=cosine": "cosine",
     'sft.lora={"r": 8}': {"r": 8},
+    "sft.dtype=bfloat16": "bfloat16",
+    "ppo.attn_implementation=none": None,
     "sampling.max_completion_length=7": 7,
     "seed=5": 5,
 }

@@ -130,6 +130,28 @@ def test_a_reward_model_is_read_where_it_was_trained_also_where_pad_was_eos(mode
     assert logits[0] != logits[1]
 
 
+class TrainedScores(TrainerCallback):
+    """The trained model's own scores of the chosen completions."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        rows = [prompt + chosen + "<|endoftext|>" for prompt, chosen in zip(PROMPTS, CHOSEN, strict=True)]
+        with torch.no_grad():
+            inputs = given["processing_class"](rows, padding=True, return_tensors="pt")
+            self.scores = given["model"].eval()(**inputs).logits[:, 0]
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_over_a_bf16_base_the_reloaded_scores_are_the_trained_ones(
+    zoo: Zoo, tmp_path: Path, load_in_4bit: bool
+) -> None:
+    trained = TrainedScores()
+    how = {"lora": {"r": 4}, "dtype": "bfloat16", "load_in_4bit": load_in_4bit, "learning_rate": 1e-2, "max_steps": 4}
+    out = train.reward_model(zoo["full"], PREFERENCES, tmp_path / "reward", **{**COMMON, **how, "callbacks": [trained]})
+    reward = RewardModel(out)
+    scores = torch.tensor(reward(PROMPTS, CHOSEN)) * reward.scale + reward.shift
+    assert trained.scores.dtype == torch.float32 and torch.allclose(scores, trained.scores, atol=1e-5)
+
+
 def test_a_reward_model_that_reloads_to_other_scores_is_not_published(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

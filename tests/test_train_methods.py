@@ -210,7 +210,7 @@ def test_checkpointing_changes_no_sample(zoo: Zoo, tmp_path: Path) -> None:
     """In train mode with checkpointing on, generate() drops its cache and only the first token is right."""
     settings: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-3}
     plain = run("rloo", zoo["words"], tmp_path / "plain", **settings)
-    saving = run("rloo", zoo["words"], tmp_path / "saving", gradient_checkpointing=True, **settings)
+    saving = run("rloo", zoo["words"], tmp_path / "saving", activation_checkpointing=True, **settings)
     columns = ["reward", "completions/mean_length"]
     assert train.history(plain)[columns].equals(train.history(saving)[columns])
 

@@ -116,10 +116,10 @@ def naive_logprobs(model: Any, prompt: list[int], completion: list[int], tempera
     return torch.stack([torch.log_softmax(logits[t] / temperature, -1)[token] for t, token in enumerate(completion)])
 
 
-def in_a_new_process(script: str, argument: object) -> Any:
+def in_a_new_process(script: str, argument: object, **variables: str) -> Any:
     """What a script, given `argument` as JSON, prints after ANSWERS as JSON."""
     root = str(Path(__file__).parent.parent)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path])} | variables
     command = [sys.executable, "-c", script, json.dumps(argument)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr

@@ -117,7 +117,7 @@ class LanguageModelRater(ModelRater):
     """A causal LM (directory or hub id) as a rater, by the log-probs of the answer words (RLAIF, 2309.00267, 2.1).
 
     The default `template` is the one that `train_judge` left in the directory, else PLAIN. Raises FeedbackError if an
-    answer word is not one token, or if a text does not fit the model's positions.
+    answer word is not one token, or if a text does not fit the model's positions. loading: as of `models.load_causal`.
     """
 
     interface = "language-model-1"
@@ -129,8 +129,8 @@ class LanguageModelRater(ModelRater):
         principle: str | None = None,
         template: Template | None = None,
         name: str | None = None,
-        load_in_4bit: bool | None = None,
         batch_size: int = 32,
+        **loading: Any,
     ) -> None:
         noted = models.read_notes(model).get("judge")
         if template is None and noted is not None:
@@ -138,7 +138,7 @@ class LanguageModelRater(ModelRater):
             template = Template(**noted | words)
             constitution = constitution or (None if principle else [OVERALL])  # as it was trained
         super().__init__(name or f"lm:{model}", template or PLAIN, constitution, principle)
-        self.path, self.batch_size, self._load_in_4bit = str(model), batch_size, load_in_4bit
+        self.path, self.batch_size, self._loading = str(model), batch_size, loading
         self.tokenizer, self.max_length = models.load_tokenizer(model), models.max_length(model)
         self.in_chat = self.template.chat and self.tokenizer.chat_template is not None
         examples = {self.template.verdicts: self.template.rating("q", "a")}
@@ -149,7 +149,7 @@ class LanguageModelRater(ModelRater):
     @cached_property
     def model(self) -> Model:
         """The weights, loaded when they are first needed."""
-        return models.load_causal(self.path, self._load_in_4bit)
+        return models.load_causal(self.path, **self._loading)
 
     @torch.no_grad()
     def _log_odds(self, texts: list[str], words: tuple[str, str]) -> list[float]:

@@ -3,6 +3,7 @@
 
 from rlhf_kit.models.generation import check_positions, finished, generate, stop_ids
 from rlhf_kit.models.loading import (
+    LOADING,
     MAX_COMPLETION_LENGTH,
     Lora,
     Model,
@@ -24,6 +25,7 @@ from rlhf_kit.models.loading import (
     read_notes,
     read_score_head,
     same_base,
+    stored_as,
     write_notes,
 )
 from rlhf_kit.models.logprobs import Tokens, completion_kl, completion_logprobs, completion_mask, next_logprobs, padded

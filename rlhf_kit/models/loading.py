@@ -1,19 +1,20 @@
 """Load and save models: full weights, LoRA adapters, 4-bit bases, their tokenizers and their heads."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from safetensors import safe_open
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What this kit stores beside Hugging Face's own files: {"load_in_4bit": bool, "shift": float, "scale": float}.
+# What this kit stores beside Hugging Face's own files: {"load_in_4bit": bool, "dtype": str, "shift": float, ...}.
 NOTES = "rlhf_kit.json"
 MAX_COMPLETION_LENGTH = 64  # tokens: the default of everything that samples
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -22,6 +23,11 @@ Lora: TypeAlias = LoraConfig | Mapping[str, Any]
 
 
 NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+NF4["llm_int8_skip_modules"] = ["lm_head", "score", "embed_out"]
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LOADING = ("load_in_4bit", "dtype", "attn_implementation")  # how weights are loaded, named alike in every stage
 
 
 class ModelError(ValueError):
@@ -44,12 +50,14 @@ def lora_config(lora: Lora | None) -> LoraConfig | None:
     return config
 
 
-def check_trainable(model: ModelPath, lora: Lora | None, load_in_4bit: bool | None) -> None:
-    """ModelError for a new adapter over an adapter, and for 4-bit weights to be trained without one."""
+def check_trainable(model: ModelPath, lora: Lora | None, load_in_4bit: bool | None = None, **loading: Any) -> None:
+    """ModelError for a new adapter over an adapter, and for 4-bit or bf16 weights to be trained without one."""
     if is_adapter(model) and lora is not None:
         raise ModelError(f"{model}: is an adapter already, and is trained on as it is; leave `lora` out")
-    if not is_adapter(model) and lora is None and is_4bit(model, load_in_4bit):
-        raise ModelError(f'{model}: 4-bit weights cannot be trained; pass `lora={{"r": 16}}` to train an adapter')
+    in_4bit, dtype = stored_as(model, load_in_4bit, **loading)
+    if not is_adapter(model) and lora is None and (in_4bit or loading.get("dtype") and dtype != torch.float32):
+        kind = "4-bit" if in_4bit else "bf16"  # in bf16 small updates would be rounded away
+        raise ModelError(f'{model}: {kind} weights cannot be trained; pass `lora={{"r": 16}}` to train an adapter')
 
 
 def check_one_device(args: transformers.TrainingArguments) -> None:
@@ -93,14 +101,25 @@ def is_4bit(model: ModelPath, load_in_4bit: bool | None) -> bool:
     return load_in_4bit
 
 
+def frozen_dtype(dtype: str | None, notes: Mapping[str, Any], on_gpu: bool) -> torch.dtype:
+    """The dtype of weights that do not train: as asked, or where None as noted, else bf16 on a GPU, fp32 on a CPU."""
+    name = dtype or notes.get("dtype") or ("bfloat16" if on_gpu else "float32")
+    if name not in DTYPES:
+        raise ModelError(f"dtype={name!r}: choose float32 or bfloat16; scores and gradients overflow in float16")
+    return DTYPES[name]
+
+
+def stored_as(model: ModelPath, load_in_4bit: bool | None = None, dtype: str | None = None, **_: Any) -> Any:
+    """Whether the frozen base of `model` is loaded in 4 bits, and the dtype of what is not quantised."""
+    return is_4bit(model, load_in_4bit), frozen_dtype(dtype, read_notes(model), device().type == "cuda")
+
+
 def _own_4bit(model: ModelPath) -> bool:
     """Whether the base weights are stored in 4 bits."""
     stored = getattr(load_config(model), "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     if stored and not stored.get("load_in_4bit"):
-        raise ModelError(
-            f"{model}: its base is quantised otherwise than in bitsandbytes' 4 bits; take its full weights"
-        )
+        raise ModelError(f"{model}: its base is quantised, but not in bitsandbytes' 4 bits; take its full weights")
     return bool(stored)
 
 
@@ -109,10 +128,18 @@ def write_notes(model: ModelPath, **notes: Any) -> None:
     (Path(model) / NOTES).write_text(json.dumps({**read_notes(model), **notes}, indent=2) + "\n")
 
 
+def write_loading(model: ModelPath, trained: Model) -> None:
+    """Note in a model's directory how its base was loaded, so that it is loaded and scores as it was trained."""
+    base: Any = without_adapters(trained)
+    dtype = str(base.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    write_notes(model, load_in_4bit=bool(getattr(base, "is_loaded_in_4bit", False)), dtype=dtype)
+
+
 def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, padding on the left with a token that is not EOS; ModelError where it has none.
+    """The tokenizer of a model, padding on the left with a token that is not EOS.
 
     transformers' score heads read the last token that is not the pad token, and a finished completion is scored at EOS.
+    ModelError where there is no such token, or no embedding for a token in use.
     """
     source = model if (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
     tokenizer = _load(transformers.AutoTokenizer.from_pretrained, source, padding_side="left")
@@ -120,6 +147,11 @@ def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
         raise ModelError(f"{source}: its tokenizer has no EOS token, so completions could never end; set `eos_token`")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = _spare_token(tokenizer, source)
+    rows, added = load_config(model).get_text_config().vocab_size, tokenizer.get_added_vocab()
+    in_use = f"{tokenizer.chat_template} {tokenizer.eos_token} {tokenizer.bos_token} {tokenizer.pad_token}"
+    # Some models add a token that no text of theirs holds (Gemma 3 one for images), without an embedding.
+    if beyond := [t for t, row in tokenizer.get_vocab().items() if row >= rows and (t not in added or t in in_use)]:
+        raise ModelError(f"{source}: token {beyond[0]!r} is beyond the model's {rows}; take the model's own tokenizer")
     _add_no_end(tokenizer)
     return tokenizer
 
@@ -148,30 +180,31 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
     for token in (*spare, "\u0100", "<0x00>"):  # the NUL byte as byte-level BPE and as sentencepiece write it
         if token in tokenizer.get_vocab():
             return token
-    raise ModelError(
-        f"{source}: its tokenizer has no token to pad with except EOS; set `pad_token` to one that no text contains"
-    )
+    raise ModelError(f"{source}: its tokenizer has no token to pad with except EOS; set a `pad_token` that no text has")
 
 
 @torch.random.fork_rng()  # loading an adapter draws random numbers, and those of a run must not depend on when it loads
-def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False) -> Model:
+def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False, **loading: Any) -> Model:
     """A causal LM from full weights or an adapter: to train, or frozen, in eval mode and on the device.
 
-    `load_in_4bit=None` loads it as its notes say. ModelError where `model` is no model, or cannot be trained.
+    loading: `dtype` of what does not train ("float32", "bfloat16"), and `attn_implementation`. None loads as the notes
+    say, else bf16 on a GPU. ModelError where `model` is no causal LM, or cannot be trained.
     """
     if trainable:
-        check_trainable(model, None, load_in_4bit)
-    loaded = load_base(model, transformers.AutoModelForCausalLM.from_pretrained, load_in_4bit)
+        check_trainable(model, None, load_in_4bit, **loading)
+        loading |= {} if is_adapter(model) else {"dtype": "float32"}
+    loaded = load_base(model, transformers.AutoModelForCausalLM.from_pretrained, load_in_4bit, **loading)
     if is_adapter(model):
-        loaded = _with_adapter(loaded, model, trainable)
+        loaded = with_adapter(loaded, model, trainable)
     return loaded if trainable else _frozen(loaded)
 
 
-def _with_adapter(base: PreTrainedModel, model: ModelPath, trainable: bool) -> PeftModel:
+def with_adapter(base: PreTrainedModel, model: ModelPath, trainable: bool, name: str = "default") -> PeftModel:
+    """The base with the adapter of `model` on it, by that name; ModelError where it is no LoRA or does not fit."""
     if (kind := PeftConfig.from_pretrained(str(model)).peft_type) != PeftType.LORA:
         raise ModelError(f"{model}: is an adapter of the kind {kind.value}; this kit knows LoRA only")
     try:
-        return PeftModel.from_pretrained(base, str(model), is_trainable=trainable)
+        return PeftModel.from_pretrained(base, str(model), adapter_name=name, is_trainable=trainable)
     except RuntimeError as error:  # PyTorch's, of weights in another shape
         vocabulary = base.get_input_embeddings().weight.shape[0]
         raise ModelError(
@@ -180,21 +213,24 @@ def _with_adapter(base: PreTrainedModel, model: ModelPath, trainable: bool) -> P
         ) from None
 
 
-def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bit: bool | None, **kwargs: Any) -> Any:
-    """The base weights of `model` by an Auto class's `from_pretrained`: fp32, or 4-bit NF4 (QLoRA, 2305.14314)."""
-    base = base_of(model)
-    kwargs["dtype"] = torch.float32
-    if is_4bit(model, load_in_4bit):
-        kwargs |= {"dtype": torch.bfloat16 if device().type == "cuda" else torch.float32, "device_map": {"": device()}}
-        heads = ["lm_head", "score", "embed_out"]
-        quantization = {**NF4, "bnb_4bit_compute_dtype": kwargs["dtype"], "llm_int8_skip_modules": heads}
+def load_base(model: ModelPath, from_pretrained: Any, load_in_4bit: bool | None = None, **kwargs: Any) -> Any:
+    """The base weights of `model` by an Auto class's `from_pretrained`, as `stored_as` says (NF4: 2305.14314)."""
+    base, (in_4bit, kwargs["dtype"]) = base_of(model), stored_as(model, load_in_4bit, kwargs.get("dtype"))
+    saved_by = str(load_config(model).architectures)
+    if "Classification" in saved_by and from_pretrained == transformers.AutoModelForCausalLM.from_pretrained:
+        raise ModelError(f"{base}: is a {saved_by} without a language model's head; name a causal language model")
+    if in_4bit:
+        kwargs["device_map"] = {"": device()}
         if not _own_4bit(model):
-            kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
-    loaded, keys = _load(from_pretrained, base, output_loading_info=True, **kwargs)
+            how = NF4 | {"bnb_4bit_compute_dtype": kwargs["dtype"]}
+            kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**how)
+    loaded, keys = _load(from_pretrained, base, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    # The weights of a head may be left over, but of no numbered layer.
+    beyond = {key for key in keys["unexpected_keys"] if any(map(str.isdigit, key.split(".")))}
+    if wrong := beyond | {key for key, *_ in keys["mismatched_keys"]}:
+        raise ModelError(f"{base}: its weights are not of its config's sizes at {min(wrong)} (one of {len(wrong)})")
     if missing := sorted(set(keys["missing_keys"]) - {"score.weight"}):
-        raise ModelError(
-            f"{base}: its weights lack {missing[0]} (one of {len(missing)}), which would be random numbers"
-        )
+        raise ModelError(f"{base}: its weights lack {missing[0]} (one of {len(missing)}), which would be random")
     settings = getattr(loaded, "generation_config", None)
     if settings is not None and settings.temperature is not None:
         settings.do_sample = True  # a temperature without sampling is refused when the model is saved
@@ -207,12 +243,13 @@ def load_base(model: ModelPath, from_pretrained: Callable[..., Any], load_in_4bi
 
 
 @torch.random.fork_rng()
-def load_backbone(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False) -> PreTrainedModel:
+def load_backbone(model: ModelPath, trainable: bool = False, **loading: Any) -> PreTrainedModel:
     """The transformer of a causal LM or a reward model without its head: token ids to hidden states (B, T, D)."""
     if is_adapter(model):
         # A reward adapter has the keys of a causal-LM adapter and its head besides, so it fits on the causal base.
-        return decoder(load_causal(model, load_in_4bit, trainable))
-    loaded = load_base(model, transformers.AutoModel.from_pretrained, load_in_4bit)
+        return decoder(load_causal(model, trainable=trainable, **loading))
+    loading |= {"dtype": "float32"} if trainable else {}
+    loaded = load_base(model, transformers.AutoModel.from_pretrained, **loading)
     return loaded if trainable else _frozen(loaded)
 
 
@@ -244,8 +281,13 @@ def read_score_head(reward_model: ModelPath) -> torch.Tensor:
 
 
 def load_config(model: ModelPath) -> transformers.PreTrainedConfig:
-    """The config of a model or of an adapter's base; needs no weights."""
-    return _load(transformers.AutoConfig.from_pretrained, base_of(model))
+    """The config of a model or of an adapter's base; needs no weights. ModelError where it is no causal LM's."""
+    source = base_of(model)
+    config = _load(transformers.AutoConfig.from_pretrained, source)
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if masked or config.is_encoder_decoder:
+        raise ModelError(f"{source}: is or has an encoder ({config.model_type}); name a causal language model")
+    return config
 
 
 def max_length(model: ModelPath) -> int | None:
@@ -253,7 +295,7 @@ def max_length(model: ModelPath) -> int | None:
     return getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
 
 
-def _load(from_pretrained: Callable[..., Any], model: ModelPath, **kwargs: Any) -> Any:
+def _load(from_pretrained: Any, model: ModelPath, **kwargs: Any) -> Any:
     """What `from_pretrained` returns; a failure becomes a ModelError of one sentence."""
     path = Path(model)
     kwargs["trust_remote_code"] = False  # otherwise transformers asks on the terminal, and a "y" runs the model's code
@@ -266,9 +308,9 @@ def _load(from_pretrained: Callable[..., Any], model: ModelPath, **kwargs: Any) 
         # An adapter remembers the path of its base, and will be loaded from other folders.
         return from_pretrained(str(path.resolve() if path.is_dir() else model), **kwargs)
     except Exception as error:  # damaged files end in a dozen families of errors, and each should read as one sentence
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error.__cause__ if isinstance(error, StrictDataclassError) else error).strip().split("\n")[0]
         if "Unrecognized configuration class" in reason:
-            auto = from_pretrained.__self__.__name__  # type: ignore[attr-defined]
+            auto = from_pretrained.__self__.__name__
             reason = f"transformers has no {auto.removeprefix('AutoModelFor')} of this family of models"
         where = "this directory" if path.is_dir() else "no such directory here, and the hub gave no such model"
         raise ModelError(f"{model}: {where} ({reason})") from error

@@ -119,7 +119,7 @@ def check_logprobs(model: Model) -> None:
         ours = next_logprobs(model, [ids], ids)
         logits = model(input_ids=torch.tensor([ids], device=ours.device), use_cache=False).logits[:, -1].float()
     theirs = logits.log_softmax(-1)[:, ids]
-    if not torch.allclose(ours, theirs, atol=0.05):
+    if not torch.allclose(ours, theirs, atol=0.05, rtol=0.01):  # a bf16 model rounds what it does to its logits
         raise ValueError(
             f"{type(model).__name__}: log-probs from hidden states differ from its own logits by "
             f"{(ours - theirs).abs().max():.3g} nats; it changes its logits in a way that is not supported"

@@ -74,14 +74,13 @@ class Roles(nn.Module):
         """Write the policy to `out`, and the value model with its head to `out`/value: each is a model directory."""
         for role, folder in (("policy", Path(out)), ("value", Path(out) / "value")):
             module, adapter = self.parts[role]
+            module.save_pretrained(folder, **({} if adapter is None else {"selected_adapters": [adapter]}))
+            loading.write_loading(folder, module)
             if adapter is None:
-                module.save_pretrained(folder)
                 continue
-            module.save_pretrained(folder, selected_adapters=[adapter])
             for file in (folder / adapter).iterdir():  # peft saves a named adapter in a folder of that name
                 file.replace(folder / file.name)
             (folder / adapter).rmdir()
-            loading.write_notes(folder, load_in_4bit=bool(getattr(module.get_base_model(), "is_loaded_in_4bit", False)))
         save_file(self.value_head.state_dict(), Path(out) / "value" / VALUE_HEAD)
 
     def load(self, saved: ModelPath) -> None:
@@ -91,7 +90,8 @@ class Roles(nn.Module):
             if adapter is not None:
                 set_peft_model_state_dict(module, load_file(folder / "adapter_model.safetensors"), adapter)
             else:
-                module.load_state_dict(type(module).from_pretrained(folder, dtype=module.dtype).state_dict())
+                how = {"dtype": module.dtype, "trust_remote_code": False}
+                module.load_state_dict(type(module).from_pretrained(folder, **how).state_dict())
         self.value_head.load_state_dict(load_file(Path(saved) / "value" / VALUE_HEAD))
 
 
@@ -100,26 +100,26 @@ def load_roles(
     reference: ModelPath | None = None,
     value: ModelPath | None = None,
     lora: Lora | None = None,
-    load_in_4bit: bool | None = None,
     rewards: Mapping[str, ModelPath] | None = None,
+    **how: Any,
 ) -> Roles:
     """Policy, reference (default: a frozen copy of the policy) and value model (default: a copy with a zero head).
 
     `value` is a saved value model or a reward model, whose head becomes the value head. Where the policy is an adapter
-    or `lora` is given, all roles are adapters over one base, and so are `rewards`, by role name. ModelError where one
-    of them is not over the policy's base.
+    or `lora` is given, all roles are adapters over one base, and so are `rewards`, by role name. how: `load_in_4bit`,
+    `dtype` and `attn_implementation`. ModelError where one of them is not over the policy's base.
     """
-    loading.check_trainable(policy, lora, load_in_4bit)
+    loading.check_trainable(policy, lora, **how)
     parts: dict[str, tuple[Any, str | None]]
     if lora is None and not is_adapter(policy):
         parts = {
-            "policy": (loading.load_causal(policy, load_in_4bit, trainable=True), None),
-            "reference": (loading.load_causal(reference or policy, load_in_4bit, trainable=True), None),
-            "value": (loading.load_backbone(value or policy, trainable=True), None),
+            "policy": (loading.load_causal(policy, trainable=True, **how), None),
+            "reference": (loading.load_causal(reference or policy, trainable=True, **how), None),
+            "value": (loading.load_backbone(value or policy, trainable=True, **how), None),
         }
     else:
         others = {"reference": reference, "value": value, **(rewards or {})}
-        model = _adapters(policy, others, lora, load_in_4bit)
+        model = _adapters(policy, others, lora, how)
         parts = {role: (model, role) for role in ("policy", *others)}
     roles = Roles(parts, _value_head(parts["policy"][0], value))
     switch_off_dropout(roles)
@@ -128,15 +128,15 @@ def load_roles(
 
 
 def _adapters(
-    policy: ModelPath, others: Mapping[str, ModelPath | None], lora: Lora | None, load_in_4bit: bool | None
+    policy: ModelPath, others: Mapping[str, ModelPath | None], lora: Lora | None, how: Mapping[str, Any]
 ) -> PeftModel:
     """An adapter for each role over one base; a new adapter (`lora`) over full weights starts as the identity."""
     for other in others.values():
         if other is not None and not loading.same_base(other, policy):
             raise ModelError(f"{other}: its base is {loading.base_of(other)}, not the policy's; adapters need one base")
-    base = loading.load_base(policy, AutoModelForCausalLM.from_pretrained, load_in_4bit)
+    base = loading.load_base(policy, AutoModelForCausalLM.from_pretrained, **how)
     if lora is None:
-        model = PeftModel.from_pretrained(base, str(policy), adapter_name="policy", is_trainable=True)
+        model = loading.with_adapter(base, policy, True, "policy")
     else:
         model = get_peft_model(base, loading.lora_config(lora), adapter_name="policy")
     for role, source in others.items():

@@ -20,8 +20,8 @@ class PPOConfig(TrainingArguments):
     policy loss; ppo_epochs, num_minibatches: their product is the number of optimizer steps in an update;
     micro_batch_size: completions in one forward pass (affects memory only, not the result); early_stop_kl: nats per
     token of policy change that end an update early; lora: train an adapter with these settings (a dict of LoraConfig's
-    fields, or a LoraConfig); load_in_4bit: None loads the base as the model's notes say; max_memory_gib: a run that is
-    estimated to need more is refused (None: the GPU's memory; no limit on a CPU).
+    fields, or a LoraConfig); load_in_4bit, dtype, attn_implementation: as of `models.load_causal`;
+    max_memory_gib: a run that is estimated to need more is refused (None: the GPU's memory; no limit on a CPU).
     """
 
     per_device_train_batch_size: int = 64
@@ -34,6 +34,7 @@ class PPOConfig(TrainingArguments):
     disable_tqdm: bool = True
     log_level: str = "error"
     remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = False
     max_completion_length: int = MAX_COMPLETION_LENGTH
     temperature: float = 1.0
     missing_eos_penalty: float = 1.0
@@ -53,6 +54,8 @@ class PPOConfig(TrainingArguments):
     early_stop_kl: float | None = None
     lora: dict[str, Any] | None = None
     load_in_4bit: bool | None = None
+    dtype: str | None = None
+    attn_implementation: str | None = None
     max_memory_gib: float | None = None
 
     def __post_init__(self) -> None:

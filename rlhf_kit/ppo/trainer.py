@@ -373,11 +373,12 @@ def load_models(
 
     Raises ValueError, before any weights are loaded, where the run is estimated to need too much memory.
     """
+    loading = {name: getattr(args, name) for name in models.LOADING}
     given: Any = reward.members if isinstance(reward, Ensemble) else reward
     given = given if isinstance(given, list | tuple) else [given]
     members = [each if callable(each) else RewardModel(each) for each in given]
     learned = {f"reward_{i}": each for i, each in enumerate(members) if isinstance(each, RewardModel)}
-    adapters, in_4bit = args.lora is not None or models.is_adapter(model), models.is_4bit(model, args.load_in_4bit)
+    adapters, stored = args.lora is not None or models.is_adapter(model), models.stored_as(model, **loading)
 
     def fits_the_policy(path: str) -> bool:
         """Whether a model stands on the policy's base or, in full fine-tuning, on weights of its own."""
@@ -389,20 +390,20 @@ def load_models(
     joining = {
         role: each.path
         for role, each in learned.items()
-        if adapters and fits_the_policy(each.path) and models.is_4bit(each.path, each.load_in_4bit) == in_4bit
+        if adapters and fits_the_policy(each.path) and each.stored == stored
     }
     if args.max_memory_gib is not None or models.device().type != "cpu":
         longest = sorted(prompts["prompt"][:], key=lambda prompt: -len(str(prompt)))[:64]
         separate = [each.path for role, each in learned.items() if role not in joining]
-        same = ("lora", "load_in_4bit", "max_completion_length", "micro_batch_size", "gradient_checkpointing", "optim")
-        settings: dict[str, Any] = {name: getattr(args, name) for name in same}
+        same = ("lora", "max_completion_length", "micro_batch_size", "activation_checkpointing", "optim")
+        settings: dict[str, Any] = {name: getattr(args, name) for name in ("load_in_4bit", "dtype", *same)}
         settings["prompt_length"] = max(map(len, models.encode(tokenizer, longest)))
         settings |= {"rollout": args.per_device_train_batch_size, "ensemble": len(learned)}
         settings["reward_model"] = separate[0] if separate else None
         fits, _, sentence = memory.advise(model, "ppo", args.max_memory_gib or memory.device_memory(), **settings)
         if not fits:
             raise ValueError(f"PPO on {model}: {sentence}\n(PPOConfig's max_memory_gib sets another limit)")
-    roles = models.load_roles(model, ref_model, value_model, args.lora, args.load_in_4bit, joining)
+    roles = models.load_roles(model, ref_model, value_model, args.lora, joining, **loading)
     members = [each.on(roles, f"reward_{i}") if f"reward_{i}" in joining else each for i, each in enumerate(members)]
     if len(members) == 1:
         return roles, members[0]

@@ -5,6 +5,8 @@ path. Options are the settings of its trainer's config in TRL (`SFTConfig`: `max
 
     lora           settings of a new adapter (`models.lora_config`); without it, all weights or the given adapter train
     load_in_4bit   whether the base is in 4 bits; by default as the given model was trained
+    dtype          "bfloat16" (on a GPU the default) or "float32" for the base of an adapter; what trains is fp32
+    attn_implementation   transformers' name of an attention kernel
     seed           of the order of the data, a new adapter, a score head and samples; 0 by default
     callbacks      transformers' callbacks in place of the one that shows progress
 

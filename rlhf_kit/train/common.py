@@ -25,7 +25,7 @@ def new_directory(out: ModelPath) -> AbstractContextManager[Path]:
 
 
 CHECKED = 16  # rows whose tokens, and whose scores, are compared once
-DEFAULTS: dict[str, Any] = {"seed": 0, "save_strategy": "no", "logging_steps": 10, "gradient_checkpointing": False}
+DEFAULTS: dict[str, Any] = {"seed": 0, "save_strategy": "no", "logging_steps": 10}
 DEFAULTS |= {"disable_tqdm": True, "log_level": "error", "logging_nan_inf_filter": False}  # or NaN would look harmless
 
 
@@ -39,16 +39,19 @@ class Training:
         model: ModelPath,
         folder: Path,
         lora: Lora | None = None,
-        load_in_4bit: bool | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **settings: Any,
     ) -> None:
-        models.check_trainable(model, lora, load_in_4bit)
-        self.model, self.lora, self.load_in_4bit = model, lora, load_in_4bit
+        self.model, self.lora = model, lora
+        self.loading = {name: settings.pop(name, None) for name in models.LOADING}
+        models.check_trainable(model, lora, **self.loading)
+        if lora is None and not models.is_adapter(model):
+            self.loading["dtype"] = "float32"
         self.callbacks = [ProgressCallback(label)] if callbacks is None else callbacks
         self.tokenizer = models.load_tokenizer(model)
         self.tokenizer.padding_side = "right"
         on_gpu = torch.cuda.is_available()
+        settings.setdefault("activation_checkpointing", settings.pop("gradient_checkpointing", False))  # its older name
         settings = DEFAULTS | {"bf16": on_gpu, "use_cpu": not on_gpu} | settings
         self.args = config_class(output_dir=str(folder), **settings)
         models.check_one_device(self.args)
@@ -62,7 +65,10 @@ class Training:
         given: Any = str(self.model)
         adapter = self.lora is not None or models.is_adapter(self.model)
         if adapter or not hasattr(self.args, "beta"):  # beta is the weight of a reference
-            given = start or models.load_causal(self.model, self.load_in_4bit, trainable=self.lora is None)
+            given = start or models.load_causal(self.model, trainable=self.lora is None, **self.loading)
+        else:
+            how = {"trust_remote_code": False, "attn_implementation": self.loading["attn_implementation"]}
+            self.args.model_init_kwargs = (self.args.model_init_kwargs or {}) | how
         exact = {}
         if getattr(given, "is_loaded_in_4bit", False):  # TRL rounds what it trains to bf16, unlike its reference
             exact = {name: p.detach().clone() for name, p in given.named_parameters() if p.requires_grad}
@@ -132,7 +138,7 @@ def fit(trainer: Trainer, folder: Path) -> None:
     model.save_pretrained(folder, **trained)
     tokenizer.save_pretrained(folder)
     trainer.save_state()
-    models.write_notes(folder, load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)))
+    models.loading.write_loading(folder, model)
     if policy:
         trainer.accelerator.free_memory()
         _check_saved(model.eval(), folder, list(islice(trainer.train_dataset, CHECKED)))

@@ -190,7 +190,7 @@ def rejection_sampling(
     """
     with new_directory(out) as folder:
         training = Training("rejection sampling", trl.SFTConfig, model, folder, **options)
-        how: dict[str, Any] = {"seed": training.args.seed, "load_in_4bit": training.load_in_4bit}
+        how = {"seed": training.args.seed, **training.loading}
         samples = sampling.sample(model, prompts, n, temperature, max_completion_length, **how)
         ended = samples[samples["finished"]].reset_index(drop=True)
         if missing := len(prompts) - ended["prompt_id"].nunique():

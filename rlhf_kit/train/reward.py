@@ -20,6 +20,15 @@ from rlhf_kit.rewards import RewardModel, normalise
 from rlhf_kit.train.common import CHECKED, Training, fit, new_directory
 
 
+class ScoreHead(torch.nn.Linear):
+    """A score head that computes in fp32 under autocast and over a bf16 base, as `RewardModel` does."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Scores (..., 1) of hidden states (..., D)."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
 class ItemBatches:
     """Row numbers in batches of whole items, up to `batch_size` rows each; a bigger item is a batch of its own.
 
@@ -103,7 +112,7 @@ def _own_scores(trainer: RewardTrainer) -> tuple[list[Any], list[Any], torch.Ten
         own = model(**inputs).logits[:, 0].float().cpu()
     # TRL has joined each prompt with its completions.
     texts = [row[side][len(row["prompt"]) :] for side in ("chosen", "rejected") for row in rows]
-    rounded = trainer.args.bf16 or getattr(model, "is_loaded_in_4bit", False)
+    rounded = trainer.args.bf16 or any(weight.dtype != torch.float32 for weight in model.parameters())
     return 2 * [row["prompt"] for row in rows], texts, own, 2e-2 if rounded else 1e-4
 
 
@@ -112,9 +121,10 @@ def _with_score_head(training: Training) -> Model:
     model, given = str(training.model), models.is_adapter(training.model)
     torch.manual_seed(training.args.seed)  # a new adapter is drawn from it; the trainer seeds only later
     auto = AutoModelForSequenceClassification.from_pretrained
-    base = models.load_base(model, auto, training.load_in_4bit, num_labels=1)
+    base = models.load_base(model, auto, num_labels=1, **training.loading)
     generator = torch.Generator().manual_seed(training.args.seed)
     head = torch.randn(base.score.weight.shape, generator=generator) / (base.score.in_features + 1) ** 0.5
+    base.score = ScoreHead(base.score.in_features, 1, bias=False, device=base.score.weight.device)
     base.score.weight.data.copy_(head)
     config = PeftConfig.from_pretrained(model) if given else models.lora_config(training.lora)
     if config is not None and config.modules_to_save:
