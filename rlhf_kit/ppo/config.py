@@ -1,12 +1,54 @@
 """The settings of PPO, each in one place with its default."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from peft import LoraConfig
 from transformers import TrainingArguments
 
 from rlhf_kit.models import MAX_COMPLETION_LENGTH
+
+# How the names of such settings end, here and in TRL's configs.
+ABOVE_ZERO = ("batch_size", "length", "epochs", "minibatches", "temperature", "horizon", "clip_range", "kl_target")
+ABOVE_ZERO += ("early_stop_kl", "memory_gib", "beta", "prompts", "per_prompt", "demonstrations", "best_of")
+ABOVE_ZERO += ("max_steps", "save_steps", "eval_steps", "logging_steps", "accumulation_steps")
+NOT_NEGATIVE = ("coef", "penalty", "learning_rate", "weight_decay", "grad_norm", "seed", "warmup_steps")
+
+
+def kinds_of(hint: Any) -> set[Any]:
+    """The types that a declaration allows."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return {get_origin(kind) or kind for kind in kinds}
+
+
+def check_settings(settings: Mapping[str, Any], hints: Mapping[str, Any], where: str, config: Any = None) -> None:
+    """Raise ValueError that names a setting of another type than declared, not finite, or out of its range.
+
+    What equals the default of `config` passes, whatever it is.
+    """
+    for name, value in settings.items():
+        default = getattr(config, name, ...)
+        if type(value) is type(default) and value == default:
+            continue
+        kinds, must = kinds_of(hints.get(name)), ""
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        fits = type(value) in kinds or (number and (float in kinds or (int in kinds and isinstance(value, Integral))))
+        if kinds <= {bool, int, float, dict, type(None)} and not fits:
+            must = f"be {' or '.join(sorted('none' if kind is type(None) else kind.__name__ for kind in kinds))}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            must = "be finite"
+        elif number and value == 0 and name == "beta" and "num_generations" in hints:
+            continue  # GRPO and RLOO may do without a reference
+        elif number and value <= 0 and name.endswith(ABOVE_ZERO):
+            must = "be above 0"
+        elif number and value < 0 and name.endswith(NOT_NEGATIVE):
+            must = "not be negative"
+        if must:
+            raise ValueError(f"{where}: {name} must {must}, got {value!r}")
 
 
 @dataclass
@@ -51,22 +93,15 @@ class PPOConfig(TrainingArguments):
     num_minibatches: int = 1
     micro_batch_size: int = 64
     early_stop_kl: float | None = None
-    lora: dict[str, Any] | None = None
+    lora: dict[str, Any] | LoraConfig | None = None
     load_in_4bit: bool | None = None
     max_memory_gib: float | None = None
 
     def __post_init__(self) -> None:
+        check_settings(vars(self), get_type_hints(type(self)), "PPOConfig", type(self))
         super().__post_init__()
         if self.data_seed is None:
             self.data_seed = self.seed  # otherwise each process would shuffle with a seed of its own
-        sizes = ("per_device_train_batch_size", "max_completion_length", "ppo_epochs", "num_minibatches")
-        positive = (*sizes, "micro_batch_size", "temperature", "kl_horizon", "clip_range", "value_clip_range")
-        for name in (*positive, "adaptive_kl_target", "early_stop_kl", "max_memory_gib"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"PPOConfig: {name} must be above 0, got {value}")
-        for name in ("kl_coef", "vf_coef", "entropy_coef", "ptx_coef", "missing_eos_penalty"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"PPOConfig: {name} must not be negative, got {getattr(self, name)}")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"PPOConfig: {name} must lie between 0 and 1, got {getattr(self, name)}")
