@@ -197,6 +197,8 @@ def test_sha256_sees_contents_and_names_but_not_times(tmp_path):
     for folder, name in (("a", "y"), ("b", "y"), ("c", "z"), ("d", "metrics.csv"), ("e", "metrics.csv")):
         (tmp_path / folder / "deep").mkdir(parents=True)
         (tmp_path / folder / "deep" / name).write_text("abc")
+        modules = [f"{module}_proj" for module in ("ab" if folder == "a" else "ba")]
+        (tmp_path / folder / "adapter_config.json").write_text(json.dumps({"target_modules": modules}, indent=2))
         for clock in ("run.json", "deep/trainer_state.json", "deep/training_args.bin", "deep/README.md"):
             (tmp_path / folder / clock).write_text(f"made at {folder} o'clock")
         (tmp_path / folder / "metrics.csv").write_text(f"{folder} seconds")  # beside a run.json

@@ -1,5 +1,6 @@
 """The settings of PPO, each in one place with its default."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +14,19 @@ from transformers import TrainingArguments
 from rlhf_kit.models import MAX_COMPLETION_LENGTH
 
 # How the names of such settings end, here and in TRL's configs.
-ABOVE_ZERO = ("batch_size", "length", "epochs", "minibatches", "temperature", "horizon", "clip_range", "kl_target")
-ABOVE_ZERO += ("early_stop_kl", "memory_gib", "beta", "prompts", "per_prompt", "demonstrations", "best_of")
-ABOVE_ZERO += ("max_steps", "save_steps", "eval_steps", "logging_steps", "accumulation_steps")
+ABOVE_ZERO = (
+    *("batch_size", "length", "epochs", "minibatches", "temperature", "horizon", "clip_range", "kl_target", "stop_kl"),
+    *("memory_gib", "beta", "prompts", "per_prompt", "demonstrations", "best_of"),
+    *("max_steps", "save_steps", "eval_steps", "logging_steps", "accumulation_steps"),
+)
 NOT_NEGATIVE = ("coef", "penalty", "learning_rate", "weight_decay", "grad_norm", "seed", "warmup_steps")
+# How the names of settings begin that may change when a run goes on: what it writes, what it evaluates, memory.
+FREE = (
+    *("output_dir", "log", "save_", "eval_", "per_device_eval", "do_", "report_to", "run_name", "disable_tqdm", "hub_"),
+    *("push_to_hub", "project", "trackio", "load_best", "metric_for", "greater_is", "include_", "resume_from"),
+    *("max_memory_gib", "micro_batch_size", "gradient_checkpointing", "activation_checkpointing", "ignore_data"),
+    *("dataloader_num", "dataloader_p", "ddp_", "local_rank"),
+)
 
 
 def kinds_of(hint: Any) -> set[Any]:
@@ -37,7 +47,7 @@ def check_settings(settings: Mapping[str, Any], hints: Mapping[str, Any], where:
         kinds, must = kinds_of(hints.get(name)), ""
         number = isinstance(value, Real) and not isinstance(value, bool)
         fits = type(value) in kinds or (number and (float in kinds or (int in kinds and isinstance(value, Integral))))
-        if kinds <= {bool, int, float, dict, type(None)} and not fits:
+        if kinds <= {bool, int, float, dict, LoraConfig, type(None)} and not fits:
             must = f"be {' or '.join(sorted('none' if kind is type(None) else kind.__name__ for kind in kinds))}"
         elif isinstance(value, float) and not math.isfinite(value):
             must = "be finite"
@@ -93,12 +103,13 @@ class PPOConfig(TrainingArguments):
     num_minibatches: int = 1
     micro_batch_size: int = 64
     early_stop_kl: float | None = None
-    lora: dict[str, Any] | LoraConfig | None = None
+    lora: dict[str, Any] | None = None
     load_in_4bit: bool | None = None
     max_memory_gib: float | None = None
 
     def __post_init__(self) -> None:
-        check_settings(vars(self), get_type_hints(type(self)), "PPOConfig", type(self))
+        hints = get_type_hints(type(self)) | {"lora": dict | LoraConfig | None}
+        check_settings(vars(self), hints, "PPOConfig", type(self))
         super().__post_init__()
         if self.data_seed is None:
             self.data_seed = self.seed  # otherwise each process would shuffle with a seed of its own
@@ -112,9 +123,16 @@ class PPOConfig(TrainingArguments):
         if self.num_minibatches > self.per_device_train_batch_size:
             raise ValueError("PPOConfig: num_minibatches exceeds per_device_train_batch_size: each needs a completion")
 
+    def of_the_run(self) -> dict[str, Any]:
+        """The settings, as JSON holds them, that a run which goes on must have begun with."""
+        free = (*FREE, "max_steps", "num_train_epochs") if self.lr_scheduler_type.startswith("constant") else FREE
+        settings = {name: value for name, value in self.to_dict().items() if not name.startswith(free)}
+        return dict(json.loads(json.dumps(settings, default=str)))
+
     def to_dict(self) -> dict[str, Any]:
         """TrainingArguments.to_dict, with a LoraConfig as a dict that JSON can hold."""
         settings = super().to_dict()
-        if isinstance(self.lora, LoraConfig):
-            settings["lora"] = {k: sorted(v) if isinstance(v, set) else v for k, v in self.lora.to_dict().items()}
+        if self.lora is not None:
+            lora = self.lora.to_dict() if isinstance(self.lora, LoraConfig) else self.lora
+            settings["lora"] = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.items()}
         return settings

@@ -12,6 +12,7 @@ One step of `transformers.Trainer` is one update, so a checkpoint lies between t
 """
 
 import json
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,17 +24,17 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from rlhf_kit import data, memory, models
 from rlhf_kit.models import ModelPath, Roles, Tokens
-from rlhf_kit.ppo import maths
+from rlhf_kit.ppo import checkpoints, maths
 from rlhf_kit.ppo.alarms import Alarms, repetition
 from rlhf_kit.ppo.config import PPOConfig
 from rlhf_kit.progress import ProgressCallback
 from rlhf_kit.rewards import Ensemble, Reward, RewardModel, checked
 
-STATE = "ppo_state.json"
 Rows = list[dict[str, Any]]  # of a dataset
 Minibatches = list[list[Tensor]]  # each is a list of micro-batches of row numbers
 Metrics = dict[str, float]
@@ -86,18 +87,29 @@ class PPOTrainer(Trainer):
         models.check_one_device(args)
         if (args.ptx_coef > 0) != (ptx_dataset is not None):
             raise ValueError("ptx_coef and ptx_dataset go together: give both or neither")
+        checkpoints.check_writable(args.output_dir)
         set_seed(args.seed)  # new adapters are drawn before Trainer sets the seed
         tokenizer = processing_class or models.load_tokenizer(model)
         tokenizer.padding_side = "left"
-        train_dataset = data.ready(train_dataset, tokenizer, ["prompt"], source="train_dataset")
+        self.longest = (models.max_length(model) or sys.maxsize) - args.max_completion_length  # of a prompt
+        train_dataset = self.ready_prompts(train_dataset, tokenizer, "train_dataset")
         if eval_dataset is not None:
-            eval_dataset = data.ready(eval_dataset, tokenizer, ["prompt"], source="eval_dataset")
+            eval_dataset = self.ready_prompts(eval_dataset, tokenizer, "eval_dataset")
         if ptx_dataset is not None:
             ptx_dataset = data.ready(ptx_dataset, tokenizer, ["prompt", "completion"], source="ptx_dataset")
         self.roles, self.reward = load_models(model, reward, args, ref_model, value_model, tokenizer, train_dataset)
         self.policy = self.roles.use("policy")
         self.stop_ids = models.stop_ids(self.policy, tokenizer)
         self.policy.generation_config.eos_token_id = self.stop_ids  # saved with the policy
+        self.policy.generation_config.validate(strict=True)  # now, since saving would fail otherwise
+        members = self.reward.members if isinstance(self.reward, Ensemble) else [self.reward]
+        self.inputs: dict[str, Any] = {
+            "model": str(model),
+            "ref_model": str(ref_model or model),
+            "reward": [checkpoints.name_of(member) for member in members],
+            "train_dataset": checkpoints.content_of(train_dataset),
+            "ptx_dataset": checkpoints.content_of(ptx_dataset),
+        }
         self.kl_coef = args.kl_coef
         self.ptx_dataset: Any = ptx_dataset
         self.samples = pd.DataFrame()  # the last rollouts: prompt, completion, reward, kl, n_tokens, finished
@@ -115,6 +127,21 @@ class PPOTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("PPO divides prompts among processes, not weights: use DDP instead of FSDP or DeepSpeed")
+
+    def ready_prompts(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, source: str) -> Dataset:
+        """`data.ready`; DataError also for an empty prompt, and for one that leaves no room for a completion."""
+        if not isinstance(dataset, Dataset):
+            raise data.DataError(f"{source}: is a {type(dataset).__name__}; give one datasets.Dataset with `prompt`")
+        found = data.ready(dataset, tokenizer, ["prompt"], source=source)
+        empty = [fault.row for fault in data.find_faults(found, ["prompt"], source) if fault.kind == "empty text"]
+        lengths = [*map(len, models.encode(tokenizer, found["prompt"][:]))]
+        for row, length in enumerate(lengths):
+            if row in empty or length > self.longest:
+                problem = (
+                    "empty" if row in empty else f"of {length} tokens, and {self.longest} leave room to complete it"
+                )
+                raise data.DataError(f"{source}, row {row} (counting from 0): the prompt is {problem}; drop such rows")
+        return found
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One update (steps 1 to 4 above); Trainer makes the optimizer step of its last minibatch, logs and saves."""
@@ -263,10 +290,9 @@ class PPOTrainer(Trainer):
                 totals[5] = max(totals[5], (ratio - 1).abs().max().cpu())
         if args.ptx_coef > 0:
             totals[0] += args.ptx_coef * self.accumulate_ptx_gradient(sum(map(len, minibatch)))
-        if args.world_size > 1:
-            for parameter in self.roles.learning:
-                if parameter.grad is not None:
-                    parameter.grad = self._summed(parameter.grad)
+        if args.world_size > 1:  # one reduction, not one for each tensor
+            gradients = [parameter.grad for parameter in self.roles.learning if parameter.grad is not None]
+            vector_to_parameters(self._summed(parameters_to_vector(gradients)), gradients)
         totals[:5] = self._summed(totals[:5])
         totals[5] = self.accelerator.gather(totals[5:].to(args.device)).max()
         return totals
@@ -290,15 +316,27 @@ class PPOTrainer(Trainer):
         return self.accelerator.reduce(tensor.to(self.args.device), "sum").to(tensor.device)
 
     # What Trainer calls --------------------------------------------------------------------------------------------
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer.train from the seed, whatever random numbers were drawn since this trainer was made."""
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer.train from the seed, whatever random numbers were drawn since this trainer was made.
+
+        A checkpoint is a path or, for True, the newest whole one. ValueError where it is not whole or of another run.
+        """
+        resume = resume_from_checkpoint or None
+        if resume is not None:
+            resume = checkpoints.to_resume(resume, self.args.output_dir, self.run())
         set_seed(self.args.seed + self.args.process_index)  # processes must not sample the same tokens
-        return super().train(*args, **kwargs)
+        return super().train(resume, *args, **kwargs)
+
+    def run(self) -> dict[str, Any]:
+        """What this run begins with, as JSON: what another that goes on from its checkpoint must have alike."""
+        return {"processes": self.args.world_size, **self.inputs, **self.args.of_the_run()}
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Metrics:
         """Means over the evaluation prompts, with the same random numbers each time; ValueError without prompts."""
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        dataset = self.eval_dataset
+        if eval_dataset is not None:
+            dataset = self.ready_prompts(eval_dataset, self.processing_class, "eval_dataset")
         if dataset is None:
             raise ValueError("evaluate: there is no eval_dataset; give one here or to the trainer")
         totals: Metrics = defaultdict(float)
@@ -329,21 +367,28 @@ class PPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write policy, tokenizer and generation config to `output_dir`, and the value model to its folder `value`."""
+        """Write policy, tokenizer and generation config to `output_dir`, and the value model to its folder `value`.
+
+        ModelError where what was written reads otherwise than what was trained.
+        """
         out = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             out.mkdir(parents=True, exist_ok=True)
+            if _internal_call:  # a checkpoint that is written anew is none until it is whole
+                (out / checkpoints.LAST).unlink(missing_ok=True)
             self.roles.save(out)
             self.policy.generation_config.save_pretrained(out)
             self.processing_class.save_pretrained(out)
-            (out / STATE).write_text(json.dumps({"kl_coef": self.kl_coef}) + "\n")
+            checkpoints.write_state(out, self.kl_coef, self.run() if _internal_call else None)
+            if not _internal_call:
+                checkpoints.check_saved(self.roles, out, self.processing_class, self.train_dataset["prompt"][:8])
 
     # Trainer has no public method that reads weights from a checkpoint. Its own version of these two does not know the
     # roles and would load nothing.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.roles.load(resume_from_checkpoint)
-        self.kl_coef = json.loads((Path(resume_from_checkpoint) / STATE).read_text())["kl_coef"]
+        self.kl_coef = json.loads((Path(resume_from_checkpoint) / checkpoints.STATE).read_text())["kl_coef"]
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -352,8 +397,8 @@ class PPOTrainer(Trainer):
         """Raise FloatingPointError before a gradient that is not finite is applied, so that checkpoints stay good."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.roles.learning if p.grad is not None])
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            saved = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-            last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved (save_strategy)"
+            saved = [path for path in checkpoints.newest_first(self.args.output_dir) if not checkpoints.fault(path)]
+            last = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint was saved (save_strategy)"
             raise FloatingPointError(
                 f"PPO: update {self.state.global_step + 1} has a loss of {loss.item()} with a gradient of norm "
                 f"{norm.item()}; it was not applied, and {last}"
