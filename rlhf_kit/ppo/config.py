@@ -1,10 +1,9 @@
 """The settings of PPO, each in one place with its default."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -16,17 +15,10 @@ from rlhf_kit.models import MAX_COMPLETION_LENGTH
 # How the names of such settings end, here and in TRL's configs.
 ABOVE_ZERO = (
     *("batch_size", "length", "epochs", "minibatches", "temperature", "horizon", "clip_range", "kl_target", "stop_kl"),
-    *("memory_gib", "beta", "prompts", "per_prompt", "demonstrations", "best_of"),
-    *("max_steps", "save_steps", "eval_steps", "logging_steps", "accumulation_steps"),
+    *("memory_gib", "prompts", "per_prompt", "demonstrations", "best_of", "max_steps", "save_steps", "eval_steps"),
+    *("logging_steps", "accumulation_steps", "beta"),
 )
-NOT_NEGATIVE = ("coef", "penalty", "learning_rate", "weight_decay", "grad_norm", "seed", "warmup_steps")
-# How the names of settings begin that may change when a run goes on: what it writes, what it evaluates, memory.
-FREE = (
-    *("output_dir", "log", "save_", "eval_", "per_device_eval", "do_", "report_to", "run_name", "disable_tqdm", "hub_"),
-    *("push_to_hub", "project", "trackio", "load_best", "metric_for", "greater_is", "include_", "resume_from"),
-    *("max_memory_gib", "micro_batch_size", "gradient_checkpointing", "activation_checkpointing", "ignore_data"),
-    *("dataloader_num", "dataloader_p", "ddp_", "local_rank"),
-)
+NOT_NEGATIVE = ("coef", "penalty", "learning_rate", "weight_decay", "grad_norm", "seed", "warmup_steps", "beta")
 
 
 def kinds_of(hint: Any) -> set[Any]:
@@ -36,29 +28,23 @@ def kinds_of(hint: Any) -> set[Any]:
 
 
 def check_settings(settings: Mapping[str, Any], hints: Mapping[str, Any], where: str, config: Any = None) -> None:
-    """Raise ValueError that names a setting of another type than declared, not finite, or out of its range.
-
-    What equals the default of `config` passes, whatever it is.
-    """
+    """ValueError names a setting of another type than declared, not finite or out of range; defaults pass."""
     for name, value in settings.items():
-        default = getattr(config, name, ...)
+        kinds, default = kinds_of(hints.get(name)), getattr(config, name, ...)
         if type(value) is type(default) and value == default:
             continue
-        kinds, must = kinds_of(hints.get(name)), ""
+        names = " or ".join(sorted("none" if kind is type(None) else str(kind.__name__) for kind in kinds if kind))
         number = isinstance(value, Real) and not isinstance(value, bool)
-        fits = type(value) in kinds or (number and (float in kinds or (int in kinds and isinstance(value, Integral))))
-        if kinds <= {bool, int, float, dict, LoraConfig, type(None)} and not fits:
-            must = f"be {' or '.join(sorted('none' if kind is type(None) else kind.__name__ for kind in kinds))}"
-        elif isinstance(value, float) and not math.isfinite(value):
-            must = "be finite"
-        elif number and value == 0 and name == "beta" and "num_generations" in hints:
-            continue  # GRPO and RLOO may do without a reference
-        elif number and value <= 0 and name.endswith(ABOVE_ZERO):
-            must = "be above 0"
-        elif number and value < 0 and name.endswith(NOT_NEGATIVE):
-            must = "not be negative"
-        if must:
-            raise ValueError(f"{where}: {name} must {must}, got {value!r}")
+        may_be_zero = name == "beta" and "num_generations" in hints  # GRPO and RLOO may do without a reference
+        fits = type(value) in kinds or (number and float in kinds)
+        for must, wrong in (
+            (f"be {names}", kinds <= {bool, int, float, dict, LoraConfig, type(None)} and not fits),
+            ("be finite", number and not math.isfinite(value)),
+            ("be above 0", number and name.endswith(ABOVE_ZERO) and value <= 0 and not may_be_zero),
+            ("not be negative", number and name.endswith(NOT_NEGATIVE) and value < 0),
+        ):
+            if wrong:
+                raise ValueError(f"{where}: {name} must {must}, got {value!r}")
 
 
 @dataclass
@@ -122,12 +108,6 @@ class PPOConfig(TrainingArguments):
             raise ValueError("PPOConfig: gradient_accumulation_steps must stay 1; set micro_batch_size to save memory")
         if self.num_minibatches > self.per_device_train_batch_size:
             raise ValueError("PPOConfig: num_minibatches exceeds per_device_train_batch_size: each needs a completion")
-
-    def of_the_run(self) -> dict[str, Any]:
-        """The settings, as JSON holds them, that a run which goes on must have begun with."""
-        free = (*FREE, "max_steps", "num_train_epochs") if self.lr_scheduler_type.startswith("constant") else FREE
-        settings = {name: value for name, value in self.to_dict().items() if not name.startswith(free)}
-        return dict(json.loads(json.dumps(settings, default=str)))
 
     def to_dict(self) -> dict[str, Any]:
         """TrainingArguments.to_dict, with a LoraConfig as a dict that JSON can hold."""

@@ -11,9 +11,12 @@ plus ptx_coef * E[log pi(demonstration)], maximised by PPO (Schulman et al. 2017
 One step of `transformers.Trainer` is one update, so a checkpoint lies between two rollouts and resuming is exact.
 """
 
+import hashlib
 import json
 import sys
+import tempfile
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
@@ -27,14 +30,21 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
-from rlhf_kit import data, memory, models
+from rlhf_kit import data, files, memory, models
 from rlhf_kit.models import ModelPath, Roles, Tokens
-from rlhf_kit.ppo import checkpoints, maths
+from rlhf_kit.ppo import maths
 from rlhf_kit.ppo.alarms import Alarms, repetition
 from rlhf_kit.ppo.config import PPOConfig
 from rlhf_kit.progress import ProgressCallback
 from rlhf_kit.rewards import Ensemble, Reward, RewardModel, checked
 
+STATE = "ppo_state.json"
+# How the names of settings begin that may change when a run goes on: what it writes, evaluation, memory.
+FREE = (
+    *("output_dir", "log", "save_", "eval_", "per_device_eval", "report_to", "run_name", "project", "trackio_", "hub_"),
+    *("push_to_hub", "disable_tqdm", "load_best", "metric_for", "greater_is", "ignore_data", "dataloader_num", "ddp_"),
+    *("max_memory_gib", "micro_batch_size", "gradient_checkpointing", "activation_checkpointing"),
+)
 Rows = list[dict[str, Any]]  # of a dataset
 Minibatches = list[list[Tensor]]  # each is a list of micro-batches of row numbers
 Metrics = dict[str, float]
@@ -87,29 +97,25 @@ class PPOTrainer(Trainer):
         models.check_one_device(args)
         if (args.ptx_coef > 0) != (ptx_dataset is not None):
             raise ValueError("ptx_coef and ptx_dataset go together: give both or neither")
-        checkpoints.check_writable(args.output_dir)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output_dir).close()  # OSError now, not after the work
         set_seed(args.seed)  # new adapters are drawn before Trainer sets the seed
         tokenizer = processing_class or models.load_tokenizer(model)
         tokenizer.padding_side = "left"
         self.longest = (models.max_length(model) or sys.maxsize) - args.max_completion_length  # of a prompt
-        train_dataset = self.ready_prompts(train_dataset, tokenizer, "train_dataset")
+        train_dataset = self.prompts(train_dataset, tokenizer, "train_dataset")
         if eval_dataset is not None:
-            eval_dataset = self.ready_prompts(eval_dataset, tokenizer, "eval_dataset")
+            eval_dataset = self.prompts(eval_dataset, tokenizer, "eval_dataset")
         if ptx_dataset is not None:
             ptx_dataset = data.ready(ptx_dataset, tokenizer, ["prompt", "completion"], source="ptx_dataset")
         self.roles, self.reward = load_models(model, reward, args, ref_model, value_model, tokenizer, train_dataset)
         self.policy = self.roles.use("policy")
         self.stop_ids = models.stop_ids(self.policy, tokenizer)
         self.policy.generation_config.eos_token_id = self.stop_ids  # saved with the policy
-        self.policy.generation_config.validate(strict=True)  # now, since saving would fail otherwise
+        self.policy.generation_config.validate(strict=True)  # ValueError now, not when it is saved
         members = self.reward.members if isinstance(self.reward, Ensemble) else [self.reward]
-        self.inputs: dict[str, Any] = {
-            "model": str(model),
-            "ref_model": str(ref_model or model),
-            "reward": [checkpoints.name_of(member) for member in members],
-            "train_dataset": checkpoints.content_of(train_dataset),
-            "ptx_dataset": checkpoints.content_of(ptx_dataset),
-        }
+        self.inputs = {"model": str(model), "ref_model": str(ref_model or model), "reward": [*map(_known_by, members)]}
+        self.inputs |= {"train_dataset": _hash(train_dataset[:]), "ptx_dataset": _hash(ptx_dataset and ptx_dataset[:])}
         self.kl_coef = args.kl_coef
         self.ptx_dataset: Any = ptx_dataset
         self.samples = pd.DataFrame()  # the last rollouts: prompt, completion, reward, kl, n_tokens, finished
@@ -128,20 +134,18 @@ class PPOTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("PPO divides prompts among processes, not weights: use DDP instead of FSDP or DeepSpeed")
 
-    def ready_prompts(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, source: str) -> Dataset:
-        """`data.ready`; DataError also for an empty prompt, and for one that leaves no room for a completion."""
+    def prompts(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, source: str) -> Dataset:
+        """`data.ready`; DataError also for a prompt that is empty, and for one that leaves no room to complete it."""
         if not isinstance(dataset, Dataset):
             raise data.DataError(f"{source}: is a {type(dataset).__name__}; give one datasets.Dataset with `prompt`")
-        found = data.ready(dataset, tokenizer, ["prompt"], source=source)
-        empty = [fault.row for fault in data.find_faults(found, ["prompt"], source) if fault.kind == "empty text"]
-        lengths = [*map(len, models.encode(tokenizer, found["prompt"][:]))]
-        for row, length in enumerate(lengths):
+        dataset = data.ready(dataset, tokenizer, ["prompt"], source=source)
+        empty = {fault.row for fault in data.find_faults(dataset, ["prompt"], source) if fault.kind == "empty text"}
+        for row, length in enumerate(map(len, models.encode(tokenizer, dataset["prompt"][:]))):
             if row in empty or length > self.longest:
-                problem = (
-                    "empty" if row in empty else f"of {length} tokens, and {self.longest} leave room to complete it"
-                )
-                raise data.DataError(f"{source}, row {row} (counting from 0): the prompt is {problem}; drop such rows")
-        return found
+                what = f"of {length} tokens; beside max_completion_length the model takes {self.longest}"
+                what = "empty" if row in empty else what
+                raise data.DataError(f"{source}, row {row} (counting from 0): the prompt is {what}; drop such rows")
+        return dataset
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One update (steps 1 to 4 above); Trainer makes the optimizer step of its last minibatch, logs and saves."""
@@ -319,24 +323,47 @@ class PPOTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer.train from the seed, whatever random numbers were drawn since this trainer was made.
 
-        A checkpoint is a path or, for True, the newest whole one. ValueError where it is not whole or of another run.
+        resume_from_checkpoint: a path, or True for the newest that is whole. ValueError where it is not whole, and
+        where what the run began with (its settings, models and prompts) was something else.
         """
-        resume = resume_from_checkpoint or None
-        if resume is not None:
-            resume = checkpoints.to_resume(resume, self.args.output_dir, self.run())
+        checkpoint = self.checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         set_seed(self.args.seed + self.args.process_index)  # processes must not sample the same tokens
-        return super().train(resume, *args, **kwargs)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def checkpoint(self, asked: str | Path | bool) -> str:
+        """The checkpoint to resume from."""
+        for folder in self.checkpoints() if asked is True else [Path(str(asked))]:
+            try:
+                run = whole(folder)
+            except ValueError as problem:
+                if asked is not True:
+                    raise
+                warnings.warn(f"passed over: {problem}", stacklevel=3)
+                continue
+            if differing := "; ".join(files.differences(run, self.run())):
+                raise ValueError(
+                    f"{folder} belongs to another run ({differing}): change that, or output_dir, and begin"
+                )
+            return str(folder)
+        raise ValueError(f"{self.args.output_dir}: no whole checkpoint is there to resume from; train from the start")
+
+    def checkpoints(self) -> list[Path]:
+        """The folders of the checkpoints, newest first."""
+        return sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))
 
     def run(self) -> dict[str, Any]:
-        """What this run begins with, as JSON: what another that goes on from its checkpoint must have alike."""
-        return {"processes": self.args.world_size, **self.inputs, **self.args.of_the_run()}
+        """What this run began with, as JSON: a run that goes on from its checkpoint began alike."""
+        free = (*FREE, "max_steps", "num_train_epochs") if self.args.lr_scheduler_type.startswith("constant") else FREE
+        settings = {name: value for name, value in self.args.to_dict().items() if not name.startswith(free)}
+        began: dict[str, Any] = {"processes": self.args.world_size, **self.inputs, **settings}
+        return dict(json.loads(json.dumps(began, default=str)))
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Metrics:
         """Means over the evaluation prompts, with the same random numbers each time; ValueError without prompts."""
         dataset = self.eval_dataset
         if eval_dataset is not None:
-            dataset = self.ready_prompts(eval_dataset, self.processing_class, "eval_dataset")
+            dataset = self.prompts(eval_dataset, self.processing_class, "eval_dataset")
         if dataset is None:
             raise ValueError("evaluate: there is no eval_dataset; give one here or to the trainer")
         totals: Metrics = defaultdict(float)
@@ -369,26 +396,46 @@ class PPOTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write policy, tokenizer and generation config to `output_dir`, and the value model to its folder `value`.
 
-        ModelError where what was written reads otherwise than what was trained.
+        ModelError where policy, value model or tokenizer read again are not those that were trained.
         """
         out = Path(output_dir or self.args.output_dir)
-        if self.args.should_save:
-            out.mkdir(parents=True, exist_ok=True)
-            if _internal_call:  # a checkpoint that is written anew is none until it is whole
-                (out / checkpoints.LAST).unlink(missing_ok=True)
-            self.roles.save(out)
-            self.policy.generation_config.save_pretrained(out)
-            self.processing_class.save_pretrained(out)
-            checkpoints.write_state(out, self.kl_coef, self.run() if _internal_call else None)
-            if not _internal_call:
-                checkpoints.check_saved(self.roles, out, self.processing_class, self.train_dataset["prompt"][:8])
+        if not self.args.should_save:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        (out / STATE).write_text(json.dumps({"kl_coef": self.kl_coef}) + "\n")
+        self.roles.save(out)
+        self.policy.generation_config.save_pretrained(out)
+        self.processing_class.save_pretrained(out)
+        if not _internal_call:
+            trained = [parameter.detach().clone() for parameter in self.roles.learning]
+            self.roles.load(out)
+            same = all(map(torch.equal, self.roles.learning, trained))
+            for parameter, before in zip(self.roles.learning, trained, strict=True):
+                parameter.data.copy_(before)
+            tokenizers, texts = (models.load_tokenizer(out), self.processing_class), self.train_dataset["prompt"][:8]
+            first, second = (models.encode(tokenizer, texts) for tokenizer in tokenizers)
+            if not same or first != second:
+                what = "tokenizer" if same else "weights"
+                raise models.ModelError(f"{out}: the {what} read again are not those that were trained; save elsewhere")
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        """Trainer's, then STATE with the size of each file: a checkpoint without it was broken off."""
+        super()._save_checkpoint(*args)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and not self.args.save_only_model:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            written = [path for path in folder.rglob("*.*") if path.name != STATE]
+            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in written}
+            state = {"kl_coef": self.kl_coef, "run": self.run(), "files": sizes}
+            with files.replacing(folder / STATE) as temporary:
+                temporary.write_text(json.dumps(state, indent=2) + "\n")
 
     # Trainer has no public method that reads weights from a checkpoint. Its own version of these two does not know the
     # roles and would load nothing.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.roles.load(resume_from_checkpoint)
-        self.kl_coef = json.loads((Path(resume_from_checkpoint) / checkpoints.STATE).read_text())["kl_coef"]
+        self.kl_coef = json.loads((Path(resume_from_checkpoint) / STATE).read_text())["kl_coef"]
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -397,12 +444,37 @@ class PPOTrainer(Trainer):
         """Raise FloatingPointError before a gradient that is not finite is applied, so that checkpoints stay good."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.roles.learning if p.grad is not None])
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            saved = [path for path in checkpoints.newest_first(self.args.output_dir) if not checkpoints.fault(path)]
+            saved = self.checkpoints()
             last = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint was saved (save_strategy)"
             raise FloatingPointError(
                 f"PPO: update {self.state.global_step + 1} has a loss of {loss.item()} with a gradient of norm "
                 f"{norm.item()}; it was not applied, and {last}"
             )
+
+
+def whole(checkpoint: Path) -> dict[str, Any]:
+    """What the run of a checkpoint began with; ValueError names a file that is missing or broken off."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text())
+        broken = [name for name, size in state["files"].items() if (checkpoint / name).stat().st_size != size]
+    except (OSError, ValueError, KeyError) as error:
+        why = "saving it was broken off, or save_only_model left the optimizer out"
+        raise ValueError(f"{checkpoint} cannot be resumed from: {why} ({type(error).__name__}: {error})") from None
+    if broken:
+        raise ValueError(f"{checkpoint} cannot be resumed from: {broken[0]} has lost its end, or was changed")
+    return dict(state["run"])
+
+
+def _hash(content: Any) -> str:
+    """A hash of content; what is not JSON counts by its type."""
+    return hashlib.sha256(json.dumps(content, default=lambda cell: type(cell).__name__).encode()).hexdigest()[:12]
+
+
+def _known_by(reward: Any) -> str:
+    """A function's name, or a hash of a reward model's head, which no other training would give."""
+    if isinstance(reward, RewardModel):
+        return _hash([reward.head.tolist(), reward.shift, reward.scale])
+    return str(getattr(reward, "__qualname__", type(reward).__name__))
 
 
 def load_models(
