@@ -34,8 +34,8 @@ from rlhf_kit import files
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "rlhf_kit")
-# Beside a run's or a model's content: when, where and how fast it was made.
-CLOCKS = {"run.json", "trainer_state.json", "training_args.bin", "README.md"}
+# What tells when and how fast a run or a model was made: without these, one that is made again has the same hash.
+CLOCKS = {"run.json", "metrics.csv", "trainer_state.json", "training_args.bin", "README.md"}
 SECRET = re.compile(r"token(?!izer)|key|secret|password", re.IGNORECASE)
 NOT_SECRET = {"bos_token", "eos_token", "pad_token", "unk_token", "stop_token"}
 
@@ -160,15 +160,11 @@ def _read_info(directory: Path) -> dict[str, Any]:
 
 
 def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file's bytes or, of a directory, of the relative paths and hashes of its files, sorted.
-
-    What tells times is left out (CLOCKS, and a run's metrics.csv), so that a stage made again has the same hash.
-    """
+    """SHA-256 of a file's bytes or, of a directory, of the relative paths and hashes of its files (not CLOCKS)."""
     path = Path(path)
     if path.is_dir():
-        files_in = [file for file in path.rglob("*") if file.is_file() and file.name not in CLOCKS]
-        kept = [file for file in files_in if file.name != "metrics.csv" or not file.with_name("run.json").exists()]
-        found = {file.relative_to(path).as_posix(): file for file in kept}
+        inside = [file for file in path.rglob("*") if file.is_file() and file.name not in CLOCKS]
+        found = {file.relative_to(path).as_posix(): file for file in inside}
         lines = [f"{sha256_of(found[relative])}  {relative}\n" for relative in sorted(found)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
     if path.name == "adapter_config.json":  # peft writes sets into it, in another order in each process

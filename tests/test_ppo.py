@@ -457,9 +457,11 @@ def test_only_a_whole_checkpoint_of_the_same_run_is_resumed_from(zoo: Zoo, mode:
         content = (last / name).read_bytes()
         for broken in (None, content[: len(content) // 2]):
             (last / name).unlink() if broken is None else (last / name).write_bytes(broken)
-            with pytest.raises(ValueError, match=f"checkpoint-2 cannot be resumed from: .*({name}|broken off)"):
+            with pytest.raises(
+                ValueError, match=f"checkpoint-2 cannot be resumed from: .*({name}|has lost its end|line 1)"
+            ):
                 resumed.train(resume_from_checkpoint=str(last))
-        with pytest.warns(UserWarning, match="passed over: .*checkpoint-2 cannot"):
+        with pytest.warns(UserWarning, match="checkpoint-2 is passed over"):
             assert resumed.checkpoint(True) == str(out / "checkpoint-1")
         (last / name).write_bytes(content)
     assert resumed.checkpoint(True) == str(last)
@@ -470,7 +472,7 @@ def test_only_a_whole_checkpoint_of_the_same_run_is_resumed_from(zoo: Zoo, mode:
         ({"reward": RewardModel(zoo[f"{mode}-reward"])}, r"reward is \['vowels'\] there"),
         ({"ref_model": zoo[f"{mode}-other"]}, "ref_model is"),
     ):
-        with pytest.raises(ValueError, match=f"checkpoint-2 belongs to another run .*{says}"):
+        with pytest.raises(ValueError, match=f"checkpoint-2 cannot be resumed from: it belongs .*{says}"):
             make(zoo, mode, out, **settings | others).train(resume_from_checkpoint=True)
     light = make(zoo, mode, tmp_path / "light", **settings, save_only_model=True)
     light.train()
@@ -669,7 +671,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(zoo: Zoo, tmp_path: Path, 
         ({"ptx_coef": 0.1, "ptx_dataset": Dataset.from_dict({"prompt": ["a"]})}, "ptx_dataset: no column 'completion'"),
         ({"ptx_coef": 0.1}, "go together"),
         ({"prompts": ["why ?", " \n"]}, "train_dataset, row 1 .*: the prompt is empty"),
-        ({"prompts": ["why ?", "why ?" * 30]}, "row 1 .* the prompt is of 120 tokens; .* takes 58"),
+        ({"prompts": ["why ?", "why ?" * 30]}, "row 1 .* the prompt is of 120 tokens, and 58"),
         ({"eval_dataset": {"a": Dataset.from_dict({"prompt": ["a"]})}}, "eval_dataset: is a dict; give one"),
         ({"load_in_4bit": True}, "4-bit weights cannot be trained"),
     ],

@@ -122,6 +122,15 @@ def test_two_processes_make_the_updates_of_one_and_resume(zoo: Zoo, tmp_path: Pa
         assert json.loads(Path(saved, "generation_config.json").read_text())["eos_token_id"] in (0, [0])
 
 
+def test_a_launcher_that_started_one_process_of_several_is_named(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("ACCELERATE_USE_CPU", "True"), ("MASTER_PORT", "29500")):  # as accelerate 1.15 sets them
+        monkeypatch.setenv(name, value)
+    with pytest.warns(UserWarning, match="several processes and started one"):
+        make(zoo, "full", tmp_path)
+
+
 def test_sharded_weights_are_refused(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sharded(self: Trainer, *args: Any, **kwargs: Any) -> None:
         create(self, *args, **kwargs)

@@ -13,7 +13,6 @@ One step of `transformers.Trainer` is one update, so a checkpoint lies between t
 
 import hashlib
 import json
-import sys
 import tempfile
 import time
 import warnings
@@ -102,10 +101,10 @@ class PPOTrainer(Trainer):
         set_seed(args.seed)  # new adapters are drawn before Trainer sets the seed
         tokenizer = processing_class or models.load_tokenizer(model)
         tokenizer.padding_side = "left"
-        self.longest = (models.max_length(model) or sys.maxsize) - args.max_completion_length  # of a prompt
+        self.longest = (models.max_length(model) or 10**9) - args.max_completion_length  # of a prompt
         train_dataset = self.prompts(train_dataset, tokenizer, "train_dataset")
         if eval_dataset is not None:
-            eval_dataset = self.prompts(eval_dataset, tokenizer, "eval_dataset")
+            eval_dataset = self.prompts(eval_dataset, tokenizer)
         if ptx_dataset is not None:
             ptx_dataset = data.ready(ptx_dataset, tokenizer, ["prompt", "completion"], source="ptx_dataset")
         self.roles, self.reward = load_models(model, reward, args, ref_model, value_model, tokenizer, train_dataset)
@@ -114,7 +113,9 @@ class PPOTrainer(Trainer):
         self.policy.generation_config.eos_token_id = self.stop_ids  # saved with the policy
         self.policy.generation_config.validate(strict=True)  # ValueError now, not when it is saved
         members = self.reward.members if isinstance(self.reward, Ensemble) else [self.reward]
-        self.inputs = {"model": str(model), "ref_model": str(ref_model or model), "reward": [*map(_known_by, members)]}
+        heads = [_hash([r.head.tolist(), r.shift, r.scale]) if isinstance(r, RewardModel) else "" for r in members]
+        names = [head or getattr(r, "__qualname__", type(r).__name__) for head, r in zip(heads, members, strict=True)]
+        self.inputs = {"model": str(model), "ref_model": str(ref_model or model), "reward": names}
         self.inputs |= {"train_dataset": _hash(train_dataset[:]), "ptx_dataset": _hash(ptx_dataset and ptx_dataset[:])}
         self.kl_coef = args.kl_coef
         self.ptx_dataset: Any = ptx_dataset
@@ -134,7 +135,7 @@ class PPOTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("PPO divides prompts among processes, not weights: use DDP instead of FSDP or DeepSpeed")
 
-    def prompts(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, source: str) -> Dataset:
+    def prompts(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, source: str = "eval_dataset") -> Dataset:
         """`data.ready`; DataError also for a prompt that is empty, and for one that leaves no room to complete it."""
         if not isinstance(dataset, Dataset):
             raise data.DataError(f"{source}: is a {type(dataset).__name__}; give one datasets.Dataset with `prompt`")
@@ -142,8 +143,7 @@ class PPOTrainer(Trainer):
         empty = {fault.row for fault in data.find_faults(dataset, ["prompt"], source) if fault.kind == "empty text"}
         for row, length in enumerate(map(len, models.encode(tokenizer, dataset["prompt"][:]))):
             if row in empty or length > self.longest:
-                what = f"of {length} tokens; beside max_completion_length the model takes {self.longest}"
-                what = "empty" if row in empty else what
+                what = "empty" if row in empty else f"of {length} tokens, and {self.longest} leave room to complete it"
                 raise data.DataError(f"{source}, row {row} (counting from 0): the prompt is {what}; drop such rows")
         return dataset
 
@@ -321,29 +321,22 @@ class PPOTrainer(Trainer):
 
     # What Trainer calls --------------------------------------------------------------------------------------------
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer.train from the seed, whatever random numbers were drawn since this trainer was made.
-
-        resume_from_checkpoint: a path, or True for the newest that is whole. ValueError where it is not whole, and
-        where what the run began with (its settings, models and prompts) was something else.
-        """
+        """Trainer.train from the seed, whatever was drawn before; ValueError for a torn checkpoint or another run's."""
         checkpoint = self.checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         set_seed(self.args.seed + self.args.process_index)  # processes must not sample the same tokens
         return super().train(checkpoint, *args, **kwargs)
 
     def checkpoint(self, asked: str | Path | bool) -> str:
-        """The checkpoint to resume from."""
+        """The checkpoint that is asked for, or for True the newest whole one."""
         for folder in self.checkpoints() if asked is True else [Path(str(asked))]:
-            try:
-                run = whole(folder)
-            except ValueError as problem:
-                if asked is not True:
-                    raise
-                warnings.warn(f"passed over: {problem}", stacklevel=3)
+            run, problem = state_of(folder)
+            if problem and asked is True:
+                warnings.warn(f"{folder} is passed over: {problem}", stacklevel=3)
                 continue
-            if differing := "; ".join(files.differences(run, self.run())):
-                raise ValueError(
-                    f"{folder} belongs to another run ({differing}): change that, or output_dir, and begin"
-                )
+            if not problem and (differing := "; ".join(files.differences(run, self.run()))):
+                problem = f"it belongs to another run ({differing}); undo that, or begin anew in another output_dir"
+            if problem:
+                raise ValueError(f"{folder} cannot be resumed from: {problem}")
             return str(folder)
         raise ValueError(f"{self.args.output_dir}: no whole checkpoint is there to resume from; train from the start")
 
@@ -361,9 +354,7 @@ class PPOTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Metrics:
         """Means over the evaluation prompts, with the same random numbers each time; ValueError without prompts."""
-        dataset = self.eval_dataset
-        if eval_dataset is not None:
-            dataset = self.prompts(eval_dataset, self.processing_class, "eval_dataset")
+        dataset = self.eval_dataset if eval_dataset is None else self.prompts(eval_dataset, self.processing_class)
         if dataset is None:
             raise ValueError("evaluate: there is no eval_dataset; give one here or to the trainer")
         totals: Metrics = defaultdict(float)
@@ -394,10 +385,7 @@ class PPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write policy, tokenizer and generation config to `output_dir`, and the value model to its folder `value`.
-
-        ModelError where policy, value model or tokenizer read again are not those that were trained.
-        """
+        """Write policy and tokenizer to `output_dir`, the value model to `value`; ModelError if they read otherwise."""
         out = Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
             return
@@ -409,14 +397,14 @@ class PPOTrainer(Trainer):
         if not _internal_call:
             trained = [parameter.detach().clone() for parameter in self.roles.learning]
             self.roles.load(out)
-            same = all(map(torch.equal, self.roles.learning, trained))
+            wrong = "" if all(map(torch.equal, self.roles.learning, trained)) else "weights"
             for parameter, before in zip(self.roles.learning, trained, strict=True):
                 parameter.data.copy_(before)
-            tokenizers, texts = (models.load_tokenizer(out), self.processing_class), self.train_dataset["prompt"][:8]
-            first, second = (models.encode(tokenizer, texts) for tokenizer in tokenizers)
-            if not same or first != second:
-                what = "tokenizer" if same else "weights"
-                raise models.ModelError(f"{out}: the {what} read again are not those that were trained; save elsewhere")
+            texts = self.train_dataset["prompt"][:8]
+            if models.encode(models.load_tokenizer(out), texts) != models.encode(self.processing_class, texts):
+                wrong = "tokenizer"
+            if wrong:
+                raise models.ModelError(f"{out}: the {wrong} read again are not what was trained; save elsewhere")
 
     def _save_checkpoint(self, *args: Any) -> None:
         """Trainer's, then STATE with the size of each file: a checkpoint without it was broken off."""
@@ -424,11 +412,9 @@ class PPOTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save and not self.args.save_only_model:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            written = [path for path in folder.rglob("*.*") if path.name != STATE]
-            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in written}
+            sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*.*") if p.name != STATE}
             state = {"kl_coef": self.kl_coef, "run": self.run(), "files": sizes}
-            with files.replacing(folder / STATE) as temporary:
-                temporary.write_text(json.dumps(state, indent=2) + "\n")
+            (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
 
     # Trainer has no public method that reads weights from a checkpoint. Its own version of these two does not know the
     # roles and would load nothing.
@@ -452,29 +438,19 @@ class PPOTrainer(Trainer):
             )
 
 
-def whole(checkpoint: Path) -> dict[str, Any]:
-    """What the run of a checkpoint began with; ValueError names a file that is missing or broken off."""
+def state_of(checkpoint: Path) -> tuple[dict[str, Any], str]:
+    """What the run of a checkpoint began with, and where it is not whole, the file that is missing or broken off."""
     try:
         state = json.loads((checkpoint / STATE).read_text())
         broken = [name for name, size in state["files"].items() if (checkpoint / name).stat().st_size != size]
+        return state["run"], f"{broken[0]} has lost its end" if broken else ""
     except (OSError, ValueError, KeyError) as error:
-        why = "saving it was broken off, or save_only_model left the optimizer out"
-        raise ValueError(f"{checkpoint} cannot be resumed from: {why} ({type(error).__name__}: {error})") from None
-    if broken:
-        raise ValueError(f"{checkpoint} cannot be resumed from: {broken[0]} has lost its end, or was changed")
-    return dict(state["run"])
+        return {}, f"save_only_model, or a save that was broken off: {STATE} or a file it lists is not whole ({error})"
 
 
 def _hash(content: Any) -> str:
     """A hash of content; what is not JSON counts by its type."""
     return hashlib.sha256(json.dumps(content, default=lambda cell: type(cell).__name__).encode()).hexdigest()[:12]
-
-
-def _known_by(reward: Any) -> str:
-    """A function's name, or a hash of a reward model's head, which no other training would give."""
-    if isinstance(reward, RewardModel):
-        return _hash([reward.head.tolist(), reward.shift, reward.scale])
-    return str(getattr(reward, "__qualname__", type(reward).__name__))
 
 
 def load_models(
