@@ -395,19 +395,24 @@ class PPOTrainer(Trainer):
         self.policy.generation_config.save_pretrained(out)
         self.processing_class.save_pretrained(out)
         if not _internal_call:
-            trained = [parameter.detach().clone() for parameter in self.roles.learning]
-            self.roles.load(out)
-            wrong = "" if all(map(torch.equal, self.roles.learning, trained)) else "weights"
-            for parameter, before in zip(self.roles.learning, trained, strict=True):
-                parameter.data.copy_(before)
-            texts = self.train_dataset["prompt"][:8]
-            if models.encode(models.load_tokenizer(out), texts) != models.encode(self.processing_class, texts):
-                wrong = "tokenizer"
-            if wrong:
-                raise models.ModelError(f"{out}: the {wrong} read again are not what was trained; save elsewhere")
+            self._check_saved(out)
+
+    @torch.random.fork_rng()
+    def _check_saved(self, out: Path) -> None:
+        trained, texts = [p.detach().clone() for p in self.roles.learning], self.train_dataset["prompt"][:8]
+        self.roles.load(out)
+        same = [torch.equal(read, before) for read, before in zip(self.roles.learning, trained, strict=True)]
+        for parameter, before in zip(self.roles.learning, trained, strict=True):
+            parameter.data.copy_(before)
+        ids = [models.encode(each, texts) for each in (models.load_tokenizer(out), self.processing_class)]
+        if not all(same) or ids[0] != ids[1]:
+            raise models.ModelError(f"{out}: weights or tokens read again are not those that were trained; save anew")
+
+    # Trainer has no public methods that write a whole checkpoint or read weights from one. Its own version of the last
+    # two does not know the roles and would load nothing.
 
     def _save_checkpoint(self, *args: Any) -> None:
-        """Trainer's, then STATE with the size of each file: a checkpoint without it was broken off."""
+        """STATE is written last, with the size of each file: a checkpoint without it was broken off."""
         super()._save_checkpoint(*args)
         self.accelerator.wait_for_everyone()
         if self.args.should_save and not self.args.save_only_model:
@@ -415,9 +420,6 @@ class PPOTrainer(Trainer):
             sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*.*") if p.name != STATE}
             state = {"kl_coef": self.kl_coef, "run": self.run(), "files": sizes}
             (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
-
-    # Trainer has no public method that reads weights from a checkpoint. Its own version of these two does not know the
-    # roles and would load nothing.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.roles.load(resume_from_checkpoint)
