@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -43,3 +44,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """Each value of two JSON objects that differs, as "optimizer.lr is 0.1 there and 0.2 here"."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys, prefix = dict.fromkeys([*there, *here]), f"{name}." if name else ""
+        pairs = [(there.get(key, "absent"), here.get(key, "absent"), f"{prefix}{key}") for key in keys]
+        return [text for pair in pairs for text in differences(*pair)]
+    return [] if there == here else [f"{name} is {there} there and {here} here"]

@@ -1,9 +1,8 @@
 """What a pipeline leaves for people: the summary table, the figures, samples side by side, and where the time went."""
 
 import pandas as pd
-from datasets import Dataset
 
-from rlhf_kit import evaluate, plots, rewards, runs, stats
+from rlhf_kit import data, evaluate, plots, rewards, runs, stats
 from rlhf_kit.pipeline import Pipeline
 
 MODELS = ("base", "SFT", "best-of-n", "PPO", "DPO")
@@ -43,7 +42,7 @@ def accuracy(pipeline: Pipeline) -> pd.DataFrame:
     reward = rewards.RewardModel(pipeline.reward_model())
     rows = []
     for name, label in (("train", "trained on"), ("test", "held out")):
-        pairs = Dataset.from_parquet(str(pipeline.preferences() / f"{name}.parquet"))
+        pairs = data.load(pipeline.preferences() / f"{name}.parquet")
         share = evaluate.accuracy(reward, pairs)
         rows.append({"pairs": label, "n": len(pairs), **stats.columns("accuracy", share)})
     return pd.DataFrame(rows)

@@ -102,7 +102,7 @@ class Pipeline:
 
         def make(out: Path) -> None:
             settings = self._training(out, "reward model", self.preset.reward_model)
-            train.reward_model(sft, Dataset.from_parquet(str(pairs)), out / "model", **settings)
+            train.reward_model(sft, data.load(pairs), out / "model", **settings)
 
         inputs: dict[str, str | Path] = {"sft": sft, "preferences": pairs}
         return str(self._stage("reward_model", self.preset.reward_model, inputs, make) / "model")
@@ -127,7 +127,7 @@ class Pipeline:
 
         def make(out: Path) -> None:
             settings = self._training(out, "DPO", self.preset.dpo)
-            train.dpo(sft, Dataset.from_parquet(str(pairs)), out / "model", **settings)
+            train.dpo(sft, data.load(pairs), out / "model", **settings)
 
         return str(self._stage("dpo", self.preset.dpo, {"sft": sft, "preferences": pairs}, make) / "model")
 

@@ -1,15 +1,14 @@
 """One name that sets everything: the task, the sizes, and each stage's settings."""
 
 import json
-import math
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from rlhf_kit import train
 from rlhf_kit.models import LOADING
 from rlhf_kit.ppo import PPOConfig
+from rlhf_kit.ppo.config import check_settings, kinds_of
 from rlhf_kit.tasks import Pairs, Pocket, Task
 
 Settings = dict[str, Any]
@@ -17,8 +16,6 @@ Settings = dict[str, Any]
 CONFIGS = {"sft": train.SFTConfig, "reward_model": train.RewardConfig, "dpo": train.DPOConfig, "ppo": PPOConfig}
 # Settings of every stage that are none of TRL's.
 ADAPTER: dict[str, Any] = {"lora": dict | None} | dict.fromkeys(LOADING, str | None) | {"load_in_4bit": bool | None}
-ABOVE_ZERO: tuple[str, ...] = ("beta", "learning_rate", "batch_size", "steps", "length")
-ABOVE_ZERO += ("prompts", "demonstrations", "best_of", "epochs")
 
 
 @dataclass(frozen=True)
@@ -72,18 +69,15 @@ class Preset:
             hints = {known: type(value) for known, value in settings.items()}
         else:
             hints = get_type_hints(Preset)
-        value = _typed(text, hints.get(setting if dot else stage, str), assignment)
-        if name.endswith(ABOVE_ZERO) and value is not None and (not isinstance(value, int | float) or value <= 0):
-            raise ValueError(f"{assignment!r}: {name} is a number above 0")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{assignment!r}: {name} is a finite number")
+        value = _typed(text, hints.get(setting or stage, str))
+        check_settings({setting or stage: value}, hints, repr(assignment))
         changed: dict[str, Any] = {stage: {**settings, setting: value} if dot else value}
         return replace(self, **changed)
 
 
-def _typed(text: str, hint: Any, assignment: str) -> Any:
+def _typed(text: str, hint: Any) -> Any:
     """A setting's value, read as JSON (or "none", "True") where its config does not declare text."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = kinds_of(hint)
     if str in kinds and type(None) not in kinds:
         return text
     try:
@@ -92,12 +86,7 @@ def _typed(text: str, hint: Any, assignment: str) -> Any:
         value = text
     if float in kinds and type(value) is int:
         value = float(value)
-    if type(value) in kinds:
-        return value
-    if set(kinds) <= {bool, int, float, dict, type(None)}:
-        names = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise ValueError(f"{assignment!r}: {text!r} is not of its type, {names}")
-    return text
+    return value if type(value) in kinds else text
 
 
 def _steps(max_steps: int, batch_size: int, learning_rate: float) -> Settings:

@@ -34,6 +34,8 @@ from rlhf_kit import files
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "rlhf_kit")
+# What tells when and how fast a run or a model was made: without these, one that is made again has the same hash.
+CLOCKS = {"run.json", "metrics.csv", "trainer_state.json", "training_args.bin", "README.md"}
 SECRET = re.compile(r"token(?!izer)|key|secret|password", re.IGNORECASE)
 NOT_SECRET = {"bos_token", "eos_token", "pad_token", "unk_token", "stop_token"}
 
@@ -120,19 +122,10 @@ def _same_or_refuse(directory: Path, asked: dict[str, Any]) -> dict[str, Any]:
         known["config"] | {f"input {key}": item["sha256"][:12] for key, item in known["inputs"].items()}
         for known in (info, asked)
     )
-    if differing := "; ".join(_differences(there, here)):
+    if differing := "; ".join(files.differences(there, here)):
         remedy = "choose another name or folder, or ask for a fresh run"
         raise RunError(f"{directory} was made from something else ({differing}): {remedy}")
     return info
-
-
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """Each value that differs, as "optimizer.lr is 0.1 there and 0.2 here"."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        keys, prefix = dict.fromkeys([*there, *here]), f"{name}." if name else ""
-        pairs = [(there.get(key, "absent"), here.get(key, "absent"), f"{prefix}{key}") for key in keys]
-        return [text for pair in pairs for text in _differences(*pair)]
-    return [] if there == here else [f"{name} is {there} there and {here} here"]
 
 
 def _as_json(value: Any, where: str = "config", secret: bool = False) -> Any:
@@ -167,12 +160,16 @@ def _read_info(directory: Path) -> dict[str, Any]:
 
 
 def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file's bytes or, of a directory, of the relative paths and hashes of all its files, sorted."""
+    """SHA-256 of a file's bytes or, of a directory, of the relative paths and hashes of its files (not CLOCKS)."""
     path = Path(path)
     if path.is_dir():
-        found = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+        inside = [file for file in path.rglob("*") if file.is_file() and file.name not in CLOCKS]
+        found = {file.relative_to(path).as_posix(): file for file in inside}
         lines = [f"{sha256_of(found[relative])}  {relative}\n" for relative in sorted(found)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+    if path.name == "adapter_config.json":  # peft writes sets into it, in another order in each process
+        parts = sorted(line.strip(b" ,") for line in path.read_bytes().splitlines())
+        return hashlib.sha256(b"\n".join(parts)).hexdigest()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from tiny import layout, naive_logits, naive_logprobs, save_reward, word_tokenizer
 from transformers import TrainerCallback
 
@@ -443,6 +444,64 @@ def test_resume_is_bit_exact_with_the_uninterrupted_run(zoo: Zoo, mode: str, k: 
     assert all(torch.equal(states[0][i][name], states[1][i][name]) for i in states[0] for name in states[0][i])
 
 
+@FULL_AND_LORA
+def test_only_a_whole_checkpoint_of_the_same_run_is_resumed_from(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "ppo_epochs": 1, "max_steps": 2}
+    out = tmp_path / "out"
+    make(zoo, mode, out, **settings).train()
+    last, resumed = out / "checkpoint-2", make(zoo, mode, out, **settings, logging_steps=2, micro_batch_size=8)
+    names = {path.relative_to(last) for path in last.rglob("*.*")}
+    weights = "model.safetensors" if mode == "full" else "adapter_model.safetensors"
+    assert {Path("optimizer.pt"), Path("rng_state.pth"), Path(weights), Path("value") / weights} < names
+    for name in names:
+        content = (last / name).read_bytes()
+        for broken in (None, content[: len(content) // 2]):
+            (last / name).unlink() if broken is None else (last / name).write_bytes(broken)
+            with pytest.raises(
+                ValueError, match=f"checkpoint-2 cannot be resumed from: .*({name}|has lost its end|line 1)"
+            ):
+                resumed.train(resume_from_checkpoint=str(last))
+        with pytest.warns(UserWarning, match="checkpoint-2 is passed over"):
+            assert resumed.checkpoint(True) == str(out / "checkpoint-1")
+        (last / name).write_bytes(content)
+    assert resumed.checkpoint(True) == str(last)
+    for others, says in (
+        ({"learning_rate": 2e-3}, r"learning_rate is 0.001 there and 0.002 here"),
+        ({"max_steps": 3}, "max_steps is 2 there and 3 here"),
+        ({"prompts": PROMPTS[::-1]}, "train_dataset is .* there"),
+        ({"reward": RewardModel(zoo[f"{mode}-reward"])}, r"reward is \['vowels'\] there"),
+        ({"ref_model": zoo[f"{mode}-other"]}, "ref_model is"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint-2 cannot be resumed from: it belongs .*{says}"):
+            make(zoo, mode, out, **settings | others).train(resume_from_checkpoint=True)
+    light = make(zoo, mode, tmp_path / "light", **settings, save_only_model=True)
+    light.train()
+    with pytest.raises(ValueError, match="checkpoint-2 cannot be resumed from: .*save_only_model"):
+        light.train(resume_from_checkpoint=str(tmp_path / "light" / "checkpoint-2"))
+
+
+@FULL_AND_LORA
+def test_what_is_saved_is_what_was_trained(zoo: Zoo, mode: str, tmp_path: Path) -> None:
+    trainer = make(zoo, mode, tmp_path)
+    before, save = weights(trainer), trainer.roles.save
+    trainer.save_model()  # as it is, all is well
+
+    def spoilt(out: Path) -> None:
+        save(out)
+        [file] = (out / folder).glob("*model.safetensors")
+        tensors = load_file(file)
+        tensors[max(tensors)].mul_(1.001)
+        save_file(tensors, file, {"format": "pt"})
+
+    for folder in (".", "value", None):  # None: another tokenizer is written
+        trainer.roles.save = save if folder is None else spoilt
+        if folder is None:
+            trainer.processing_class.save_pretrained = word_tokenizer().save_pretrained
+        with pytest.raises(models.ModelError, match="read again are not those that were trained"):
+            trainer.save_model()
+        assert same(before, weights(trainer))
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(zoo: Zoo, tmp_path: Path) -> None:
     """A new adapter is drawn from the seed too, and starts as the identity."""
     runs = []
@@ -609,12 +668,18 @@ def test_a_gradient_that_is_not_finite_is_not_applied(zoo: Zoo, tmp_path: Path, 
         ),
         ({"ptx_coef": 0.1, "ptx_dataset": Dataset.from_dict({"prompt": ["a"]})}, "ptx_dataset: no column 'completion'"),
         ({"ptx_coef": 0.1}, "go together"),
+        ({"prompts": ["why ?", " \n"]}, "train_dataset, row 1 .*: the prompt is empty"),
+        ({"prompts": ["why ?", "why ?" * 30]}, "row 1 .* the prompt is of 120 tokens, and 58"),
+        ({"eval_dataset": {"a": Dataset.from_dict({"prompt": ["a"]})}}, "eval_dataset: is a dict; give one"),
         ({"load_in_4bit": True}, "4-bit weights cannot be trained"),
     ],
 )
 def test_what_does_not_fit_is_refused(zoo: Zoo, tmp_path: Path, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make(zoo, "full", tmp_path, **settings)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):  # before it looks for the model
+        make(zoo | {"full": "absent"}, "full", tmp_path / "file")
 
 
 def test_rewards_that_are_not_finite_and_evaluation_without_prompts_are_refused(zoo: Zoo, tmp_path: Path) -> None:

@@ -139,6 +139,13 @@ def test_partition_covers_each_row_once_in_minibatches_of_like_length() -> None:
     [
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be above 0, got 0"),
         ({"adaptive_kl_target": 0.0}, "adaptive_kl_target must be above 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be finite, got nan"),
+        ({"vf_coef": math.inf}, "vf_coef must be finite"),
+        ({"clip_range": "0.2"}, "clip_range must be float, got '0.2'"),
+        ({"temperature": True}, "temperature must be float, got True"),
+        ({"ppo_epochs": 1.5}, "ppo_epochs must be int"),
+        ({"load_in_4bit": "no"}, "load_in_4bit must be bool or none"),
+        ({"max_steps": 0}, "max_steps must be above 0"),
         ({"kl_coef": -0.1}, "kl_coef must not be negative"),
         ({"gae_lambda": 1.1}, "gae_lambda must lie between 0 and 1"),
         ({"fp16": True}, "fp16 overflows in the probability ratio"),

@@ -25,14 +25,19 @@ from rlhf_kit.progress import quiet
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 4, "micro_batch_size": 2, "max_steps": 2, "ppo_epochs": 2, "learning_rate": 1e-3,
     "entropy_coef": 0.05, "adaptive_kl_target": 0.1, "kl_horizon": 10, "save_strategy": "steps", "save_steps": 1,
+    "max_completion_length": 6,
 }  # fmt: skip
-MODES = ("full", "4bit")
+MODES = ("full", "lora", "4bit")
+TORCH = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+DDP = str(Path(__file__).parents[1] / "experiments" / "accelerate" / "ddp.yaml")
+ACCELERATE = ("accelerate.commands.launch", "--config_file", DDP, "--num_processes", "2", "--main_process_port", "0")
 
 
 class Fixed(PPOTrainer):
     """Each prompt has one completion of its own, so that any number of processes rolls out the same global batch."""
 
     def rollout(self, rows: list[dict[str, Any]]) -> Tokens:
+        self.seen = [*getattr(self, "seen", []), *(row["number"] for row in rows)]
         prompts = [self.processing_class(row["prompt"])["input_ids"] for row in rows]
         numbers = [row["number"] for row in rows]
         completions = [[310 + i] * (1 + i % 5) + [0] * (i % 3 > 0) for i in numbers]
@@ -64,6 +69,8 @@ def train(runs: dict[str, dict[str, str]], processes: int) -> dict[str, Any]:
         everyone, drawn = trainer.accelerator.gather(weights[None]), trainer.accelerator.gather(torch.rand(1))
         assert torch.equal(everyone, everyone[:1].expand_as(everyone)), "processes hold different weights"
         assert len(set(drawn.tolist())) == processes, "processes draw the same numbers"
+        seen = trainer.accelerator.gather(torch.tensor(trainer.seen)).tolist()
+        assert "resume" in run or sorted(seen) == list(range(8)), f"not each prompt once in an epoch: {seen}"
         answers[name] = [updates(trainer), said(trainer.roles)]
     if processes > 1:
         if trainer.is_world_process_zero():
@@ -76,25 +83,28 @@ def reward(prompts: list[Any], completions: list[Any], number: list[int], **colu
     return [0.3 * n - 1 for n in number]
 
 
+def two_ranks(launcher: tuple[str, ...], runs: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """What `train` answers in two processes that a launcher starts."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path])}
+    command = [sys.executable, "-m", *launcher, __file__, json.dumps(runs)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.split("ANSWERS")[1]))
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_updates_of_one_and_resume(zoo: Zoo, tmp_path: Path) -> None:
-    """In full and in 4 bits: one process, two, and two that go on from the checkpoint of update 1."""
+    """One process, two of torch's launcher, and two of accelerate's that go on from these two's update 1."""
 
     def run(mode: str, name: str, **resume: str) -> dict[str, str]:
         return {"policy": zoo[mode], "value": zoo[f"{mode}-reward"], "out": str(tmp_path / mode / name), **resume}
 
     one = train({mode: run(mode, "one") for mode in MODES}, 1)
-    runs = {f"{mode} two": run(mode, "two") for mode in MODES}
+    two = two_ranks(TORCH, {mode: run(mode, "two") for mode in MODES})
+    first = {mode: str(tmp_path / mode / "two" / "checkpoint-1") for mode in MODES}
+    again = two_ranks(ACCELERATE, {mode: run(mode, "resumed", resume=first[mode]) for mode in MODES})
     for mode in MODES:
-        runs[f"{mode} resumed"] = run(mode, "resumed", resume=str(tmp_path / mode / "two" / "checkpoint-1"))
-    # On a CPU, accelerate launch would start one process.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path])}
-    done = subprocess.run([*command, json.dumps(runs)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    two = json.loads(done.stdout.split("ANSWERS")[1])
-    for mode in MODES:
-        logs = (one[mode][0], two[f"{mode} two"][0], two[f"{mode} resumed"][0])
+        logs = (one[mode][0], two[mode][0], again[mode][0])
         assert [len(rows) for rows in logs] == [2, 2, 2]
         for a, b, c in zip(*logs, strict=True):
             for name in a.keys() - {"epoch"}:
@@ -108,8 +118,17 @@ def test_two_processes_make_the_updates_of_one_and_resume(zoo: Zoo, tmp_path: Pa
                 assert torch.equal(double[name], resumed[name])
         # Loaded in this process, what was saved in another says the same to the last bit.
         saved = str(tmp_path / mode / "two")
-        assert said(models.load_roles(saved, value=f"{saved}/value")) == two[f"{mode} two"][1]
+        assert said(models.load_roles(saved, value=f"{saved}/value")) == two[mode][1]
         assert json.loads(Path(saved, "generation_config.json").read_text())["eos_token_id"] in (0, [0])
+
+
+def test_a_launcher_that_started_one_process_of_several_is_named(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("ACCELERATE_USE_CPU", "True"), ("MASTER_PORT", "29500")):  # as accelerate 1.15 sets them
+        monkeypatch.setenv(name, value)
+    with pytest.warns(UserWarning, match="several processes and started one"):
+        make(zoo, "full", tmp_path)
 
 
 def test_sharded_weights_are_refused(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,10 @@ def test_sha256_sees_contents_and_names_but_not_times(tmp_path):
     for folder, name in (("a", "y"), ("b", "y"), ("c", "z")):
         (tmp_path / folder / "deep").mkdir(parents=True)
         (tmp_path / folder / "deep" / name).write_text("abc")
+        modules = [f"{module}_proj" for module in ("ab" if folder == "a" else "ba")]
+        (tmp_path / folder / "adapter_config.json").write_text(json.dumps({"target_modules": modules}, indent=2))
+        for clock in ("run.json", "metrics.csv", "deep/trainer_state.json", "deep/training_args.bin", "README.md"):
+            (tmp_path / folder / clock).write_text(f"made at {folder} o'clock")
     os.utime(tmp_path / "a" / "deep" / "y", (0, 0))
     of = {folder: runs.sha256_of(tmp_path / folder) for folder in "abc"}
     assert of["a"] == of["b"] != of["c"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,10 @@ def test_a_task_of_twenty_lines_goes_through_the_whole_pipeline(tmp_path: Path) 
     assert (scores["gold"] == -scores["completion"].str.len()).all()
     judged = Dataset.from_parquet(str(pipeline.preferences() / "train.parquet"))
     assert all(len(row["chosen"]) <= len(row["rejected"]) for row in judged)
+    shutil.rmtree(tmp_path / "runs" / "sft")  # made again, it is the same, whatever the time
+    again = Pipeline(tiny(Short()), tmp_path)
+    assert again.scores().equals(scores)
+    assert [name for name, run in again.runs.items() if not run.reused] == ["sft"]
     assert not (tmp_path / "side_effects.csv").exists() and "best-of-n" in written
     assert (tmp_path / "samples.md").read_text().count("| PPO |") == 8
 

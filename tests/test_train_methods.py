@@ -270,6 +270,9 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(zoo: Zoo, method: str
         run(method, zoo["lora"], out, reward=never, lora={})
     with pytest.raises(models.ModelError, match="no such model directory"):
         run(method, str(tmp_path / "absent"), out, reward=never)
+    for name, value in (("max_steps", 0), ("learning_rate", math.nan), ("weight_decay", -0.1), ("max_grad_norm", "1")):
+        with pytest.raises(ValueError, match=f"{name} must "):
+            run(method, str(tmp_path / "absent"), out, reward=never, **{name: value})
     with pytest.raises(TypeError, match="learning_rat"):
         run(method, zoo["full"], out, reward=never, learning_rat=1.0)
     with pytest.raises(models.ModelError, match='4-bit weights cannot be trained; pass `lora={"r": 16}`'):

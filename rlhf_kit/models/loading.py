@@ -1,6 +1,8 @@
 """Load and save models: full weights, LoRA adapters, 4-bit bases, their tokenizers and their heads."""
 
 import json
+import os
+import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -64,6 +66,9 @@ def check_one_device(args: transformers.TrainingArguments) -> None:
     """ValueError where transformers would split every batch over several GPUs, and so multiply its size."""
     if args.n_gpu > 1:
         raise ValueError(f"{args.n_gpu} GPUs are visible to one process; use `accelerate launch`, or show it one only")
+    if args.world_size == 1 and {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys():  # of several, it sets both
+        problem = "accelerate launch was asked for several processes and started one, as it does with --cpu"
+        warnings.warn(f"{problem}; give it `--config_file experiments/accelerate/ddp.yaml`", stacklevel=3)
 
 
 def device() -> torch.device:

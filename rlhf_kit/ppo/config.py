@@ -1,12 +1,50 @@
 """The settings of PPO, each in one place with its default."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from peft import LoraConfig
 from transformers import TrainingArguments
 
 from rlhf_kit.models import MAX_COMPLETION_LENGTH
+
+# How the names of such settings end, here and in TRL's configs.
+ABOVE_ZERO = (
+    *("batch_size", "length", "epochs", "minibatches", "temperature", "horizon", "clip_range", "kl_target", "stop_kl"),
+    *("memory_gib", "prompts", "per_prompt", "demonstrations", "best_of", "max_steps", "save_steps", "eval_steps"),
+    *("logging_steps", "accumulation_steps", "beta"),
+)
+NOT_NEGATIVE = ("coef", "penalty", "learning_rate", "weight_decay", "grad_norm", "seed", "warmup_steps", "beta")
+
+
+def kinds_of(hint: Any) -> set[Any]:
+    """The types that a declaration allows."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return {get_origin(kind) or kind for kind in kinds}
+
+
+def check_settings(settings: Mapping[str, Any], hints: Mapping[str, Any], where: str, config: Any = None) -> None:
+    """ValueError names a setting of another type than declared, not finite or out of range; defaults pass."""
+    for name, value in settings.items():
+        kinds, default = kinds_of(hints.get(name)), getattr(config, name, ...)
+        if type(value) is type(default) and value == default:
+            continue
+        names = " or ".join(sorted("none" if kind is type(None) else str(kind.__name__) for kind in kinds if kind))
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        may_be_zero = name == "beta" and "num_generations" in hints  # GRPO and RLOO may do without a reference
+        fits = type(value) in kinds or (number and float in kinds)
+        for must, wrong in (
+            (f"be {names}", kinds <= {bool, int, float, dict, LoraConfig, type(None)} and not fits),
+            ("be finite", number and not math.isfinite(value)),
+            ("be above 0", number and name.endswith(ABOVE_ZERO) and value <= 0 and not may_be_zero),
+            ("not be negative", number and name.endswith(NOT_NEGATIVE) and value < 0),
+        ):
+            if wrong:
+                raise ValueError(f"{where}: {name} must {must}, got {value!r}")
 
 
 @dataclass
@@ -59,17 +97,11 @@ class PPOConfig(TrainingArguments):
     max_memory_gib: float | None = None
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self)) | {"lora": dict | LoraConfig | None}
+        check_settings(vars(self), hints, "PPOConfig", type(self))
         super().__post_init__()
         if self.data_seed is None:
             self.data_seed = self.seed  # otherwise each process would shuffle with a seed of its own
-        sizes = ("per_device_train_batch_size", "max_completion_length", "ppo_epochs", "num_minibatches")
-        positive = (*sizes, "micro_batch_size", "temperature", "kl_horizon", "clip_range", "value_clip_range")
-        for name in (*positive, "adaptive_kl_target", "early_stop_kl", "max_memory_gib"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"PPOConfig: {name} must be above 0, got {value}")
-        for name in ("kl_coef", "vf_coef", "entropy_coef", "ptx_coef", "missing_eos_penalty"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"PPOConfig: {name} must not be negative, got {getattr(self, name)}")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"PPOConfig: {name} must lie between 0 and 1, got {getattr(self, name)}")
@@ -83,6 +115,7 @@ class PPOConfig(TrainingArguments):
     def to_dict(self) -> dict[str, Any]:
         """TrainingArguments.to_dict, with a LoraConfig as a dict that JSON can hold."""
         settings = super().to_dict()
-        if isinstance(self.lora, LoraConfig):
-            settings["lora"] = {k: sorted(v) if isinstance(v, set) else v for k, v in self.lora.to_dict().items()}
+        if self.lora is not None:
+            lora = self.lora.to_dict() if isinstance(self.lora, LoraConfig) else self.lora
+            settings["lora"] = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.items()}
         return settings

@@ -11,8 +11,11 @@ plus ptx_coef * E[log pi(demonstration)], maximised by PPO (Schulman et al. 2017
 One step of `transformers.Trainer` is one update, so a checkpoint lies between two rollouts and resuming is exact.
 """
 
+import hashlib
 import json
+import tempfile
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
@@ -23,9 +26,10 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
-from rlhf_kit import data, memory, models
+from rlhf_kit import data, files, memory, models
 from rlhf_kit.models import ModelPath, Roles, Tokens
 from rlhf_kit.ppo import maths
 from rlhf_kit.ppo.alarms import Alarms, repetition
@@ -34,6 +38,12 @@ from rlhf_kit.progress import ProgressCallback
 from rlhf_kit.rewards import ARGUMENTS, Ensemble, Reward, RewardModel, checked
 
 STATE = "ppo_state.json"
+# How the names of settings begin that may change when a run goes on: what it writes, evaluation, memory.
+FREE = (
+    *("output_dir", "log", "save_", "eval_", "per_device_eval", "report_to", "run_name", "project", "trackio_", "hub_"),
+    *("push_to_hub", "disable_tqdm", "load_best", "metric_for", "greater_is", "ignore_data", "dataloader_num", "ddp_"),
+    *("max_memory_gib", "micro_batch_size", "gradient_checkpointing", "activation_checkpointing"),
+)
 Rows = list[dict[str, Any]]  # of a dataset
 Minibatches = list[list[Tensor]]  # each is a list of micro-batches of row numbers
 Metrics = dict[str, float]
@@ -86,18 +96,27 @@ class PPOTrainer(Trainer):
         models.check_one_device(args)
         if (args.ptx_coef > 0) != (ptx_dataset is not None):
             raise ValueError("ptx_coef and ptx_dataset go together: give both or neither")
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output_dir).close()  # OSError now, not after the work
         set_seed(args.seed)  # new adapters are drawn before Trainer sets the seed
         tokenizer = processing_class or models.load_tokenizer(model)
         tokenizer.padding_side = "left"
-        train_dataset = data.ready(train_dataset, tokenizer, ["prompt"], source="train_dataset")
+        self.longest = (models.max_length(model) or 10**9) - args.max_completion_length  # of a prompt
+        train_dataset = self.prompts(train_dataset, tokenizer, "train_dataset")
         if eval_dataset is not None:
-            eval_dataset = data.ready(eval_dataset, tokenizer, ["prompt"], source="eval_dataset")
+            eval_dataset = self.prompts(eval_dataset, tokenizer)
         if ptx_dataset is not None:
             ptx_dataset = data.ready(ptx_dataset, tokenizer, ["prompt", "completion"], source="ptx_dataset")
         self.roles, self.reward = load_models(model, reward, args, ref_model, value_model, tokenizer, train_dataset)
         self.policy = self.roles.use("policy")
         self.stop_ids = models.stop_ids(self.policy, tokenizer)
         self.policy.generation_config.eos_token_id = self.stop_ids  # saved with the policy
+        self.policy.generation_config.validate(strict=True)  # ValueError now, not when it is saved
+        members = self.reward.members if isinstance(self.reward, Ensemble) else [self.reward]
+        heads = [_hash([r.head.tolist(), r.shift, r.scale]) if isinstance(r, RewardModel) else "" for r in members]
+        names = [head or getattr(r, "__qualname__", type(r).__name__) for head, r in zip(heads, members, strict=True)]
+        self.inputs = {"model": str(model), "ref_model": str(ref_model or model), "reward": names}
+        self.inputs |= {"train_dataset": _hash(train_dataset[:]), "ptx_dataset": _hash(ptx_dataset and ptx_dataset[:])}
         self.kl_coef = args.kl_coef
         self.ptx_dataset: Any = ptx_dataset
         self.samples = pd.DataFrame()  # the last rollouts: prompt, completion, reward, kl, n_tokens, finished
@@ -115,6 +134,18 @@ class PPOTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("PPO divides prompts among processes, not weights: use DDP instead of FSDP or DeepSpeed")
+
+    def prompts(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, source: str = "eval_dataset") -> Dataset:
+        """`data.ready`; DataError also for a prompt that is empty, and for one that leaves no room to complete it."""
+        if not isinstance(dataset, Dataset):
+            raise data.DataError(f"{source}: is a {type(dataset).__name__}; give one datasets.Dataset with `prompt`")
+        dataset = data.ready(dataset, tokenizer, ["prompt"], source=source)
+        empty = {fault.row for fault in data.find_faults(dataset, ["prompt"], source) if fault.kind == "empty text"}
+        for row, length in enumerate(map(len, models.encode(tokenizer, dataset["prompt"][:]))):
+            if row in empty or length > self.longest:
+                what = "empty" if row in empty else f"of {length} tokens, and {self.longest} leave room to complete it"
+                raise data.DataError(f"{source}, row {row} (counting from 0): the prompt is {what}; drop such rows")
+        return dataset
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One update (steps 1 to 4 above); Trainer makes the optimizer step of its last minibatch, logs and saves."""
@@ -263,10 +294,9 @@ class PPOTrainer(Trainer):
                 totals[5] = max(totals[5], (ratio - 1).abs().max().cpu())
         if args.ptx_coef > 0:
             totals[0] += args.ptx_coef * self.accumulate_ptx_gradient(sum(map(len, minibatch)))
-        if args.world_size > 1:
-            for parameter in self.roles.learning:
-                if parameter.grad is not None:
-                    parameter.grad = self._summed(parameter.grad)
+        if args.world_size > 1:  # one reduction, not one for each tensor
+            gradients = [parameter.grad for parameter in self.roles.learning if parameter.grad is not None]
+            vector_to_parameters(self._summed(parameters_to_vector(gradients)), gradients)
         totals[:5] = self._summed(totals[:5])
         totals[5] = self.accelerator.gather(totals[5:].to(args.device)).max()
         return totals
@@ -290,15 +320,41 @@ class PPOTrainer(Trainer):
         return self.accelerator.reduce(tensor.to(self.args.device), "sum").to(tensor.device)
 
     # What Trainer calls --------------------------------------------------------------------------------------------
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer.train from the seed, whatever random numbers were drawn since this trainer was made."""
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer.train from the seed, whatever was drawn before; ValueError for a torn checkpoint or another run's."""
+        checkpoint = self.checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         set_seed(self.args.seed + self.args.process_index)  # processes must not sample the same tokens
-        return super().train(*args, **kwargs)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def checkpoint(self, asked: str | Path | bool) -> str:
+        """The checkpoint that is asked for, or for True the newest whole one."""
+        for folder in self.checkpoints() if asked is True else [Path(str(asked))]:
+            run, problem = state_of(folder)
+            if problem and asked is True:
+                warnings.warn(f"{folder} is passed over: {problem}", stacklevel=3)
+                continue
+            if not problem and (differing := "; ".join(files.differences(run, self.run()))):
+                problem = f"it belongs to another run ({differing}); undo that, or begin anew in another output_dir"
+            if problem:
+                raise ValueError(f"{folder} cannot be resumed from: {problem}")
+            return str(folder)
+        raise ValueError(f"{self.args.output_dir}: no whole checkpoint is there to resume from; train from the start")
+
+    def checkpoints(self) -> list[Path]:
+        """The folders of the checkpoints, newest first."""
+        return sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))
+
+    def run(self) -> dict[str, Any]:
+        """What this run began with, as JSON: a run that goes on from its checkpoint began alike."""
+        free = (*FREE, "max_steps", "num_train_epochs") if self.args.lr_scheduler_type.startswith("constant") else FREE
+        settings = {name: value for name, value in self.args.to_dict().items() if not name.startswith(free)}
+        began: dict[str, Any] = {"processes": self.args.world_size, **self.inputs, **settings}
+        return dict(json.loads(json.dumps(began, default=str)))
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Metrics:
         """Means over the evaluation prompts, with the same random numbers each time; ValueError without prompts."""
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        dataset = self.eval_dataset if eval_dataset is None else self.prompts(eval_dataset, self.processing_class)
         if dataset is None:
             raise ValueError("evaluate: there is no eval_dataset; give one here or to the trainer")
         totals: Metrics = defaultdict(float)
@@ -329,17 +385,41 @@ class PPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write policy, tokenizer and generation config to `output_dir`, and the value model to its folder `value`."""
+        """Write policy and tokenizer to `output_dir`, the value model to `value`; ModelError if they read otherwise."""
         out = Path(output_dir or self.args.output_dir)
-        if self.args.should_save:
-            out.mkdir(parents=True, exist_ok=True)
-            self.roles.save(out)
-            self.policy.generation_config.save_pretrained(out)
-            self.processing_class.save_pretrained(out)
-            (out / STATE).write_text(json.dumps({"kl_coef": self.kl_coef}) + "\n")
+        if not self.args.should_save:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        (out / STATE).write_text(json.dumps({"kl_coef": self.kl_coef}) + "\n")
+        self.roles.save(out)
+        self.policy.generation_config.save_pretrained(out)
+        self.processing_class.save_pretrained(out)
+        if not _internal_call:
+            self._check_saved(out)
 
-    # Trainer has no public method that reads weights from a checkpoint. Its own version of these two does not know the
-    # roles and would load nothing.
+    @torch.random.fork_rng()
+    def _check_saved(self, out: Path) -> None:
+        trained, texts = [p.detach().clone() for p in self.roles.learning], self.train_dataset["prompt"][:8]
+        self.roles.load(out)
+        same = [torch.equal(read, before) for read, before in zip(self.roles.learning, trained, strict=True)]
+        for parameter, before in zip(self.roles.learning, trained, strict=True):
+            parameter.data.copy_(before)
+        ids = [models.encode(each, texts) for each in (models.load_tokenizer(out), self.processing_class)]
+        if not all(same) or ids[0] != ids[1]:
+            raise models.ModelError(f"{out}: weights or tokens read again are not those that were trained; save anew")
+
+    # Trainer has no public methods that write a whole checkpoint or read weights from one. Its own version of the last
+    # two does not know the roles and would load nothing.
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        """STATE is written last, with the size of each file: a checkpoint without it was broken off."""
+        super()._save_checkpoint(*args)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and not self.args.save_only_model:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*.*") if p.name != STATE}
+            state = {"kl_coef": self.kl_coef, "run": self.run(), "files": sizes}
+            (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.roles.load(resume_from_checkpoint)
@@ -352,12 +432,27 @@ class PPOTrainer(Trainer):
         """Raise FloatingPointError before a gradient that is not finite is applied, so that checkpoints stay good."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.roles.learning if p.grad is not None])
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            saved = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-            last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved (save_strategy)"
+            saved = self.checkpoints()
+            last = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint was saved (save_strategy)"
             raise FloatingPointError(
                 f"PPO: update {self.state.global_step + 1} has a loss of {loss.item()} with a gradient of norm "
                 f"{norm.item()}; it was not applied, and {last}"
             )
+
+
+def state_of(checkpoint: Path) -> tuple[dict[str, Any], str]:
+    """What the run of a checkpoint began with, and where it is not whole, the file that is missing or broken off."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text())
+        broken = [name for name, size in state["files"].items() if (checkpoint / name).stat().st_size != size]
+        return state["run"], f"{broken[0]} has lost its end" if broken else ""
+    except (OSError, ValueError, KeyError) as error:
+        return {}, f"save_only_model, or a save that was broken off: {STATE} or a file it lists is not whole ({error})"
+
+
+def _hash(content: Any) -> str:
+    """A hash of content; what is not JSON counts by its type."""
+    return hashlib.sha256(json.dumps(content, default=lambda cell: type(cell).__name__).encode()).hexdigest()[:12]
 
 
 def load_models(

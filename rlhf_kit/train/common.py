@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pandas as pd
 import torch
@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from rlhf_kit import data, models
 from rlhf_kit.files import replacing
 from rlhf_kit.models import Lora, Model, ModelPath
+from rlhf_kit.ppo.config import check_settings
 from rlhf_kit.progress import ProgressCallback
 
 
@@ -44,6 +45,7 @@ class Training:
     ) -> None:
         self.model, self.lora = model, lora
         self.loading = {name: settings.pop(name, None) for name in models.LOADING}
+        check_settings(settings, get_type_hints(config_class), label, config_class)
         models.check_trainable(model, lora, **self.loading)
         if lora is None and not models.is_adapter(model):
             self.loading["dtype"] = "float32"
