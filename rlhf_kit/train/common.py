@@ -1,5 +1,6 @@
 """What the methods share: refuse before training, train in fp32, publish only a whole directory."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -107,30 +108,30 @@ class Training:
 
 
 class OnlyFinite(TrainerCallback):
-    """Stops before the first optimizer step whose gradient is not finite: ModelError names the step."""
+    """Stops before the first optimizer step whose gradient is not finite, and after a last one that spoilt weights."""
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any, **kwargs: Any) -> None:
-        sums = [parameter.grad.sum() for parameter in model.parameters() if parameter.grad is not None]
-        if sums and not torch.stack([each.float() for each in sums]).isfinite().all():
-            raise models.ModelError(
-                f"step {state.global_step + 1}: the gradient is not finite, so nothing is saved; look for NaN in the "
-                "dataset and in the given model, or lower learning_rate"
-            )
+        _refuse_nan((p.grad for p in model.parameters()), f"step {state.global_step + 1}: the gradient is")
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, model: Any, **kwargs: Any) -> None:
+        _refuse_nan((p for p in model.parameters() if p.requires_grad), "training ended in weights that are")
+
+
+def _refuse_nan(tensors: Iterable[torch.Tensor | None], what: str) -> None:
+    finite = [each.isfinite().all() for each in tensors if each is not None]
+    if finite and not torch.stack(finite).all():  # asked of the device once, not for each tensor
+        cause = "look for NaN in the dataset and in the given model, or lower learning_rate"
+        raise models.ModelError(f"{what} not finite, so nothing is saved; {cause}")
 
 
 def fit(trainer: Trainer, folder: Path) -> None:
-    """Train, and write the model, its tokenizer and its history; ModelError if a trained weight is not finite.
+    """Train, and write the model, its tokenizer and its history.
 
-    A policy is read again, and must give the log-probs of the one that was trained: ModelError otherwise.
+    ModelError where gradients or weights are not finite, and where a policy that is read again gives other log-probs.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     model, tokenizer = trainer.model, trainer.processing_class
-    if not all(weight.isfinite().all() for weight in model.parameters() if weight.requires_grad):
-        raise models.ModelError(
-            "training ended in weights that are not finite, so nothing is saved; look for NaN in the dataset and in "
-            "the given model, or lower learning_rate"
-        )
     policy = getattr(model, "generation_config", None) is not None
     if policy:
         stops = models.stop_ids(model, tokenizer)
