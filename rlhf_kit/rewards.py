@@ -95,8 +95,9 @@ class Ensemble:
         return self.combined(self.each(prompts, completions, **columns)).tolist()
 
     def each(self, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> torch.Tensor:
-        """The rewards of each of K members for each completion: (K, B)."""
-        return torch.tensor([member(prompts, completions, **columns) for member in self.members])
+        """The rewards of each of K members for each completion: (K, B); ValueError as `checked` raises it."""
+        each = [checked(member(prompts, completions, **columns), len(prompts)) for member in self.members]
+        return torch.stack(each).float()
 
     def combined(self, each: torch.Tensor) -> torch.Tensor:
         """The mean or the smallest of the members' rewards: (K, B) -> (B,)."""

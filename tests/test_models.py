@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
-from tiny import layout, naive_logits, naive_logprobs, save_gpt2, word_tokenizer
+from tiny import layout, naive_logits, naive_logprobs, save_gpt2, score_head, word_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit import models
@@ -168,13 +167,6 @@ def test_values_equal_the_head_on_a_row_alone_and_see_only_tokens_before(zoo: Zo
             changed = [*completion[:t], 444, *completion[t + 1 :]]
             after = roles.values(layout([(prompt, changed)], 1, [EOS]))[0]
             assert torch.equal(after[: t + 1], before[: t + 1]) and (after[t + 1 :] != before[t + 1 :]).all()
-
-
-def score_head(directory: str) -> torch.Tensor:
-    """(D,) found without the kit."""
-    tensors = [item for file in Path(directory).glob("*.safetensors") for item in load_file(file).items()]
-    [head] = [tensor for key, tensor in tensors if "score" in key]
-    return head[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -395,8 +387,16 @@ def test_a_directory_remembers_that_it_stands_on_4_bits(zoo: Zoo) -> None:
     def linear(model: Any) -> str:
         return type(models.decoder(model).layers[0].self_attn.q_proj.base_layer).__name__
 
-    assert linear(models.load_causal(zoo["4bit"])) == linear(models.load_causal(zoo["lora"], True)) == "Linear4bit"
-    assert linear(models.load_causal(zoo["lora"])) == linear(models.load_causal(zoo["4bit"], False)) == "Linear"
+    assert (
+        linear(models.load_causal(zoo["4bit"]))
+        == linear(models.load_causal(zoo["lora"], load_in_4bit=True))
+        == "Linear4bit"
+    )
+    assert (
+        linear(models.load_causal(zoo["lora"]))
+        == linear(models.load_causal(zoo["4bit"], load_in_4bit=False))
+        == "Linear"
+    )
 
 
 def test_load_causal_is_ready_to_use_or_trains_what_it_should(zoo: Zoo, mode: str) -> None:
@@ -440,16 +440,20 @@ def test_an_adapter_has_the_tokenizer_the_positions_and_the_weights_of_its_base(
     assert not models.same_base(adapter, zoo["full-other"])
 
 
-def test_a_score_head_of_several_outputs_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+def test_a_score_head_of_several_outputs_and_damaged_files_are_refused(zoo: Zoo, tmp_path: Path) -> None:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(zoo["full"], num_labels=3)
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="3 outputs"):
         models.read_score_head(tmp_path)
+    for name, read in (("model.safetensors", models.read_score_head), ("rlhf_kit.json", models.read_notes)):
+        (tmp_path / name).write_bytes(b"[1, ")
+        with pytest.raises(ModelError, match=f"{name}: is damaged"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_a_fresh_adapter_is_the_identity_and_the_bare_base_can_be_the_reference(zoo: Zoo, load_in_4bit: bool) -> None:
-    bare = logprobs_of(models.load_causal(zoo["full"], load_in_4bit))
+    bare = logprobs_of(models.load_causal(zoo["full"], load_in_4bit=load_in_4bit))
     fresh = models.load_roles(zoo["full"], lora={"r": 4}, load_in_4bit=load_in_4bit).eval()
     assert torch.allclose(logprobs_of(fresh.use("policy")), bare, atol=CLOSE)
     assert torch.equal(logprobs_of(fresh.use("policy")), logprobs_of(fresh.use("reference")))

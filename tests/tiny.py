@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from peft import get_peft_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
@@ -85,6 +86,13 @@ def save_reward(out: Path, base: str, tokenizer: PreTrainedTokenizerBase, seed: 
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
     torch.nn.init.normal_(model.score.weight, std=0.3)
     return _save(out, model, tokenizer)
+
+
+def score_head(directory: str) -> torch.Tensor:
+    """(D,) found without the kit."""
+    tensors = [item for file in Path(directory).glob("*.safetensors") for item in load_file(file).items()]
+    [head] = [tensor for key, tensor in tensors if "score" in key]
+    return head[0]
 
 
 def layout(
