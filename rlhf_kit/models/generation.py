@@ -42,8 +42,7 @@ def generate(
 ) -> Tokens:
     """One completion for each prompt of token ids, sampled at `temperature` (0: greedy): Tokens of (B, P + C).
 
-    Runs in eval mode and restores the mode: in train mode, checkpointing would drop the cache and spoil the text.
-    Raises ValueError where a prompt and its completion exceed the model's positions.
+    In eval mode, as checkpointing would drop the cache and spoil the text. ValueError as of `check_positions`.
     """
     longest = max(map(len, prompts))
     check_positions(model, longest, max_completion_length)
@@ -68,12 +67,9 @@ def generate(
 
 
 def _generate_dropping(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """`model.generate`: prompts with completions (B, P + C). Each DROP_EVERY tokens it drops the rows that have ended.
-
-    A recurrent model's cache cannot drop rows: one call.
-    """
+    """`model.generate`: prompts with completions (B, P + C). Rows that have ended leave each DROP_EVERY tokens."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    attends = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+    attends = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}  # a recurrent cache drops no rows
     settings, width = model.generation_config, input_ids.shape[1]
     length = settings.max_new_tokens
     output = F.pad(input_ids, (0, length), value=settings.pad_token_id)
@@ -81,8 +77,7 @@ def _generate_dropping(model: Any, input_ids: Tensor, attention_mask: Tensor) ->
     rows, cache = torch.arange(len(input_ids), device=input_ids.device), None
     while True:
         settings.max_new_tokens = min(DROP_EVERY, output.shape[1] - width) if attends else length
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache}
-        found = model.generate(**given, generation_config=settings)
+        found = model.generate(input_ids, attention_mask=attention_mask, past_key_values=cache)
         written = found.sequences[:, width:]
         output[rows, width : width + written.shape[1]] = written
         width += written.shape[1]

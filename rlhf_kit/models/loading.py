@@ -139,9 +139,9 @@ def write_loading(model: ModelPath, trained: Model) -> None:
 
 
 def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, padding on the left with a token that is not EOS, at which score heads read.
+    """The tokenizer of a model. It pads on the left, and not with EOS, which score heads would skip as padding.
 
-    ModelError where there is no such token, or no embedding for a token in use.
+    ModelError where there is no other token to pad with, or no embedding for a token in use.
     """
     source = model if (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
     tokenizer = _load(transformers.AutoTokenizer.from_pretrained, source, padding_side="left")
@@ -162,9 +162,7 @@ def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
 def _add_no_end(tokenizer: PreTrainedTokenizerBase) -> None:
     """Let the tokenizer put nothing after a text: a prompt that ends in EOS could not be continued."""
     bare, ids = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    before = ids[: len(ids) - len(bare)]
-    while before and before + bare != ids[: len(before) + len(bare)]:
-        before.pop()
+    before: list[int] = next((ids[:k] for k in range(len(ids) - len(bare), 0, -1) if ids[k:][: len(bare)] == bare), [])
     if before + bare != ids:
         begin = [(str(tokenizer.convert_ids_to_tokens(token)), token) for token in before]
         single = " ".join([*(f"{token}:0" for token, _ in begin), "$A:0"])
@@ -173,8 +171,7 @@ def _add_no_end(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _spare_token(tokenizer: PreTrainedTokenizerBase, in_use: str, source: ModelPath) -> str:
     """A token to pad with, which decoding leaves out: a special token not `in_use`, or else the NUL byte's token."""
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    spare = [token for token in special if token not in in_use]
+    spare = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and str(t) not in in_use]
     spare.sort(key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token, "reserved" not in token))
     for token in (*spare, "\u0100", "<0x00>"):  # the NUL byte as byte-level BPE and as sentencepiece write it
         if token in tokenizer.get_vocab():

@@ -1,6 +1,7 @@
 """Log-probs, entropies and KL of completions from hidden states, so that the full logits of a batch never exist."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -67,10 +68,7 @@ def completion_hidden(backbone: PreTrainedModel, tokens: Tokens) -> Tensor:
 def completion_logprobs(
     model: Model, tokens: Tokens, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """log pi(y_t | x, y_<t) and, if asked, the entropy at each token, in nats: (B, C) each, 0 where masked.
-
-    `temperature` divides the logits as in sampling, so that the policy that is scored is the one that was sampled.
-    """
+    """log pi(y_t | x, y_<t) at a sampling temperature and, if asked, entropy, in nats: (B, C) each, 0 where masked."""
     real = tokens.completion_mask.bool()
     hidden = completion_hidden(decoder(model), tokens)[real]
 
@@ -143,9 +141,6 @@ def _by_chunk(function: Callable[..., Any], model: Model, real: Tensor, *tensors
     """
     size = max(1, int(LOGITS_CHUNK_GIB * 2**30 / 4 / model.config.get_text_config().vocab_size))
     chunks = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
-    if len(chunks) == 1:
-        results = [function(*chunks[0])]
-    else:
-        results = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
-    found = [torch.cat(parts) for parts in zip(*results, strict=True)]
+    run = function if len(chunks) == 1 else partial(checkpoint, function, use_reentrant=False)
+    found = [torch.cat(parts) for parts in zip(*(run(*chunk) for chunk in chunks), strict=True)]
     return [each.new_zeros(real.shape).masked_scatter(real, each) for each in found]

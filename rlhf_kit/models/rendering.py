@@ -16,10 +16,8 @@ EOS = "<|endoftext|>"
 PAD = "<|pad|>"  # not EOS: a model whose padding is its EOS never learns to stop
 # Renders exactly the text format: a prompt as it is, a completion after one space and closed by EOS.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
-    "{% else %}{{ message['content'] }}{% endif %}"
-    "{% endfor %}"
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] + eos_token }}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
 
 

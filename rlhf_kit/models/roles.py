@@ -86,8 +86,7 @@ class Roles(nn.Module):
             if adapter is not None:
                 set_peft_model_state_dict(module, load_file(folder / "adapter_model.safetensors"), adapter)
             else:
-                how = {"dtype": module.dtype, "trust_remote_code": False}
-                module.load_state_dict(type(module).from_pretrained(folder, **how).state_dict())
+                module.load_state_dict(type(module).from_pretrained(folder, dtype=module.dtype).state_dict())
         self.value_head.load_state_dict(load_file(Path(saved) / "value" / VALUE_HEAD))
 
 
@@ -115,7 +114,7 @@ def load_roles(
         }
     else:
         others = {"reference": reference, "value": value, **(rewards or {})}
-        model = _adapters(policy, others, lora, how)
+        model = _adapters(policy, others, lora, **how)
         parts = {role: (model, role) for role in ("policy", *others)}
     roles = Roles(parts, _value_head(parts["policy"][0], value))
     switch_off_dropout(roles)
@@ -123,9 +122,7 @@ def load_roles(
     return roles
 
 
-def _adapters(
-    policy: ModelPath, others: Mapping[str, ModelPath | None], lora: Lora | None, how: Mapping[str, Any]
-) -> PeftModel:
+def _adapters(policy: ModelPath, others: Mapping[str, ModelPath | None], lora: Lora | None, **how: Any) -> PeftModel:
     """An adapter for each role over one base; a new adapter (`lora`) over full weights starts as the identity."""
     for other in others.values():
         if other is not None and not loading.same_base(other, policy):
@@ -163,7 +160,6 @@ def _value_head(policy: Model, value: ModelPath | None) -> nn.Linear:
 
 def switch_off_dropout(model: nn.Module) -> None:
     """Set dropout to 0: with dropout in training, the ratio to the policy that was sampled would never be 1."""
-    module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
