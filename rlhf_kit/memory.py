@@ -1,8 +1,8 @@
 """What a stage will need, in GiB by part, from a model's config alone, and which setting makes it fit.
 
-Weights, gradients, optimizer and KV cache are exact: a model on torch's meta device has shapes and no data. Activations
-and logits are formulas: on a CPU peaks come within 25% of what is measured, on a GPU nothing has been measured yet. Not
-counted: the loading, the CUDA context, fragmentation.
+Weights, gradients, optimizer and KV cache are exact, counted on torch's meta device. Activations and logits are
+formulas: measured peaks come within 25% on a CPU, and none was measured on a GPU. Not counted: the loading, the CUDA
+context, fragmentation.
 """
 
 import os
@@ -137,9 +137,9 @@ def estimate(
 
     model: a directory, a hub id or a transformers config; lora: train adapters (None: all weights, or the adapter that
     `model` is); load_in_4bit, dtype: as of `models.load_causal`; rollout: completions that PPO generates at once;
-    micro_batch_size: rows (of preferences: pairs) in one forward pass; reward_model: what reward models stand on, where
-    it is not the policy's base; ensemble: how many there are (0: a function). Lengths are tokens.
-    Raises ValueError on settings that make no stage, ModelError where there is no such model.
+    micro_batch_size: rows or pairs in one forward pass; reward_model: what reward models stand on, if not the policy's
+    base; ensemble: how many there are (0: a function). Lengths are tokens. ValueError on settings that make no stage,
+    ModelError where there is no such model.
     """
     if stage not in TRAINED or "adam" not in optim:
         known = f"a stage of {', '.join(TRAINED)}; AdamW in fp32 (adamw_torch_fused) or 8 bits (paged_adamw_8bit)"

@@ -220,9 +220,10 @@ def test_each_setting_turned_up_never_needs_less() -> None:
     start |= {"prompt_length": 128, "max_completion_length": 128, "rollout": 8, "micro_batch_size": 2, "ensemble": 1}
     more = {"lora": {"r": 64}, "load_in_4bit": False, "activation_checkpointing": False, "optim": "adamw_torch_fused"}
     more |= {"prompt_length": 512, "max_completion_length": 512, "rollout": 16, "micro_batch_size": 16, "ensemble": 4}
-    less = memory.estimate(config_of("Llama", TINY), "ppo", on_gpu=True, **start).phases
+    config = config_of("Llama", TINY)
+    less = memory.estimate(config, "ppo", on_gpu=True, **start).phases
     for setting, value in more.items():
-        found = memory.estimate(config_of("Llama", TINY), "ppo", on_gpu=True, **{**start, setting: value}).phases
+        found = memory.estimate(config, "ppo", on_gpu=True, **{**start, setting: value}).phases
         assert all(sum(less[phase].values()) <= sum(found[phase].values()) for phase in less) and less != found, setting
 
 
