@@ -1,7 +1,5 @@
 """Every family of models that the kit names goes through SFT, reward model, PPO and DPO."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

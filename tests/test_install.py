@@ -1,7 +1,5 @@
 """pyproject.toml, requirements.lock and environment.yml say the same; what is built from them is whole."""
 
-from __future__ import annotations
-
 import ast
 import re
 import shutil

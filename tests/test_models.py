@@ -129,21 +129,15 @@ def small(config: type[Any], **more: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize(
-    ("config", "settings"),
-    [
-        (transformers.Gemma2Config, {"head_dim": 16, "final_logit_softcapping": 2.0}),
-        (transformers.GraniteConfig, {"logits_scaling": 8.0}),
-        (transformers.CohereConfig, {"logit_scale": 0.25}),
-    ],
-)
-def test_what_a_model_does_to_its_logits_is_done_to_log_probs(config: type[Any], settings: dict[str, Any]) -> None:
-    model, row = small(config, **settings), ([5, 6], [7, 8, 9])
-    assert torch.allclose(logprobs_of(model, layout([row], 1, [0]))[0], naive_logprobs(model, *row), atol=CLOSE)
-    check_logprobs(model)
-
-
-def test_logits_that_are_altered_in_an_unknown_way_are_refused() -> None:
+def test_what_a_model_does_to_its_logits_is_done_to_log_probs_or_refused() -> None:
+    row = [5, 6], [7, 8, 9]
+    for model in (
+        small(transformers.Gemma2Config, head_dim=16, final_logit_softcapping=2.0),
+        small(transformers.GraniteConfig, logits_scaling=8.0),
+        small(transformers.CohereConfig, logit_scale=0.25),
+    ):
+        assert torch.allclose(logprobs_of(model, layout([row], 1, [0]))[0], naive_logprobs(model, *row), atol=CLOSE)
+        check_logprobs(model)
     model = small(transformers.LlamaConfig)
     model.register_forward_hook(lambda module, given, output: setattr(output, "logits", 3 * output.logits))
     with pytest.raises(ValueError, match="LlamaForCausalLM.*not supported"):
@@ -188,19 +182,16 @@ def test_completion_kl_averages_to_the_enumerated_sequence_kl(zoo: Zoo, temperat
     assert ours == pytest.approx(expected, abs=1e-5) and abs(expected - reverse) > 0.05
 
 
-@pytest.mark.parametrize(
-    ("ids", "stops", "expected"),
-    [
+def test_completion_mask() -> None:
+    for ids, stops, expected in (
         ([5, 6, 0, 1, 1], [0], [1, 1, 1, 0, 0]),  # up to and including the first EOS
         ([5, 6, 0, 0, 0], [0], [1, 1, 1, 0, 0]),  # pad == EOS
         ([0, 0, 0, 0, 0], [0], [1, 0, 0, 0, 0]),  # an empty completion is its EOS
         ([5, 7, 0, 5, 7], [0, 7], [1, 1, 0, 0, 0]),  # several stop tokens: the first of any
         ([5, 6, 5, 6, 5], [0, 7], [1, 1, 1, 1, 1]),  # unfinished
         ([1, 1, 5, 0, 1], [0], [1, 1, 1, 1, 0]),  # a pad id that was sampled is a token like any other
-    ],
-)
-def test_completion_mask(ids: list[int], stops: list[int], expected: list[int]) -> None:
-    assert models.completion_mask(torch.tensor([ids]), stops).tolist() == [expected]
+    ):
+        assert models.completion_mask(torch.tensor([ids]), stops).tolist() == [expected]
 
 
 @pytest.mark.parametrize("index", [[0, 1], [1], [2, 3], [3, 0, 2], slice(1, 3)])
@@ -419,10 +410,8 @@ def test_tokenizers_pad_on_the_left_and_never_with_eos(zoo: Zoo, tmp_path: Path)
         bare.pad_token = pad
         bare.save_pretrained(tmp_path / "m")
         assert models.load_tokenizer(tmp_path / "m").pad_token_id == 1  # the only special token that is not in use
-    for name, value, says in (
-        ("chat_template", "{{ '<|pad|>' }}", "no token to pad with"),
-        ("eos_token", None, "no EOS token"),
-    ):
+    wrong = ("chat_template", "{{ '<|pad|>' }}", "no token to pad with"), ("eos_token", None, "no EOS token")
+    for name, value, says in wrong:
         setattr(bare, name, value)
         bare.save_pretrained(tmp_path / "m")
         with pytest.raises(ModelError, match=says):
@@ -502,17 +491,14 @@ def test_roles_are_saved_and_loaded_bit_for_bit(zoo: Zoo, mode: str, tmp_path: P
         assert torch.allclose(ours[0, :3], naive_logprobs(alone, *ROWS[0]), atol=CLOSE)
 
 
-@pytest.mark.parametrize(
-    ("policy", "settings", "says"),
-    [
-        ("lora", {"value": "full-reward"}, "adapters need one base"),
+def test_roles_that_cannot_be_are_refused(zoo: Zoo) -> None:
+    wrong: list[tuple[str, dict[str, Any], str]] = [
+        ("lora", {"value": zoo["full-reward"]}, "adapters need one base"),
         ("lora", {"lora": {}}, "is an adapter already"),
-        ("full", {"value": "full"}, "not a reward model"),
+        ("full", {"value": zoo["full"]}, "not a reward model"),
         ("full", {"load_in_4bit": True}, "4-bit weights cannot be trained"),
         ("full", {"dtype": "bfloat16"}, "bf16 weights cannot be trained"),
-    ],
-)
-def test_roles_that_cannot_be_are_refused(zoo: Zoo, policy: str, settings: dict[str, Any], says: str) -> None:
-    paths = {name: zoo.get(value, value) if isinstance(value, str) else value for name, value in settings.items()}
-    with pytest.raises(ModelError, match=says):
-        models.load_roles(zoo[policy], **paths)
+    ]
+    for policy, settings, says in wrong:
+        with pytest.raises(ModelError, match=says):
+            models.load_roles(zoo[policy], **settings)

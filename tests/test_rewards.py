@@ -1,7 +1,5 @@
 """rlhf_kit.rewards: scores against a naive row-by-row computation, in full, LoRA and 4-bit + LoRA."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from pathlib import Path
@@ -36,7 +34,7 @@ def naive_scores(directory: str, tokenizer: PreTrainedTokenizerBase) -> list[flo
     return scores
 
 
-def test_scores_equal_the_naive_row_by_row_computation(
+def test_scores_equal_those_of_each_row_alone(
     zoo: Zoo, mode: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = naive_scores(zoo[f"{mode}-reward"], tokenizer)

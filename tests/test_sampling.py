@@ -1,7 +1,5 @@
 """rlhf_kit.sampling: the samples frame, its KL, and best-of-n."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pandas as pd
