@@ -245,10 +245,13 @@ def test_wrong_uses_of_the_command(zoo: Zoo, tmp_path: Path, capsys: pytest.Capt
         ([str(tmp_path)], ["config.json"]),
         ([zoo["full"], "--full", "--4bit"], ["--full", "--4bit"]),
         ([zoo["4bit"], "--full"], ["--full", "adapter"]),
-        ([zoo["full"], "--lora", "0"], ["--lora 0", "at least 1"]),
     ):
         assert cli.main(["memory", *arguments]) == 2, arguments
         message = capsys.readouterr().err.strip().splitlines()[-1]
         assert message.startswith("rlhf-kit: ") and all(word in message for word in words), message
+    for option, least in (("--lora", "1"), ("--gpu", "0.1")):
+        with pytest.raises(SystemExit):
+            cli.main(["memory", zoo["full"], option, "0"])
+        assert f"argument {option}: 0: give a number from {least} to" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a GPU of 0 GiB: give its memory, for example 12"):
         memory.advise(zoo["full"], "sft", 0)
