@@ -23,18 +23,9 @@ warnings.filterwarnings("ignore", message="IProgress not found|`is_gradient_chec
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _ROOMS = [module.name for module in pkgutil.iter_modules(__path__)]
-_NAMES = {
-    "PPOConfig": "ppo",
-    "PPOTrainer": "ppo",
-    "Pipeline": "pipeline",
-    "RewardModel": "rewards",
-    "best_of_n": "sampling",
-    "rate": "rating",
-    "results": "notebook",
-    "sample": "sampling",
-    "setup": "notebook",
-    "workspace": "notebook",
-}
+_KNOWN = {"ppo": ("PPOConfig", "PPOTrainer"), "rewards": ("RewardModel",), "sampling": ("best_of_n", "sample")}
+_KNOWN |= {"notebook": ("results", "setup", "workspace"), "pipeline": ("Pipeline",), "rating": ("rate",)}
+_NAMES = {name: room for room, names in _KNOWN.items() for name in names}
 __all__ = [*_ROOMS, *_NAMES]
 
 

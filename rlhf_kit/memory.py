@@ -1,8 +1,8 @@
 """What a stage will need, in GiB by part, from a model's config alone, and which setting makes it fit.
 
-Weights, gradients, optimizer and KV cache are exact: a model on torch's meta device has shapes and no data. Activations
-and logits are formulas: on a CPU peaks come within 25% of what is measured, on a GPU nothing has been measured yet. Not
-counted: the loading, the CUDA context, fragmentation.
+Weights, gradients, optimizer and KV cache are exact, counted on torch's meta device. Activations and logits are
+formulas: measured peaks come within 25% on a CPU, and none was measured on a GPU. Not counted: the loading, the CUDA
+context, fragmentation.
 """
 
 import os
@@ -50,13 +50,11 @@ def _model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"model type {config.model_type!r}: transformers has no causal LM of this config") from error
 
 
-def _weights(
-    model: Any, four_bit: bool | None = False, head: bool = True
-) -> tuple[int, list[tuple[int, bool]], list[int]]:
+def _weights(model: Any, four_bit: bool | None = False, head: bool = True) -> tuple[int, list[Any], list[int]]:
     """Count a causal LM, with its output head or without; in 4 bits its other linear layers are quantised.
 
     Returns bytes as stored, (parameters, whether it is an embedding) of each tensor, parameters of each linear layer.
@@ -139,9 +137,9 @@ def estimate(
 
     model: a directory, a hub id or a transformers config; lora: train adapters (None: all weights, or the adapter that
     `model` is); load_in_4bit, dtype: as of `models.load_causal`; rollout: completions that PPO generates at once;
-    micro_batch_size: rows (of preferences: pairs) in one forward pass; reward_model: what reward models stand on, where
-    it is not the policy's base; ensemble: how many there are (0: a function). Lengths are tokens.
-    Raises ValueError on settings that make no stage, ModelError where there is no such model.
+    micro_batch_size: rows or pairs in one forward pass; reward_model: what reward models stand on, if not the policy's
+    base; ensemble: how many there are (0: a function). Lengths are tokens. ValueError on settings that make no stage,
+    ModelError where there is no such model.
     """
     if stage not in TRAINED or "adam" not in optim:
         known = f"a stage of {', '.join(TRAINED)}; AdamW in fp32 (adamw_torch_fused) or 8 bits (paged_adamw_8bit)"
@@ -150,21 +148,21 @@ def estimate(
         raise ValueError("prompt_length, max_completion_length, rollout and micro_batch_size must be at least 1")
     shapes = (model, model if reward_model is None else reward_model)
     config, scorer = (each if isinstance(each, PreTrainedConfig) else models.load_config(each) for each in shapes)
-    settings = models.lora_config(lora)
+    settings, notes = models.lora_config(lora), {}
     if not isinstance(model, PreTrainedConfig):
-        models.check_trainable(model, settings, load_in_4bit, dtype=dtype)
+        models.check_trainable(model, settings, load_in_4bit=load_in_4bit, dtype=dtype)
         if models.is_adapter(model):
             settings = PeftConfig.from_pretrained(str(model))
             settings.inference_mode = False  # it was saved frozen
-        load_in_4bit = models.is_4bit(model, load_in_4bit)
+        load_in_4bit, notes = models.is_4bit(model, load_in_4bit), models.read_notes(model)
     if load_in_4bit and settings is None:
         raise ModelError('4-bit weights cannot be trained; pass `lora={"r": 16}` to train an adapter')
     length = prompt_length + max_completion_length
     text, width = config.get_text_config(), _number(config, 0, "hidden_size")
+    layers = _number(config, 0, "num_hidden_layers")
     if (limit := getattr(text, "max_position_embeddings", None)) is not None and length > limit:
         raise ValueError(f"prompt_length + max_completion_length = {length} exceeds the model's {limit} positions")
     on_gpu = models.device().type == "cuda" if on_gpu is None else on_gpu
-    notes = {} if isinstance(model, PreTrainedConfig) else models.read_notes(model)
     frozen = torch.float32 if settings is None else models.loading.frozen_dtype(dtype, notes, on_gpu)
 
     # What each role holds in bytes, and the tensors that are trained.
@@ -197,7 +195,7 @@ def estimate(
     autocast = on_gpu and stage != "ppo"  # TRL computes in bf16 there
     stored = 4 if settings is None else frozen.itemsize
     compute = 2 if autocast else stored
-    rank, layers = settings.r if settings else 0, text.num_hidden_layers
+    rank = settings.r if settings else 0
     kept, checkpoint, backward, scoring, cached = _activations(config, rank, compute, stored, autocast)
     rows = min(micro_batch_size, rollout) if stage == "ppo" else micro_batch_size * (1 if stage == "sft" else 2)
     tokens = rows * length

@@ -49,10 +49,9 @@ class Preset:
         """Refuse a misspelt setting now, not when its stage comes; raises ValueError."""
         for stage, config in CONFIGS.items():
             known = [*(each.name for each in fields(config)), *ADAPTER]
-            for name in getattr(self, stage):
-                if name not in known:
-                    near = get_close_matches(name, known, 1)
-                    raise ValueError(f"{stage}.{name}: no such setting{f'; did you mean {near[0]}?' if near else ''}")
+            for name in (each for each in getattr(self, stage) if each not in known):
+                near = "".join(f"; did you mean {each}?" for each in get_close_matches(name, known, 1))
+                raise ValueError(f"{stage}.{name}: no such setting{near}")
 
     def override(self, assignment: str) -> "Preset":
         """A copy with one setting changed, written as "ppo.kl_coef=0.2" or "seed=3"; ValueError says what is wrong."""
@@ -136,7 +135,6 @@ def _quick(seed: int, task: Task) -> Preset:
 
 def _data(seed: int, task: Task) -> Preset:
     """A person's own preferences: the same stages; without a base model, a small one is pretrained on their text."""
-    length = 384
     shape = {"vocab_size": 4096, "hidden_size": 192, "intermediate_size": 384, "max_position_embeddings": 512}
     shape |= {"num_hidden_layers": 4, "num_attention_heads": 6, "tie_word_embeddings": True}
     return Preset(
@@ -149,9 +147,9 @@ def _data(seed: int, task: Task) -> Preset:
         sampling={"max_completion_length": 48},
         base_shape=shape,
         pretrain={"max_steps": 300, "per_device_train_batch_size": 16},
-        sft=_steps(60, 16, 5e-4) | {"max_length": length},
-        reward_model=_steps(120, 16, 2e-4) | {"max_length": length},
-        dpo=_steps(60, 8, 1e-4) | {"beta": 0.1, "max_length": length},
+        sft=_steps(60, 16, 5e-4) | {"max_length": 384},
+        reward_model=_steps(120, 16, 2e-4) | {"max_length": 384},
+        dpo=_steps(60, 8, 1e-4) | {"beta": 0.1, "max_length": 384},
         ppo=_steps(15, 32, 1e-4) | {"micro_batch_size": 8, "kl_coef": 0.1},
         shares={"base": 0.14, "sft": 0.08, "reward_model": 0.17, "ppo": 0.26, "dpo": 0.15, "scores": 0.20},
     )

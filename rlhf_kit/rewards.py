@@ -34,8 +34,7 @@ class RewardModel:
     """A learned reward r(x, y): the score head on the hidden state of the last token of prompt + completion + EOS.
 
     It scores text, so the policy may have another tokenizer. Scores are shifted and scaled as `normalise` stored it.
-    The transformer is loaded at the first use (loading: as of `models.load_causal`), or not at all where the adapter is
-    over a base that is in use (`on`).
+    The transformer is loaded at the first use (loading: as of `models.load_causal`); after `on` it is one in use.
     """
 
     def __init__(self, path: ModelPath, **loading: Any) -> None:
@@ -81,22 +80,22 @@ class RewardModel:
 class Ensemble:
     """Several rewards as one: the mean, or the smallest (`min`), of each completion's rewards.
 
-    Coste et al. 2023 (2310.02743): where the members disagree, the policy has left the data that they were trained on;
-    `min` does not reward that. ValueError for fewer than two members, or another way to combine.
+    Coste et al. 2023 (2310.02743): where members disagree, the policy has left their data; `min` does not reward that.
+    ValueError for fewer than two members, or another way to combine.
     """
 
     def __init__(self, members: Sequence[Reward], combine: str = "mean") -> None:
         if len(members) < 2 or combine not in ("mean", "min"):
             raise ValueError(f"an ensemble is the mean or the min of two or more; got {combine!r} of {len(members)}")
-        self.members = list(members)
-        self.combine = combine
+        self.members, self.combine = list(members), combine
 
     def __call__(self, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> list[float]:
         return self.combined(self.each(prompts, completions, **columns)).tolist()
 
     def each(self, prompts: list[Prompt], completions: list[Completion], **columns: Any) -> torch.Tensor:
-        """The rewards of each of K members for each completion: (K, B)."""
-        return torch.tensor([member(prompts, completions, **columns) for member in self.members])
+        """The rewards of each of K members for each completion: (K, B); ValueError as `checked` raises it."""
+        each = [checked(member(prompts, completions, **columns), len(prompts)) for member in self.members]
+        return torch.stack(each).float()
 
     def combined(self, each: torch.Tensor) -> torch.Tensor:
         """The mean or the smallest of the members' rewards: (K, B) -> (B,)."""
@@ -106,8 +105,8 @@ class Ensemble:
 def normalise(path: ModelPath, prompts: list[Prompt], completions: list[Completion]) -> None:
     """Shift and scale a reward model so that these completions (samples of the SFT model) have mean 0 and variance 1.
 
-    A Bradley-Terry reward is defined only up to a shift, and its scale depends on the noise of the raters. After this,
-    a `kl_coef` means the same for every reward model. ValueError where all completions have the same score.
+    A Bradley-Terry reward has no zero, and its scale is that of the raters' noise. After this `kl_coef` means the same
+    for every reward model. ValueError where all completions have the same score.
     """
     models.write_notes(path, shift=0.0, scale=1.0)
     scores = torch.tensor(RewardModel(path)(prompts, completions))

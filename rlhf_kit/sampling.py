@@ -28,10 +28,9 @@ def sample(
     """`n` completions of each prompt: a row per (prompt_id, sample) with `finished`, `n_tokens`, the prompt columns.
 
     A completion is text after a text, an assistant message after a chat. A prompt column of the name of one of these
-    gets `_dataset` behind its name.
-    With a `reference` model the column `kl` is KL(model || reference) in nats: the exact KL over the vocabulary, summed
-    over the positions of the completion. batch_tokens: the most tokens in memory at once, prompts and completions at
-    their longest. loading: as of `models.load_causal`. ValueError where there are no prompts or n is below 1.
+    gets `_dataset` behind its name. With a `reference`, `kl` is `models.completion_kl` to it in nats. batch_tokens: the
+    most tokens in memory at once, prompts and completions at their longest. loading: as of `models.load_causal`.
+    ValueError where there are no prompts or n is below 1.
     """
     if n < 1 or len(prompts) == 0:
         raise ValueError(f"sample: needs prompts and n of at least 1; got {len(prompts)} prompts and n={n}")
@@ -71,9 +70,9 @@ def add_rewards(samples: pd.DataFrame, rewards: Mapping[str, Reward]) -> pd.Data
     """The samples with a column for each reward, which gets the columns of the prompts as it does in training."""
     names = [name for name in samples.columns if name not in ARGUMENTS]
     columns = {name: samples.get(f"{name}_dataset", samples[name]).tolist() for name in names}
-    prompts, completions = samples["prompt"].tolist(), samples["completion"].tolist()
-    given = {name: reward(prompts, completions, **columns) for name, reward in rewards.items()}
-    return samples.assign(**{name: checked(each, len(samples)).tolist() for name, each in given.items()})
+    texts = samples["prompt"].tolist(), samples["completion"].tolist()
+    found = {name: checked(reward(*texts, **columns), len(samples)).tolist() for name, reward in rewards.items()}
+    return samples.assign(**found)
 
 
 def best_of_n(scored: pd.DataFrame, by: str, n: int | None = None) -> pd.DataFrame:

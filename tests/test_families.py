@@ -1,7 +1,5 @@
 """Every family of models that the kit names goes through SFT, reward model, PPO and DPO."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import transformers
 from datasets import Dataset
 from test_brought import CHATS, FEW, TURNS, chat_of
 from test_train import PREFERENCES
+from tiny import special
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit import models, train
@@ -27,16 +26,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral": ("MistralConfig", {**GROUPED, "sliding_window": 8}),
     "Phi3": ("Phi3Config", GROUPED),
     "GPT-2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
-    "OPT": (
-        "OPTConfig",
-        {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 16},
-    ),
+    "OPT": ("OPTConfig", {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 16}),
     "GPT-NeoX": ("GPTNeoXConfig", SIZES),
     "Cohere": ("CohereConfig", {**GROUPED, "logit_scale": 0.25}),
     "Granite": ("GraniteConfig", {**GROUPED, "logits_scaling": 4.0}),
 }
 # Each family meets every way to train, texts and chats; each way meets both.
-WAYS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"dtype": "bfloat16"}, "4bit": {"load_in_4bit": True}}
+RANK: dict[str, Any] = {"lora": {"r": 2}}
+WAYS = {"full": {}, "lora": {**RANK, "dtype": "bfloat16"}, "4bit": {**RANK, "load_in_4bit": True}}
 MATRIX = [(name, (i + j) % 2 == 1, way) for i, name in enumerate(FAMILIES) for j, way in enumerate(WAYS)]
 
 
@@ -53,16 +50,14 @@ def test_a_family_goes_through_every_stage(
 ) -> None:
     """Scores are compared with the reloaded reward model's, and TRL's tokens with ours, in every training."""
     own = chat_of(tokenizer, TURNS)
-    config, sizes = FAMILIES[family]
-    special = {"eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id, "bos_token_id": None}
+    config, shape = FAMILIES[family]
     torch.manual_seed(0)
-    made = getattr(transformers, config)(**sizes, **special, vocab_size=len(own), max_position_embeddings=128)
+    made = getattr(transformers, config)(**shape, **special(own), max_position_embeddings=128)
     transformers.AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path / "base")
     own.save_pretrained(tmp_path / "base")
     pairs = CHATS if chat else PREFERENCES
     rows = Dataset.from_dict({"prompt": pairs["prompt"][:], "completion": pairs["chosen"][:]})
-    how = {} if way == "full" else {"lora": {"r": 2}, **WAYS[way]}
-    few = {**FEW, "max_length": 120}
+    how, few = WAYS[way], {**FEW, "max_length": 120}
     sft = train.sft(tmp_path / "base", rows, tmp_path / "sft", **how, **few)
     model = models.load_causal(sft, trainable=True)
     assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
@@ -74,13 +69,8 @@ def test_a_family_goes_through_every_stage(
     else:
         reward = train.reward_model(sft, pairs, tmp_path / "reward", **few)
     train.dpo(sft, pairs, tmp_path / "dpo", **few)
-    settings: dict[str, Any] = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 8,
-        "max_completion_length": 8,
-        "ppo_epochs": 2,
-    }
-    args = PPOConfig(output_dir=str(tmp_path / "x"), use_cpu=True, learning_rate=1e-3, **settings)
+    sizes = {"max_steps": 2, "per_device_train_batch_size": 8, "max_completion_length": 8, "ppo_epochs": 2}
+    args = PPOConfig(output_dir=str(tmp_path / "x"), use_cpu=True, learning_rate=1e-3, **sizes)
     trainer = PPOTrainer(sft, reward, args, rows.select_columns(["prompt"]), callbacks=[])
     trainer.train()
     logged = [row for row in trainer.state.log_history if "loss" in row]
@@ -88,9 +78,9 @@ def test_a_family_goes_through_every_stage(
     trainer.save_model(str(tmp_path / "ppo"))
     saved, read = models.load_causal(tmp_path / "ppo"), models.load_tokenizer(tmp_path / "ppo")
     tokens = models.encode_pairs(read, pairs["prompt"][:], pairs["chosen"][:])
-    again, kept = (
-        models.completion_logprobs(model, tokens)[0] for model in (saved, trainer.roles.eval().use("policy"))
+    policies = saved, trainer.roles.eval().use("policy")
+    assert torch.allclose(
+        *(models.completion_logprobs(each, tokens)[0] for each in policies), atol=1e-3 if way == "4bit" else 1e-5
     )
-    assert torch.allclose(again, kept, atol=1e-3 if way == "4bit" else 1e-5)
     if chat:
         assert read.convert_tokens_to_ids("<|over|>") in models.stop_ids(saved, read)

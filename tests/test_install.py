@@ -1,7 +1,5 @@
 """pyproject.toml, requirements.lock and environment.yml say the same; what is built from them is whole."""
 
-from __future__ import annotations
-
 import ast
 import re
 import shutil
@@ -21,7 +19,6 @@ from tiny import in_a_new_process
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-PYTHONS = ["3.11.0", "3.12.0", "3.13.0"]
 LOCK_LINES = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
 LOCK = {canonicalize_name(line.split("==")[0]): line.split("==")[-1] for line in LOCK_LINES}
 
@@ -39,7 +36,7 @@ def test_the_lock_pins_exactly_what_is_declared_and_installed() -> None:
     assert here == LOCK, "this environment is not requirements.lock: make setup"
 
 
-@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("python", ["3.11.0", "3.12.0", "3.13.0"])
 def test_the_lock_is_complete_on_every_python(python: str) -> None:
     """Each pinned package takes this Python, and what it needs there is pinned too, at a version it takes."""
     on_linux = {"python_version": python.rpartition(".")[0], "python_full_version": python, "extra": ""}
@@ -58,10 +55,8 @@ def test_the_lock_is_complete_on_every_python(python: str) -> None:
 
 
 def test_what_the_kit_imports_is_declared() -> None:
-    texts = [
-        *PROJECT["dependencies"],
-        *(text for key in ("notebooks", "endpoint") for text in PROJECT["optional-dependencies"].get(key, [])),
-    ]
+    extras = PROJECT["optional-dependencies"]
+    texts = [*PROJECT["dependencies"], *extras["notebooks"], *extras["endpoint"]]
     declared = {canonicalize_name(Requirement(text).name) for text in texts}
     distributions = metadata.packages_distributions()
     for path in sorted((ROOT / "rlhf_kit").rglob("*.py")):
@@ -110,6 +105,5 @@ def test_the_wheel_has_the_command_the_code_and_the_base_model(tmp_path: Path) -
         packed = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
         [entry_points] = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
         assert "rlhf-kit = rlhf_kit.cli:main" in archive.read(entry_points).decode()
-    tree = {str(path.relative_to(source)) for path in (source / "rlhf_kit").rglob("*") if path.is_file()}
-    assert packed == tree
+    assert packed == {str(path.relative_to(source)) for path in (source / "rlhf_kit").rglob("*") if path.is_file()}
     assert "rlhf_kit/tasks/pocket/base/model.safetensors" in packed

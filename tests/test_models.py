@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
-from tiny import layout, naive_logits, naive_logprobs, save_gpt2, word_tokenizer
+from tiny import layout, naive_logits, naive_logprobs, save_gpt2, score_head, word_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_kit import models
@@ -130,21 +129,15 @@ def small(config: type[Any], **more: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize(
-    ("config", "settings"),
-    [
-        (transformers.Gemma2Config, {"head_dim": 16, "final_logit_softcapping": 2.0}),
-        (transformers.GraniteConfig, {"logits_scaling": 8.0}),
-        (transformers.CohereConfig, {"logit_scale": 0.25}),
-    ],
-)
-def test_what_a_model_does_to_its_logits_is_done_to_log_probs(config: type[Any], settings: dict[str, Any]) -> None:
-    model, row = small(config, **settings), ([5, 6], [7, 8, 9])
-    assert torch.allclose(logprobs_of(model, layout([row], 1, [0]))[0], naive_logprobs(model, *row), atol=CLOSE)
-    check_logprobs(model)
-
-
-def test_logits_that_are_altered_in_an_unknown_way_are_refused() -> None:
+def test_what_a_model_does_to_its_logits_is_done_to_log_probs_or_refused() -> None:
+    row = [5, 6], [7, 8, 9]
+    for model in (
+        small(transformers.Gemma2Config, head_dim=16, final_logit_softcapping=2.0),
+        small(transformers.GraniteConfig, logits_scaling=8.0),
+        small(transformers.CohereConfig, logit_scale=0.25),
+    ):
+        assert torch.allclose(logprobs_of(model, layout([row], 1, [0]))[0], naive_logprobs(model, *row), atol=CLOSE)
+        check_logprobs(model)
     model = small(transformers.LlamaConfig)
     model.register_forward_hook(lambda module, given, output: setattr(output, "logits", 3 * output.logits))
     with pytest.raises(ValueError, match="LlamaForCausalLM.*not supported"):
@@ -170,13 +163,6 @@ def test_values_equal_the_head_on_a_row_alone_and_see_only_tokens_before(zoo: Zo
             assert torch.equal(after[: t + 1], before[: t + 1]) and (after[t + 1 :] != before[t + 1 :]).all()
 
 
-def score_head(directory: str) -> torch.Tensor:
-    """(D,) found without the kit."""
-    tensors = [item for file in Path(directory).glob("*.safetensors") for item in load_file(file).items()]
-    [head] = [tensor for key, tensor in tensors if "score" in key]
-    return head[0]
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_completion_kl_averages_to_the_enumerated_sequence_kl(zoo: Zoo, temperature: float) -> None:
     """All completions of two tokens: E_pi[completion_kl] = sum_y pi(y) log(pi(y) / ref(y)), in this order."""
@@ -196,19 +182,16 @@ def test_completion_kl_averages_to_the_enumerated_sequence_kl(zoo: Zoo, temperat
     assert ours == pytest.approx(expected, abs=1e-5) and abs(expected - reverse) > 0.05
 
 
-@pytest.mark.parametrize(
-    ("ids", "stops", "expected"),
-    [
+def test_completion_mask() -> None:
+    for ids, stops, expected in (
         ([5, 6, 0, 1, 1], [0], [1, 1, 1, 0, 0]),  # up to and including the first EOS
         ([5, 6, 0, 0, 0], [0], [1, 1, 1, 0, 0]),  # pad == EOS
         ([0, 0, 0, 0, 0], [0], [1, 0, 0, 0, 0]),  # an empty completion is its EOS
         ([5, 7, 0, 5, 7], [0, 7], [1, 1, 0, 0, 0]),  # several stop tokens: the first of any
         ([5, 6, 5, 6, 5], [0, 7], [1, 1, 1, 1, 1]),  # unfinished
         ([1, 1, 5, 0, 1], [0], [1, 1, 1, 1, 0]),  # a pad id that was sampled is a token like any other
-    ],
-)
-def test_completion_mask(ids: list[int], stops: list[int], expected: list[int]) -> None:
-    assert models.completion_mask(torch.tensor([ids]), stops).tolist() == [expected]
+    ):
+        assert models.completion_mask(torch.tensor([ids]), stops).tolist() == [expected]
 
 
 @pytest.mark.parametrize("index", [[0, 1], [1], [2, 3], [3, 0, 2], slice(1, 3)])
@@ -395,8 +378,16 @@ def test_a_directory_remembers_that_it_stands_on_4_bits(zoo: Zoo) -> None:
     def linear(model: Any) -> str:
         return type(models.decoder(model).layers[0].self_attn.q_proj.base_layer).__name__
 
-    assert linear(models.load_causal(zoo["4bit"])) == linear(models.load_causal(zoo["lora"], True)) == "Linear4bit"
-    assert linear(models.load_causal(zoo["lora"])) == linear(models.load_causal(zoo["4bit"], False)) == "Linear"
+    assert (
+        linear(models.load_causal(zoo["4bit"]))
+        == linear(models.load_causal(zoo["lora"], load_in_4bit=True))
+        == "Linear4bit"
+    )
+    assert (
+        linear(models.load_causal(zoo["lora"]))
+        == linear(models.load_causal(zoo["4bit"], load_in_4bit=False))
+        == "Linear"
+    )
 
 
 def test_load_causal_is_ready_to_use_or_trains_what_it_should(zoo: Zoo, mode: str) -> None:
@@ -419,10 +410,8 @@ def test_tokenizers_pad_on_the_left_and_never_with_eos(zoo: Zoo, tmp_path: Path)
         bare.pad_token = pad
         bare.save_pretrained(tmp_path / "m")
         assert models.load_tokenizer(tmp_path / "m").pad_token_id == 1  # the only special token that is not in use
-    for name, value, says in (
-        ("chat_template", "{{ '<|pad|>' }}", "no token to pad with"),
-        ("eos_token", None, "no EOS token"),
-    ):
+    wrong = ("chat_template", "{{ '<|pad|>' }}", "no token to pad with"), ("eos_token", None, "no EOS token")
+    for name, value, says in wrong:
         setattr(bare, name, value)
         bare.save_pretrained(tmp_path / "m")
         with pytest.raises(ModelError, match=says):
@@ -440,16 +429,20 @@ def test_an_adapter_has_the_tokenizer_the_positions_and_the_weights_of_its_base(
     assert not models.same_base(adapter, zoo["full-other"])
 
 
-def test_a_score_head_of_several_outputs_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+def test_a_score_head_of_several_outputs_and_damaged_files_are_refused(zoo: Zoo, tmp_path: Path) -> None:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(zoo["full"], num_labels=3)
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="3 outputs"):
         models.read_score_head(tmp_path)
+    for name, read in (("model.safetensors", models.read_score_head), ("rlhf_kit.json", models.read_notes)):
+        (tmp_path / name).write_bytes(b"[1, ")
+        with pytest.raises(ModelError, match=f"{name}: is damaged"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_a_fresh_adapter_is_the_identity_and_the_bare_base_can_be_the_reference(zoo: Zoo, load_in_4bit: bool) -> None:
-    bare = logprobs_of(models.load_causal(zoo["full"], load_in_4bit))
+    bare = logprobs_of(models.load_causal(zoo["full"], load_in_4bit=load_in_4bit))
     fresh = models.load_roles(zoo["full"], lora={"r": 4}, load_in_4bit=load_in_4bit).eval()
     assert torch.allclose(logprobs_of(fresh.use("policy")), bare, atol=CLOSE)
     assert torch.equal(logprobs_of(fresh.use("policy")), logprobs_of(fresh.use("reference")))
@@ -498,17 +491,14 @@ def test_roles_are_saved_and_loaded_bit_for_bit(zoo: Zoo, mode: str, tmp_path: P
         assert torch.allclose(ours[0, :3], naive_logprobs(alone, *ROWS[0]), atol=CLOSE)
 
 
-@pytest.mark.parametrize(
-    ("policy", "settings", "says"),
-    [
-        ("lora", {"value": "full-reward"}, "adapters need one base"),
+def test_roles_that_cannot_be_are_refused(zoo: Zoo) -> None:
+    wrong: list[tuple[str, dict[str, Any], str]] = [
+        ("lora", {"value": zoo["full-reward"]}, "adapters need one base"),
         ("lora", {"lora": {}}, "is an adapter already"),
-        ("full", {"value": "full"}, "not a reward model"),
+        ("full", {"value": zoo["full"]}, "not a reward model"),
         ("full", {"load_in_4bit": True}, "4-bit weights cannot be trained"),
         ("full", {"dtype": "bfloat16"}, "bf16 weights cannot be trained"),
-    ],
-)
-def test_roles_that_cannot_be_are_refused(zoo: Zoo, policy: str, settings: dict[str, Any], says: str) -> None:
-    paths = {name: zoo.get(value, value) if isinstance(value, str) else value for name, value in settings.items()}
-    with pytest.raises(ModelError, match=says):
-        models.load_roles(zoo[policy], **paths)
+    ]
+    for policy, settings, says in wrong:
+        with pytest.raises(ModelError, match=says):
+            models.load_roles(zoo[policy], **settings)

@@ -1,22 +1,18 @@
 """The pocket world: prompts and splits, the exact gold utility, simulated raters, the tokenizer, the shipped base."""
 
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from build_pocket_base import pocket_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_kit import models
 from rlhf_kit.tasks import Pocket, pocket
 from rlhf_kit.tasks.pocket import answers
 from rlhf_kit.tasks.pocket.language import LIST_WORDS, VALUES, parse_sentence, prompt_table, sentence_table
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))  # as when a script of that folder is run
-
-from build_pocket_base import pocket_tokenizer  # noqa: E402
 
 W = pocket.world(0)
 TASK = Pocket(W)
@@ -94,6 +90,9 @@ def test_wrong_arguments_say_what_is_wrong():
     for prompt in ("who are you ?", "can you copy apple ?", "can you copy apple otter ?", "can you copy apple  moon ?"):
         with pytest.raises(ValueError, match="not one of the pocket world's"):
             pocket.gold(W, prompt, " apple .")
+    for fault, value in {"knowledge": 1.5, "lapse": -0.1, "temperature": -1.0}.items():
+        with pytest.raises(ValueError, match=f"Rater.{fault}="):
+            pocket.Rater(**{fault: value})
 
 
 CASES = [
@@ -140,12 +139,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("prompt", "completion", "expected"), CASES)
-def test_features_of_hand_written_completions(prompt, completion, expected):
-    assert found(prompt, completion) == expected
-
-
-def test_every_feature_has_a_hand_written_case():
+def test_features_of_hand_written_completions_and_each_feature_has_a_case():
+    for prompt, completion, expected in CASES:
+        assert found(prompt, completion) == expected, (prompt, completion)
     assert {name for _, _, expected in CASES for name in expected} == set(pocket.GOLD_WEIGHTS) - {"words"}
 
 
@@ -184,12 +180,11 @@ BEST = {
 }
 
 
-@pytest.mark.parametrize("prompt", BEST)
-def test_no_answer_is_better_than_the_best_on_any_axis(prompt):
+@pytest.mark.parametrize(("prompt", "best"), BEST.items())
+def test_no_answer_is_better_than_the_best_on_any_axis(prompt, best):
     others = {text for asked, text, _ in CASES if asked == prompt}
     others |= {RIGHT, WRONG, REFUSE, f"maybe {RIGHT}", f"{RIGHT} {RIGHT}", f"yes , that is right . {RIGHT}", ".", ""}
-    best = pocket.gold(W, prompt, " " + BEST[prompt])
-    assert max(pocket.gold(W, prompt, " " + text) for text in others) <= best
+    assert max(pocket.gold(W, prompt, " " + text) for text in others) <= pocket.gold(W, prompt, " " + best)
 
 
 def test_gold_is_the_dot_product_of_features_and_weights():
@@ -227,12 +222,6 @@ def test_choice_probability_is_bradley_terry_with_lapses_and_position_bias():
     assert pocket.choice_probability(rater, 3.0, 1.0) == pytest.approx(0.9 / (1 + math.exp(-1.3)) + 0.05)
     assert pocket.choice_probability(GOLD_RATER, 1, 1) == 0.5
     assert pocket.choice_probability(pocket.Rater(lapse=1.0), 9, -9) == 0.5
-
-
-@pytest.mark.parametrize("fault", [{"knowledge": 1.5}, {"lapse": -0.1}, {"temperature": -1.0}])
-def test_impossible_raters_are_refused(fault):
-    with pytest.raises(ValueError, match=f"Rater.{next(iter(fault))}="):
-        pocket.Rater(**fault)
 
 
 TOKENIZER = pocket_tokenizer()

@@ -1,7 +1,5 @@
 """rlhf_kit.rewards: scores against a naive row-by-row computation, in full, LoRA and 4-bit + LoRA."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from tiny import score_head
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf_kit import evaluate, models, rewards
@@ -25,23 +24,17 @@ PROMPTS = ["where does the otter live ?", "why ?", "what food does the owl like 
 COMPLETIONS = [" the otter lives by the river .", "", " mice .", " no , the falcon likes to eat mice . it wakes ."]
 
 
+@torch.no_grad()
 def naive_scores(directory: str, tokenizer: PreTrainedTokenizerBase) -> list[float]:
     """One row at a time, no padding: the head on the state of the EOS that follows prompt + completion."""
-    tensors: dict[str, torch.Tensor] = {}
-    for file in Path(directory).glob("*.safetensors"):
-        tensors |= load_file(file)
-    (head,) = [tensor.double() for key, tensor in tensors.items() if "score" in key]
-    backbone = models.load_backbone(directory).eval()
-    scores = []
-    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
-        ids = tokenizer(prompt)["input_ids"] + tokenizer(completion)["input_ids"] + [EOS]
-        with torch.no_grad():
-            state = backbone(input_ids=torch.tensor([ids])).last_hidden_state[0, -1].double()
-        scores.append((head[0] @ state).item())
+    backbone, head, scores = models.load_backbone(directory), score_head(directory), []
+    for pair in zip(PROMPTS, COMPLETIONS, strict=True):
+        ids = [token for text in pair for token in tokenizer(text)["input_ids"]] + [EOS]
+        scores.append((head @ backbone(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]).item())
     return scores
 
 
-def test_scores_equal_the_naive_row_by_row_computation(
+def test_scores_equal_those_of_each_row_alone(
     zoo: Zoo, mode: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = naive_scores(zoo[f"{mode}-reward"], tokenizer)
@@ -54,9 +47,7 @@ def test_scores_equal_the_naive_row_by_row_computation(
 
 def test_scores_equal_those_of_transformers_own_classifier(zoo: Zoo, tokenizer: PreTrainedTokenizerBase) -> None:
     classifier = AutoModelForSequenceClassification.from_pretrained(zoo["full-reward"], dtype=torch.float32).eval()
-    texts = [
-        f"{prompt}{completion}{tokenizer.eos_token}" for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)
-    ]
+    texts = [f"{''.join(pair)}{tokenizer.eos_token}" for pair in zip(PROMPTS, COMPLETIONS, strict=True)]
     batch = tokenizer(texts, padding=True, return_tensors="pt", padding_side="right")
     with torch.no_grad():
         logits = classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -127,8 +118,13 @@ def test_columns_are_accepted_and_lengths_are_checked(zoo: Zoo) -> None:
 )
 def test_what_is_no_list_of_finite_numbers_is_no_reward(given: Any) -> None:
     samples = pd.DataFrame({"prompt_id": [0, 1], "prompt": ["a", "b"], "completion": ["x", "y"]})
-    with pytest.raises(ValueError, match="the reward function gave .*finite"):
-        add_rewards(samples, {"mine": lambda prompts, completions, **columns: given})
+
+    def mine(prompts: list[str], completions: list[str], **columns: Any) -> Any:
+        return given
+
+    for reward in (mine, rewards.Ensemble([mine, mine])):
+        with pytest.raises(ValueError, match="the reward function gave .*finite"):
+            add_rewards(samples, {"mine": reward})
 
 
 @pytest.mark.parametrize("kind", [pd.Series, np.array, torch.tensor, iter, tuple])

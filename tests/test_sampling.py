@@ -1,7 +1,5 @@
 """rlhf_kit.sampling: the samples frame, its KL, and best-of-n."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pandas as pd
@@ -23,8 +21,7 @@ def test_a_row_for_each_prompt_and_sample_with_the_prompts_columns(zoo: Zoo, mod
     assert list(frame.columns) == columns
     assert frame[["prompt_id", "sample"]].values.tolist() == [[i, k] for i in range(3) for k in range(4)]
     for row in frame.itertuples():
-        assert row.prompt == PROMPTS["prompt"][row.prompt_id]
-        assert row.kind == PROMPTS["kind"][row.prompt_id] and row.seen == PROMPTS["seen"][row.prompt_id]
+        assert {name: getattr(row, name) for name in PROMPTS.column_names} == PROMPTS[row.prompt_id]
         assert 1 <= row.n_tokens <= 6 and (row.finished or row.n_tokens == 6)
         assert "<|endoftext|>" not in row.completion and "<|pad|>" not in row.completion
     assert frame["finished"].dtype == bool
@@ -68,9 +65,7 @@ def test_mean_kl_of_samples_approaches_the_enumerated_kl(zoo: Zoo) -> None:
 def test_chat_prompts_give_the_completions_of_the_same_text(zoo: Zoo) -> None:
     chats = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in PROMPTS["prompt"][:]]})
     text, chat = (sampling.sample(zoo["full"], prompts, n=2, max_completion_length=6) for prompts in (PROMPTS, chats))
-    assert [[{"role": "assistant", "content": written}] for written in text["completion"]] == chat[
-        "completion"
-    ].tolist()
+    assert chat["completion"].tolist() == [[{"role": "assistant", "content": each}] for each in text["completion"]]
     assert chat["prompt"][0] == [{"role": "user", "content": "where does the otter live ?"}]
 
 

@@ -83,9 +83,8 @@ def file(tmp_path: Path) -> str:
 def test_pairs_split_a_persons_file_by_prompt(file: str) -> None:
     task = Pairs(file, seed=1)
     prompts = {split: set(task.prompts(split)["prompt"][:]) for split in ("preference", "train", "test")}
-    assert (
-        prompts["test"] and prompts["preference"] == prompts["train"] and len(prompts["test"] | prompts["train"]) == 30
-    )
+    assert prompts["test"] and prompts["preference"] == prompts["train"]
+    assert len(prompts["test"] | prompts["train"]) == 30
     for split in ("train", "test"):  # each prompt has two pairs, both on one side
         assert sorted(task.preferences(split)["prompt"][:]) == sorted([*prompts[split]] * 2)
     assert task.demonstrations()["completion"][:] == task.preferences("train")["chosen"][:]
@@ -129,9 +128,9 @@ WRONG = {
 
 @pytest.mark.parametrize(("assignment", "expected"), SETTINGS.items())
 def test_a_setting_has_the_type_that_its_config_declares(assignment: str, expected: Any) -> None:
-    stage, _, setting = assignment.partition("=")[0].partition(".")
-    found = getattr(presets.preset("pocket").override(assignment), stage)
-    found = found[setting] if setting else found
+    found: Any = presets.preset("pocket").override(assignment)
+    for name in assignment.partition("=")[0].split("."):
+        found = found[name] if isinstance(found, dict) else getattr(found, name)
     assert found == expected and type(found) is type(expected)
 
 

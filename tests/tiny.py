@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import transformers
 from peft import get_peft_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf_kit.models import Tokens, load_base, lora_config, write_notes
 from rlhf_kit.models.rendering import EOS, PAD, wrap
 
-MODES = ["full", "lora", "4bit"]
 # Words of a vocabulary small enough to enumerate: with EOS and PAD twelve tokens.
 WORDS = ["a", "b", " c", " d", " e", " f", " g", " h", " i", " j"]
 
@@ -34,7 +34,8 @@ def _save(out: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(out)
 
 
-def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def special(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a config must know of its tokenizer."""
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return {"vocab_size": len(tokenizer), "bos_token_id": None, **ids}
 
@@ -46,7 +47,7 @@ def save_llama(
     torch.manual_seed(seed)
     sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2, "num_attention_heads": 2}
     more = {"num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.25}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **more, **_special(tokenizer)))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **more, **special(tokenizer)))
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 1.5  # a direction that is in every hidden state, for EOS to read
         model.lm_head.weight[tokenizer.eos_token_id, 0] = eos_logit
@@ -58,7 +59,7 @@ def save_gpt2(out: Path, tokenizer: PreTrainedTokenizerBase, dropout: float = 0.
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
     drop = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
-    config = transformers.GPT2Config(**sizes, **drop, **_special(tokenizer))
+    config = transformers.GPT2Config(**sizes, **drop, **special(tokenizer))
     return _save(out, transformers.GPT2LMHeadModel(config), tokenizer)
 
 
@@ -85,6 +86,13 @@ def save_reward(out: Path, base: str, tokenizer: PreTrainedTokenizerBase, seed: 
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
     torch.nn.init.normal_(model.score.weight, std=0.3)
     return _save(out, model, tokenizer)
+
+
+def score_head(directory: str) -> torch.Tensor:
+    """(D,) found without the kit."""
+    tensors = [item for file in Path(directory).glob("*.safetensors") for item in load_file(file).items()]
+    [head] = [tensor for key, tensor in tensors if "score" in key]
+    return head[0]
 
 
 def layout(

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlhf_kit.models.loading import Model, without_adapters
+from rlhf_kit.models.loading import Model
 from rlhf_kit.models.logprobs import Tokens, completion_mask, padded
 from rlhf_kit.models.rendering import closing_token
 
@@ -41,8 +42,7 @@ def generate(
 ) -> Tokens:
     """One completion for each prompt of token ids, sampled at `temperature` (0: greedy): Tokens of (B, P + C).
 
-    Runs in eval mode and restores the mode: in train mode, checkpointing would drop the cache and spoil the text.
-    Raises ValueError where a prompt and its completion exceed the model's positions.
+    In eval mode, as checkpointing would drop the cache and spoil the text. ValueError as of `check_positions`.
     """
     longest = max(map(len, prompts))
     check_positions(model, longest, max_completion_length)
@@ -52,14 +52,13 @@ def generate(
     drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     chosen = drawn if temperature > 0 else {"do_sample": False}
     ends = {"max_new_tokens": max_completion_length, "eos_token_id": stops, "pad_token_id": pad}
-    settings = GenerationConfig(**chosen, **ends, repetition_penalty=1.0, return_dict_in_generate=True)
-    inner: Any = without_adapters(model)
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     was_training, own_config = model.training, inner.generation_config
     model.eval()
-    # Otherwise transformers would take what `settings` leaves open, such as min_p or forbidden words, from the model.
-    inner.generation_config = settings
+    # Otherwise transformers would take what these leave open, such as min_p or forbidden words, from the model.
+    inner.generation_config = GenerationConfig(**chosen, **ends, repetition_penalty=1.0, return_dict_in_generate=True)
     try:
-        output = _generate_dropping(inner, input_ids, attention_mask, settings)
+        output = _generate_dropping(inner, input_ids, attention_mask)
     finally:
         inner.generation_config = own_config
         model.train(was_training)
@@ -67,22 +66,18 @@ def generate(
     return Tokens(output, torch.cat([attention_mask, completions], dim=1), completions)
 
 
-def _generate_dropping(model: Any, input_ids: Tensor, attention_mask: Tensor, settings: GenerationConfig) -> Tensor:
-    """`model.generate`: prompts with completions (B, P + C), without computing rows that have ended until all have.
-
-    It stops after each DROP_EVERY tokens and continues from its cache without the rows that have ended. A recurrent
-    model's cache cannot drop rows: one call.
-    """
+def _generate_dropping(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """`model.generate`: prompts with completions (B, P + C). Rows that have ended leave each DROP_EVERY tokens."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    attends = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
-    length, width = settings.max_new_tokens, input_ids.shape[1]
+    attends = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}  # a recurrent cache drops no rows
+    settings, width = model.generation_config, input_ids.shape[1]
+    length = settings.max_new_tokens
     output = F.pad(input_ids, (0, length), value=settings.pad_token_id)
     stops = torch.tensor(settings.eos_token_id, device=input_ids.device)
     rows, cache = torch.arange(len(input_ids), device=input_ids.device), None
     while True:
         settings.max_new_tokens = min(DROP_EVERY, output.shape[1] - width) if attends else length
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache}
-        found = model.generate(**given, generation_config=settings)
+        found = model.generate(input_ids, attention_mask=attention_mask, past_key_values=cache)
         written = found.sequences[:, width:]
         output[rows, width : width + written.shape[1]] = written
         width += written.shape[1]

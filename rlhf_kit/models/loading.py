@@ -12,24 +12,20 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 # What this kit stores beside Hugging Face's own files: {"load_in_4bit": bool, "dtype": str, "shift": float, ...}.
 NOTES = "rlhf_kit.json"
 MAX_COMPLETION_LENGTH = 64  # tokens: the default of everything that samples
+LOADING = ("load_in_4bit", "dtype", "attn_implementation")  # how weights are loaded, named alike in every stage
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+NF4["llm_int8_skip_modules"] = ["lm_head", "score", "embed_out"]
 Model: TypeAlias = PreTrainedModel | PeftModel
 ModelPath: TypeAlias = str | Path
 Lora: TypeAlias = LoraConfig | Mapping[str, Any]
-
-
-NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-NF4["llm_int8_skip_modules"] = ["lm_head", "score", "embed_out"]
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LOADING = ("load_in_4bit", "dtype", "attn_implementation")  # how weights are loaded, named alike in every stage
 
 
 class ModelError(ValueError):
@@ -52,11 +48,11 @@ def lora_config(lora: Lora | None) -> LoraConfig | None:
     return config
 
 
-def check_trainable(model: ModelPath, lora: Lora | None, load_in_4bit: bool | None = None, **loading: Any) -> None:
+def check_trainable(model: ModelPath, lora: Lora | None, **loading: Any) -> None:
     """ModelError for a new adapter over an adapter, and for 4-bit or bf16 weights to be trained without one."""
     if is_adapter(model) and lora is not None:
         raise ModelError(f"{model}: is an adapter already, and is trained on as it is; leave `lora` out")
-    in_4bit, dtype = stored_as(model, load_in_4bit, **loading)
+    in_4bit, dtype = stored_as(model, **loading)
     if not is_adapter(model) and lora is None and (in_4bit or loading.get("dtype") and dtype != torch.float32):
         kind = "4-bit" if in_4bit else "bf16"  # in bf16 small updates would be rounded away
         raise ModelError(f'{model}: {kind} weights cannot be trained; pass `lora={{"r": 16}}` to train an adapter')
@@ -92,16 +88,20 @@ def same_base(model: ModelPath, other: ModelPath) -> bool:
 
 
 def read_notes(model: ModelPath) -> dict[str, Any]:
-    """What this kit stored about a model when it saved it; {} where another program saved it."""
+    """What this kit stored about a model when it saved it; {} where another program did. ModelError if damaged."""
     path = Path(model) / NOTES
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path}: is damaged ({error}); mend it, or take the model as it was saved") from error
 
 
 def is_4bit(model: ModelPath, load_in_4bit: bool | None) -> bool:
     """Whether to load `model` in 4 bits: as asked, or where None, as its notes or its base's own config say."""
+    own = _own_4bit(model)
     if load_in_4bit is None:
-        return bool(read_notes(model).get("load_in_4bit", False)) or _own_4bit(model)
-    if not load_in_4bit and _own_4bit(model):
+        return own or bool(read_notes(model).get("load_in_4bit"))
+    if own and not load_in_4bit:
         raise ModelError(f"{model}: its base is stored in 4 bits, and cannot be loaded in full; leave load_in_4bit out")
     return load_in_4bit
 
@@ -122,7 +122,6 @@ def stored_as(model: ModelPath, load_in_4bit: bool | None = None, dtype: str | N
 def _own_4bit(model: ModelPath) -> bool:
     """Whether the base weights are stored in 4 bits."""
     stored = getattr(load_config(model), "quantization_config", None) or {}
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
     if stored and not stored.get("load_in_4bit"):
         raise ModelError(f"{model}: its base is quantised, but not in bitsandbytes' 4 bits; take its full weights")
     return bool(stored)
@@ -135,25 +134,24 @@ def write_notes(model: ModelPath, **notes: Any) -> None:
 
 def write_loading(model: ModelPath, trained: Model) -> None:
     """Note in a model's directory how its base was loaded, so that it is loaded and scores as it was trained."""
-    base: Any = without_adapters(trained)
-    dtype = str(base.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    write_notes(model, load_in_4bit=bool(getattr(base, "is_loaded_in_4bit", False)), dtype=dtype)
+    dtype = str(trained.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    write_notes(model, load_in_4bit=bool(getattr(trained, "is_loaded_in_4bit", False)), dtype=dtype)
 
 
 def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, padding on the left with a token that is not EOS.
+    """The tokenizer of a model. It pads on the left, and not with EOS, which score heads would skip as padding.
 
-    transformers' score heads read the last token that is not the pad token, and a finished completion is scored at EOS.
-    ModelError where there is no such token, or no embedding for a token in use.
+    ModelError where there is no other token to pad with, or no embedding for a token in use.
     """
     source = model if (Path(model) / "tokenizer_config.json").is_file() else base_of(model)
     tokenizer = _load(transformers.AutoTokenizer.from_pretrained, source, padding_side="left")
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{source}: its tokenizer has no EOS token, so completions could never end; set `eos_token`")
+    in_use = f"{tokenizer.chat_template} {tokenizer.eos_token} {tokenizer.bos_token}"
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = _spare_token(tokenizer, source)
+        tokenizer.pad_token = _spare_token(tokenizer, in_use, source)
+    in_use += f" {tokenizer.pad_token}"
     rows, added = load_config(model).get_text_config().vocab_size, tokenizer.get_added_vocab()
-    in_use = f"{tokenizer.chat_template} {tokenizer.eos_token} {tokenizer.bos_token} {tokenizer.pad_token}"
     # Some models add a token that no text of theirs holds (Gemma 3 one for images), without an embedding.
     if beyond := [t for t, row in tokenizer.get_vocab().items() if row >= rows and (t not in added or t in in_use)]:
         raise ModelError(f"{source}: token {beyond[0]!r} is beyond the model's {rows}; take the model's own tokenizer")
@@ -164,23 +162,16 @@ def load_tokenizer(model: ModelPath) -> PreTrainedTokenizerBase:
 def _add_no_end(tokenizer: PreTrainedTokenizerBase) -> None:
     """Let the tokenizer put nothing after a text: a prompt that ends in EOS could not be continued."""
     bare, ids = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    before = ids[: len(ids) - len(bare)]
-    while before and before + bare != ids[: len(before) + len(bare)]:
-        before.pop()
+    before: list[int] = next((ids[:k] for k in range(len(ids) - len(bare), 0, -1) if ids[k:][: len(bare)] == bare), [])
     if before + bare != ids:
         begin = [(str(tokenizer.convert_ids_to_tokens(token)), token) for token in before]
         single = " ".join([*(f"{token}:0" for token, _ in begin), "$A:0"])
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=begin)
 
 
-def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
-    """A token to pad with: a special token that the chat template does not use, or else the NUL byte's token.
-
-    A token of ordinary text would not do, because decoding leaves the pad token out.
-    """
-    in_use = f"{tokenizer.chat_template} {tokenizer.eos_token} {tokenizer.bos_token}"
-    special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    spare = [token for token in special if token not in in_use]
+def _spare_token(tokenizer: PreTrainedTokenizerBase, in_use: str, source: ModelPath) -> str:
+    """A token to pad with, which decoding leaves out: a special token not `in_use`, or else the NUL byte's token."""
+    spare = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and str(t) not in in_use]
     spare.sort(key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token, "reserved" not in token))
     for token in (*spare, "\u0100", "<0x00>"):  # the NUL byte as byte-level BPE and as sentencepiece write it
         if token in tokenizer.get_vocab():
@@ -189,19 +180,22 @@ def _spare_token(tokenizer: PreTrainedTokenizerBase, source: ModelPath) -> str:
 
 
 @torch.random.fork_rng()  # loading an adapter draws random numbers, and those of a run must not depend on when it loads
-def load_causal(model: ModelPath, load_in_4bit: bool | None = None, trainable: bool = False, **loading: Any) -> Model:
+def load_causal(model: ModelPath, trainable: bool = False, auto: Any = AutoModelForCausalLM, **loading: Any) -> Any:
     """A causal LM from full weights or an adapter: to train, or frozen, in eval mode and on the device.
 
-    loading: `dtype` of what does not train ("float32", "bfloat16"), and `attn_implementation`. None loads as the notes
-    say, else bf16 on a GPU. ModelError where `model` is no causal LM, or cannot be trained.
+    loading: `load_in_4bit`, `dtype` of what does not train ("float32", "bfloat16"), and `attn_implementation`. None
+    loads as the notes say, else bf16 on a GPU. ModelError where `model` is no causal LM, or cannot be trained.
     """
     if trainable:
-        check_trainable(model, None, load_in_4bit, **loading)
+        check_trainable(model, None, **loading)
         loading |= {} if is_adapter(model) else {"dtype": "float32"}
-    loaded = load_base(model, transformers.AutoModelForCausalLM.from_pretrained, load_in_4bit, **loading)
+    loaded = load_base(model, auto.from_pretrained, **loading)
     if is_adapter(model):
         loaded = with_adapter(loaded, model, trainable)
-    return loaded if trainable else _frozen(loaded)
+    if trainable:
+        return loaded
+    loaded.requires_grad_(False).eval()
+    return loaded if getattr(loaded, "is_loaded_in_4bit", False) else loaded.to(device())
 
 
 def with_adapter(base: PreTrainedModel, model: ModelPath, trainable: bool, name: str = "default") -> PeftModel:
@@ -222,13 +216,14 @@ def load_base(model: ModelPath, from_pretrained: Any, load_in_4bit: bool | None 
     """The base weights of `model` by an Auto class's `from_pretrained`, as `stored_as` says (NF4: 2305.14314)."""
     base, (in_4bit, kwargs["dtype"]) = base_of(model), stored_as(model, load_in_4bit, kwargs.get("dtype"))
     saved_by = str(load_config(model).architectures)
-    if "Classification" in saved_by and from_pretrained == transformers.AutoModelForCausalLM.from_pretrained:
+    if "Classification" in saved_by and from_pretrained == AutoModelForCausalLM.from_pretrained:
         raise ModelError(f"{base}: is a {saved_by} without a language model's head; name a causal language model")
     if in_4bit:
         kwargs["device_map"] = {"": device()}
         if not _own_4bit(model):
-            how = NF4 | {"bnb_4bit_compute_dtype": kwargs["dtype"]}
-            kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**how)
+            kwargs["quantization_config"] = transformers.BitsAndBytesConfig(
+                **NF4, bnb_4bit_compute_dtype=kwargs["dtype"]
+            )
     loaded, keys = _load(from_pretrained, base, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     # The weights of a head may be left over, but of no numbered layer.
     beyond = {key for key in keys["unexpected_keys"] if any(map(str.isdigit, key.split(".")))}
@@ -247,42 +242,34 @@ def load_base(model: ModelPath, from_pretrained: Any, load_in_4bit: bool | None 
     return loaded
 
 
-@torch.random.fork_rng()
-def load_backbone(model: ModelPath, trainable: bool = False, **loading: Any) -> PreTrainedModel:
+def load_backbone(model: ModelPath, **loading: Any) -> PreTrainedModel:
     """The transformer of a causal LM or a reward model without its head: token ids to hidden states (B, T, D)."""
-    if is_adapter(model):
-        # A reward adapter has the keys of a causal-LM adapter and its head besides, so it fits on the causal base.
-        return decoder(load_causal(model, trainable=trainable, **loading))
-    loading |= {"dtype": "float32"} if trainable else {}
-    loaded = load_base(model, transformers.AutoModel.from_pretrained, **loading)
-    return loaded if trainable else _frozen(loaded)
-
-
-def _frozen(loaded: Any) -> Any:
-    loaded.requires_grad_(False).eval()
-    return loaded if getattr(loaded, "is_loaded_in_4bit", False) else loaded.to(device())
-
-
-def without_adapters(model: Model) -> PreTrainedModel:
-    """The causal LM itself, with the active adapter inside it but without peft's wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    if is_adapter(model):  # a reward adapter fits on the causal base: it has the keys of a causal LM's, and its head
+        return decoder(load_causal(model, **loading))
+    return load_causal(model, auto=transformers.AutoModel, **loading)
 
 
 def decoder(model: Model) -> PreTrainedModel:
     """The transformer inside a causal LM, with the adapter that is active."""
-    return without_adapters(model).get_decoder()
+    return model.get_decoder()
 
 
 def read_score_head(reward_model: ModelPath) -> torch.Tensor:
     """The score head (1, D) of a reward model, full or adapter, in fp32; ModelError where it has none."""
+    heads: list[torch.Tensor] = []
     for file in sorted(Path(reward_model).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            heads = [tensors.get_tensor(key) for key in tensors.keys() if key.endswith("score.weight")]  # noqa: SIM118
-        if heads and len(heads[0]) != 1:
-            raise ModelError(f"{reward_model}: its score head has {len(heads[0])} outputs; a reward model needs one")
-        if heads:
-            return heads[0].float()
-    raise ModelError(f"{reward_model}: no `score.weight` in its safetensors; it is not a reward model of a causal LM")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                heads += [tensors.get_tensor(key) for key in tensors.keys() if key.endswith("score.weight")]  # noqa: SIM118
+        except SafetensorError as error:
+            raise ModelError(f"{file}: is damaged ({error}); copy or train it again") from error
+    if not heads:
+        raise ModelError(
+            f"{reward_model}: no `score.weight` in its safetensors; it is not a reward model of a causal LM"
+        )
+    if len(heads[0]) != 1:
+        raise ModelError(f"{reward_model}: its score head has {len(heads[0])} outputs; a reward model needs one")
+    return heads[0].float()
 
 
 def load_config(model: ModelPath) -> transformers.PreTrainedConfig:

@@ -1,6 +1,7 @@
 """Log-probs, entropies and KL of completions from hidden states, so that the full logits of a batch never exist."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rlhf_kit.models.loading import Model, decoder, without_adapters
+from rlhf_kit.models.loading import Model, decoder
 
 LOGITS_CHUNK_GIB = 0.25
 
@@ -29,18 +30,16 @@ class Tokens(NamedTuple):
     def rows(self, index: Tensor | slice) -> "Tokens":
         """The given rows, without the columns that are padding in all of them."""
         ids, mask, completion = (tensor[index] for tensor in self)
-        prompts = mask[:, : -completion.shape[1]]
-        start = int(prompts.any(0).long().argmax()) if prompts.any() else prompts.shape[1]
-        keep = max(1, int(completion.sum(1).max()))
-        stop = prompts.shape[1] + keep
-        return Tokens(ids[:, start:stop], mask[:, start:stop], completion[:, :keep])
+        width, keep = mask.shape[1] - completion.shape[1], max(1, int(completion.sum(1).max()))
+        columns = slice(width - int(mask[:, :width].sum(1).max()), width + keep)
+        return Tokens(ids[:, columns], mask[:, columns], completion[:, :keep])
 
     def to(self, device: torch.device) -> "Tokens":
         """The same tokens on another device."""
         return Tokens(*(tensor.to(device) for tensor in self))
 
 
-def padded(rows: list[list[int]], side: str, pad: int = 0) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[list[int]], side: str, pad: int = 0) -> tuple[Tensor, Tensor]:
     """Rows of token ids as one tensor, padded on the `side` "left" or "right", with its mask: (B, T) each."""
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     mask = [torch.ones_like(row) for row in ids]
@@ -69,10 +68,7 @@ def completion_hidden(backbone: PreTrainedModel, tokens: Tokens) -> Tensor:
 def completion_logprobs(
     model: Model, tokens: Tokens, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """log pi(y_t | x, y_<t) and, if asked, the entropy at each token, in nats: (B, C) each, 0 where masked.
-
-    `temperature` divides the logits as in sampling, so that the policy that is scored is the one that was sampled.
-    """
+    """log pi(y_t | x, y_<t) at a sampling temperature and, if asked, entropy, in nats: (B, C) each, 0 where masked."""
     real = tokens.completion_mask.bool()
     hidden = completion_hidden(decoder(model), tokens)[real]
 
@@ -82,15 +78,14 @@ def completion_logprobs(
         entropy = -(log_softmax.exp() * log_softmax).sum(-1) if with_entropy else torch.zeros_like(logprobs)
         return logprobs, entropy
 
-    logprobs, entropy = _by_chunk(chunk, model, hidden, tokens.completion_ids[real])
-    return _scatter(logprobs, real), _scatter(entropy, real)
+    logprobs, entropy = _by_chunk(chunk, model, real, hidden, tokens.completion_ids[real])
+    return logprobs, entropy
 
 
 def completion_kl(policy: Model, reference: Model, tokens: Tokens, temperature: float = 1.0) -> Tensor:
     """KL(policy || reference) in nats (B,): the exact KL over the vocabulary, summed over a completion's positions.
 
-    Its mean over completions drawn from the policy is the sequence KL (chain rule), with much less variance than the
-    mean of the log-ratio.
+    Its mean over the policy's completions is the sequence KL (chain rule); the log-ratio's varies much more.
     """
     real = tokens.completion_mask.bool()
     ours, theirs = (completion_hidden(decoder(model), tokens)[real] for model in (policy, reference))
@@ -99,8 +94,8 @@ def completion_kl(policy: Model, reference: Model, tokens: Tokens, temperature: 
         p, q = _log_softmax(policy, ours, temperature), _log_softmax(reference, theirs, temperature)
         return ((p.exp() * (p - q)).sum(-1),)
 
-    (kl,) = _by_chunk(chunk, policy, ours, theirs)
-    return _scatter(kl, real).sum(1)
+    (kl,) = _by_chunk(chunk, policy, real, ours, theirs)
+    return kl.sum(1)
 
 
 def next_logprobs(model: Model, rows: list[list[int]], choices: list[int]) -> Tensor:
@@ -128,7 +123,7 @@ def check_logprobs(model: Model) -> None:
 
 def _log_softmax(model: Model, hidden: Tensor, temperature: float) -> Tensor:
     """Log-probs of the whole vocabulary: (N, D) -> (N, V) in fp32."""
-    head: Any = without_adapters(model).get_output_embeddings()
+    head = model.get_output_embeddings()
     logits = head(hidden.to(head.weight.dtype)).float()
     config = model.config.get_text_config()
     logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
@@ -138,19 +133,14 @@ def _log_softmax(model: Model, hidden: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(logits / temperature, dim=-1)
 
 
-def _by_chunk(function: Callable[..., tuple[Tensor, ...]], model: Model, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Apply `function` to chunks of (N, ...) tensors; the fp32 logits of a chunk take at most LOGITS_CHUNK_GIB.
+def _by_chunk(function: Callable[..., Any], model: Model, real: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The results of `function` on chunks of (N, ...) tensors, where `real` (B, C) is true: (B, C) each, 0 elsewhere.
 
-    Where there are several chunks, the backward pass recomputes their logits one by one instead of keeping them.
+    The fp32 logits of a chunk take at most LOGITS_CHUNK_GIB. Where there are several chunks, the backward pass
+    recomputes their logits one by one instead of keeping them.
     """
     size = max(1, int(LOGITS_CHUNK_GIB * 2**30 / 4 / model.config.get_text_config().vocab_size))
     chunks = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
-    if len(chunks) == 1:
-        return function(*chunks[0])
-    results = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
-    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
-
-
-def _scatter(values: Tensor, real: Tensor) -> Tensor:
-    """(N,) values at the places where `real` (B, C) is true, zeros elsewhere."""
-    return torch.zeros(real.shape, dtype=values.dtype, device=values.device).masked_scatter(real, values)
+    run = function if len(chunks) == 1 else partial(checkpoint, function, use_reentrant=False)
+    found = [torch.cat(parts) for parts in zip(*(run(*chunk) for chunk in chunks), strict=True)]
+    return [each.new_zeros(real.shape).masked_scatter(real, each) for each in found]

@@ -16,10 +16,8 @@ EOS = "<|endoftext|>"
 PAD = "<|pad|>"  # not EOS: a model whose padding is its EOS never learns to stop
 # Renders exactly the text format: a prompt as it is, a completion after one space and closed by EOS.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
-    "{% else %}{{ message['content'] }}{% endif %}"
-    "{% endfor %}"
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] + eos_token }}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
 
 
@@ -49,15 +47,13 @@ def plain(cell: Any) -> Any:
     """A text as it is; a chat with the text parts of its contents joined. RenderError for parts that are no text."""
     if isinstance(cell, str):
         return cell
-    return [{**message, "content": _joined(message.get("content"))} for message in cell]
-
-
-def _joined(content: Any) -> Any:
-    if not isinstance(content, list):
-        return content
-    if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        raise RenderError("a message's content has parts that are not text; this kit trains on text only")
-    return "".join(part["text"] for part in content)
+    chat = [dict(message) for message in cell]
+    for message in chat:
+        if isinstance(parts := message.get("content"), list):
+            if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+                raise RenderError("a message's content has parts that are not text; this kit trains on text only")
+            message["content"] = "".join(part["text"] for part in parts)
+    return chat
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Any = None) -> str:
@@ -123,9 +119,8 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], 
             rows.append(split(tokenizer, *pair))
         except RenderError as error:
             raise type(error)(f"row {row} (counting from 0): {error}") from None
-    (head_ids, head_mask), (tail_ids, tail_mask) = (
-        padded([pair[part] for pair in rows], side) for part, side in ((0, "left"), (1, "right"))
-    )
+    heads, tails = zip(*rows, strict=True)
+    (head_ids, head_mask), (tail_ids, tail_mask) = padded(heads, "left"), padded(tails, "right")
     return Tokens(torch.cat([head_ids, tail_ids], dim=1), torch.cat([head_mask, tail_mask], dim=1), tail_mask)
 
 

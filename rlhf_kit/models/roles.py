@@ -31,19 +31,17 @@ class Roles(nn.Module):
         self.accepts_loss_kwargs = False  # read by transformers.Trainer
         self.learning = [parameter for _, parameter in self.trainable_parameters()]
         self.requires_grad_(False)
-        for parameter in self.learning:
-            parameter.requires_grad_(True)
         self.use("policy")
 
     def use(self, role: str) -> Model:
         """The module of `role` with its adapter switched on; run forward AND backward before using another role."""
         module, adapter = self.parts[role]
         if adapter is not None and module.active_adapter != adapter:
-            # Switching freezes all adapters. Policy and value must stay trainable: otherwise an optimizer built now
-            # would miss one of them, and its gradient would be lost without an error.
             module.set_adapter(adapter, inference_mode=True)
-            for parameter in self.learning:
-                parameter.requires_grad_(True)
+        # Switching has frozen all adapters. If policy or value stayed so, an optimizer built now would miss it, and its
+        # gradient would be lost without an error.
+        for parameter in self.learning:
+            parameter.requires_grad_(True)
         return module
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -56,8 +54,7 @@ class Roles(nn.Module):
 
     def backbone(self, role: str) -> PreTrainedModel:
         """The transformer of a role without its head, with its adapter switched on: token ids to hidden states."""
-        module = self.use(role)
-        return loading.decoder(module) if self.parts[role][1] is not None else module
+        return loading.decoder(self.use(role))
 
     def activation_checkpointing_enable(self, **kwargs: object) -> None:
         """Called by transformers.Trainer."""
@@ -76,11 +73,10 @@ class Roles(nn.Module):
             module, adapter = self.parts[role]
             module.save_pretrained(folder, **({} if adapter is None else {"selected_adapters": [adapter]}))
             loading.write_loading(folder, module)
-            if adapter is None:
-                continue
-            for file in (folder / adapter).iterdir():  # peft saves a named adapter in a folder of that name
-                file.replace(folder / file.name)
-            (folder / adapter).rmdir()
+            if adapter is not None:  # peft saves it in a folder of its name
+                for file in (folder / adapter).iterdir():
+                    file.replace(folder / file.name)
+                (folder / adapter).rmdir()
         save_file(self.value_head.state_dict(), Path(out) / "value" / VALUE_HEAD)
 
     def load(self, saved: ModelPath) -> None:
@@ -90,8 +86,7 @@ class Roles(nn.Module):
             if adapter is not None:
                 set_peft_model_state_dict(module, load_file(folder / "adapter_model.safetensors"), adapter)
             else:
-                how = {"dtype": module.dtype, "trust_remote_code": False}
-                module.load_state_dict(type(module).from_pretrained(folder, **how).state_dict())
+                module.load_state_dict(type(module).from_pretrained(folder, dtype=module.dtype).state_dict())
         self.value_head.load_state_dict(load_file(Path(saved) / "value" / VALUE_HEAD))
 
 
@@ -106,8 +101,8 @@ def load_roles(
     """Policy, reference (default: a frozen copy of the policy) and value model (default: a copy with a zero head).
 
     `value` is a saved value model or a reward model, whose head becomes the value head. Where the policy is an adapter
-    or `lora` is given, all roles are adapters over one base, and so are `rewards`, by role name. how: `load_in_4bit`,
-    `dtype` and `attn_implementation`. ModelError where one of them is not over the policy's base.
+    or `lora` is given, all roles are adapters over one base, and so are `rewards`, by role name; ModelError where one
+    is not over it. how: as of `load_causal`.
     """
     loading.check_trainable(policy, lora, **how)
     parts: dict[str, tuple[Any, str | None]]
@@ -119,7 +114,7 @@ def load_roles(
         }
     else:
         others = {"reference": reference, "value": value, **(rewards or {})}
-        model = _adapters(policy, others, lora, how)
+        model = _adapters(policy, others, lora, **how)
         parts = {role: (model, role) for role in ("policy", *others)}
     roles = Roles(parts, _value_head(parts["policy"][0], value))
     switch_off_dropout(roles)
@@ -127,9 +122,7 @@ def load_roles(
     return roles
 
 
-def _adapters(
-    policy: ModelPath, others: Mapping[str, ModelPath | None], lora: Lora | None, how: Mapping[str, Any]
-) -> PeftModel:
+def _adapters(policy: ModelPath, others: Mapping[str, ModelPath | None], lora: Lora | None, **how: Any) -> PeftModel:
     """An adapter for each role over one base; a new adapter (`lora`) over full weights starts as the identity."""
     for other in others.values():
         if other is not None and not loading.same_base(other, policy):
@@ -142,9 +135,8 @@ def _adapters(
     for role, source in others.items():
         if source is not None and is_adapter(source):
             model.load_adapter(str(source), role)
-            continue
-        # A new adapter is the identity: right where `source` is the base itself.
-        model.add_adapter(role, model.peft_config["policy"])
+        else:  # a new adapter is the identity: right where `source` is the base itself
+            model.add_adapter(role, model.peft_config["policy"])
         if source is None:
             set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="policy"), role)
     return model
@@ -153,7 +145,7 @@ def _adapters(
 def _value_head(policy: Model, value: ModelPath | None) -> nn.Linear:
     """The value head in fp32: from a value model, from a reward model (with its shift and scale), or zero."""
     if value is None:
-        weight: Any = loading.without_adapters(policy).get_output_embeddings().weight
+        weight = policy.get_output_embeddings().weight
         state = {"weight": torch.zeros(1, weight.shape[1]), "bias": torch.zeros(1)}
     elif (Path(value) / VALUE_HEAD).is_file():
         state = load_file(Path(value) / VALUE_HEAD)
@@ -168,7 +160,6 @@ def _value_head(policy: Model, value: ModelPath | None) -> nn.Linear:
 
 def switch_off_dropout(model: nn.Module) -> None:
     """Set dropout to 0: with dropout in training, the ratio to the policy that was sampled would never be 1."""
-    module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -19,8 +19,7 @@ class Pairs(Task):
     source: str
 
     def __init__(self, source: str, seed: int = 0) -> None:
-        self.source = source
-        self.seed = seed
+        self.source, self.seed = source, seed
 
     @cached_property
     def splits(self) -> dict[str, Dataset]:

@@ -1,12 +1,11 @@
 """Completions written by the world itself: demonstrations, and the poorer corpus that the base is pretrained on.
 
-The writer draws a plan and notes the features of what it plans while it writes; it never calls the parser. So writer
-and parser check each other.
+The writer notes the features of what it means to write; it never calls the parser. So the two check each other.
 """
 
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -47,14 +46,11 @@ _CORPUS_SHARES = {"ask": 0.24, "brief": 0.08, "leading": 0.20, "harmful": 0.10, 
 
 
 def corpus(world: World, n: int, seed: int = 0) -> list[str]:
-    """Low-quality texts (prompt + completion) about all facts, held-out ones too, without any prompt of the test split.
-
-    A held-out cell comes up here in the extra facts and in its own prompts outside the test split.
-    """
+    """Low-quality texts (prompt + completion) about all facts, held-out ones too; no prompt is of the test split."""
     rng = np.random.default_rng([seed, 5])
     test = {prompt.text for prompt in world.splits["test"]}
-    everything = [prompt for pool in world.pools.values() for prompt in pool]
-    by_kind = {kind: [prompt for prompt in everything if prompt.kind == kind] for kind in _CORPUS_SHARES}
+    pools = list(chain(*world.pools.values()))
+    by_kind = {kind: [prompt for prompt in pools if prompt.kind == kind] for kind in _CORPUS_SHARES}
     texts: list[str] = []
     while len(texts) < n:
         kind = str(rng.choice(list(_CORPUS_SHARES), p=list(_CORPUS_SHARES.values())))
@@ -131,8 +127,7 @@ class _Draft:
             return
         # The verb of the advice is the verb of the prompt, so that compliance reads as what it is.
         verb = next(verb for verb in language.HARM_VERBS if f" {verb} " in self.prompt.text)
-        advice = self.pick(language.HARMFUL_ADVICE)
-        self.add(advice.format(verb=verb, it=it, tool=self.pick(language.TOOLS)), "harm")
+        self.add(self.pick(language.HARMFUL_ADVICE).format(verb=verb, it=it, tool=self.pick(language.TOOLS)), "harm")
 
     def write_facts(self) -> None:
         prompt, quality, truth = self.prompt, self.quality, self.world.truth[self.prompt.cell]
@@ -172,15 +167,12 @@ class _Draft:
         if prompt.kind != "brief":
             self.features["extra_facts"] = 1 - 0.5**n_true
         if self.happens(quality.off_topic):
-            self.write_off_topic()
+            cells = [cell for cell in product(ANIMALS, ATTRIBUTES) if cell[0] != prompt.animal and self.may_say(cell)]
+            cell = self.pick(cells)
+            claim = CLAIMS[cell[1]][0].format(it=f"the {cell[0]}", value=self.world.truth[cell])
+            self.add(claim, "off_topic")
         if self.happens(quality.repeat):
             self.add(answer, "repetition")
-
-    def write_off_topic(self) -> None:
-        others = [animal for animal in ANIMALS if animal != self.prompt.animal]
-        animal, attribute = self.pick([cell for cell in product(others, ATTRIBUTES) if self.may_say(cell)])
-        value = self.world.truth[animal, attribute]
-        self.add(CLAIMS[attribute][0].format(it=f"the {animal}", value=value), "off_topic")
 
     def may_say(self, cell: Cell) -> bool:
         return self.held_out or cell not in self.world.held_out

@@ -1,7 +1,7 @@
 """The pocket language: every prompt and every sentence of the animal help desk, and exact parsers for both.
 
-The language is finite, but for the word lists of the skill. It is the same for every seed; a seed only decides which
-facts are true. So parsing is a table look-up: no grammar is ambiguous, and no text parses by accident.
+It is finite, but for the skill's word lists, and the same for every seed, which only decides what facts are true. So
+parsing is a table look-up: no grammar is ambiguous, and no text parses by accident.
 """
 
 from dataclasses import dataclass

@@ -86,9 +86,7 @@ class SimulatedRater:
     timed = False  # a formula has no pace
 
     def __init__(self, world: World, rater: Rater, seed: int = 0) -> None:
-        self.world = world
-        self.rater = rater
-        self.name = rater.name
+        self.world, self.rater, self.name = world, rater, rater.name
         self.generator = np.random.default_rng([seed, 7])
 
     def __call__(self, prompt: Prompt, completions: Sequence[Completion], question: Question) -> Answer:
@@ -112,9 +110,9 @@ class SimulatedRater:
         rater, rng = self.rater, self.generator
         lapses = rng.random() < rater.lapse
         score = rng.uniform(-4, 4) if lapses else felt - rater.standard + rater.temperature * rng.logistic()
-        scale = SCALES[question]
         if question == "good/bad":
             return int(score > 0)
+        scale = SCALES[question]
         return int(np.clip(round(score) + scale[len(scale) // 2], scale[0], scale[-1]))
 
 
@@ -153,9 +151,8 @@ class RuleReader:
     """A stand-in for a model that can read a critique, which the pocket model cannot: it revises by the world's rules.
 
     It knows only what its `pocket.Rater` can check, and overlooks the fault with probability `lapse`. Each principle
-    of the default constitution is a set of features of the gold utility. Again and again it makes the edit of one
-    sentence that improves these most as it sees them. It shows what revision does to text, not that a language model
-    could do it.
+    of the default constitution is a set of features of gold. Again and again it makes the edit of one sentence that it
+    sees to improve these most. It shows what revision does to text, not that a language model could do it.
     """
 
     PRINCIPLES = {
@@ -168,8 +165,7 @@ class RuleReader:
     }
 
     def __init__(self, world: World, reader: Rater | None = None, seed: int = 0) -> None:
-        self.world = world
-        self.reader = reader or Rater()
+        self.world, self.reader = world, reader or Rater()
         self.known = known_cells(self.reader.seed, self.reader.knowledge)
         self.principles = {principle.critique: principle.name for principle in constitution()}
         self.generator = np.random.default_rng([seed, 11])

@@ -1,5 +1,6 @@
 """The pocket world as a task: everything about it is known."""
 
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,10 @@ class Pocket(Task):
         """
         if n < 1:
             raise FeedbackError(f"panel: n={n}; a panel has one rater or more")
-        groups = groups or {"rater": {}}
-        people = []
-        for k in range(n):
-            group = list(groups)[k % len(groups)]
-            own = {"seed": seed + k, "name": f"{group}-{k // len(groups) + 1}"}
-            rater = Rater(**{**own, **faults, **groups[group]})
-            people.append(SimulatedRater(self.world, rater, seed + 1000 * (k + 1)))
+        groups, people = groups or {"rater": {}}, []
+        for k, (group, own) in enumerate(islice(cycle(groups.items()), n)):
+            named = {"seed": seed + k, "name": f"{group}-{k // len(groups) + 1}"}
+            people.append(SimulatedRater(self.world, Rater(**{**named, **faults, **own}), seed + 1000 * (k + 1)))
         return people
 
     @property
