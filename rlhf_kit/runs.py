@@ -163,8 +163,7 @@ def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's bytes or, of a directory, of the relative paths and hashes of its files (not CLOCKS)."""
     path = Path(path)
     if path.is_dir():
-        inside = [file for file in path.rglob("*") if file.is_file() and file.name not in CLOCKS]
-        found = {file.relative_to(path).as_posix(): file for file in inside}
+        found = {f.relative_to(path).as_posix(): f for f in path.rglob("*") if f.is_file() and f.name not in CLOCKS}
         lines = [f"{sha256_of(found[relative])}  {relative}\n" for relative in sorted(found)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
     if path.name == "adapter_config.json":  # peft writes sets into it, in another order in each process

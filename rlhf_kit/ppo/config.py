@@ -90,15 +90,14 @@ class PPOConfig(TrainingArguments):
     num_minibatches: int = 1
     micro_batch_size: int = 64
     early_stop_kl: float | None = None
-    lora: dict[str, Any] | None = None
+    lora: dict[str, Any] | LoraConfig | None = None
     load_in_4bit: bool | None = None
     dtype: str | None = None
     attn_implementation: str | None = None
     max_memory_gib: float | None = None
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self)) | {"lora": dict | LoraConfig | None}
-        check_settings(vars(self), hints, "PPOConfig", type(self))
+        check_settings(vars(self), get_type_hints(type(self)), "PPOConfig", type(self))
         super().__post_init__()
         if self.data_seed is None:
             self.data_seed = self.seed  # otherwise each process would shuffle with a seed of its own
@@ -114,8 +113,6 @@ class PPOConfig(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """TrainingArguments.to_dict, with a LoraConfig as a dict that JSON can hold."""
-        settings = super().to_dict()
-        if self.lora is not None:
-            lora = self.lora.to_dict() if isinstance(self.lora, LoraConfig) else self.lora
-            settings["lora"] = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.items()}
-        return settings
+        lora = self.lora.to_dict() if isinstance(self.lora, LoraConfig) else self.lora
+        lora = lora and {name: sorted(value) if isinstance(value, set) else value for name, value in lora.items()}
+        return super().to_dict() | {"lora": lora}
