@@ -52,14 +52,13 @@ class PPOConfig(TrainingArguments):
     """Settings of PPO; `max_steps` counts updates, `per_device_train_batch_size` counts the prompts of an update.
 
     temperature: of sampling and of every log-prob; missing_eos_penalty: taken off the score of a completion that did
-    not end; kl_coef: weight of the KL penalty (beta in papers), kept fixed unless adaptive_kl_target (nats per
-    sequence) is given, which then changes it at a speed set by kl_horizon (completions); gamma, gae_lambda: of the
-    advantages; clip_range, value_clip_range: of the two losses; vf_coef, entropy_coef, ptx_coef: weights beside the
-    policy loss; ppo_epochs, num_minibatches: their product is the number of optimizer steps in an update;
-    micro_batch_size: completions in one forward pass (affects memory only, not the result); early_stop_kl: nats per
-    token of policy change that end an update early; lora: train an adapter with these settings (a dict of LoraConfig's
-    fields, or a LoraConfig); load_in_4bit, dtype, attn_implementation: as of `models.load_causal`;
-    max_memory_gib: a run that is estimated to need more is refused (None: the GPU's memory; no limit on a CPU).
+    not end; kl_coef: weight of the KL penalty (beta in papers), which adaptive_kl_target (nats per sequence) changes at
+    a speed set by kl_horizon (completions); gamma, gae_lambda: of the advantages; clip_range, value_clip_range: of the
+    two losses; vf_coef, entropy_coef, ptx_coef: weights beside the policy loss; ppo_epochs times num_minibatches:
+    optimizer steps in an update; micro_batch_size: completions in one forward pass (no matter but of memory);
+    early_stop_kl: nats per token of policy change that end an update early; lora: train an adapter with these settings
+    of LoraConfig; load_in_4bit, dtype, attn_implementation: as of `models.load_causal`; max_memory_gib: a run that is
+    estimated to need more is refused (None: the GPU's memory; no limit on a CPU).
     """
 
     per_device_train_batch_size: int = 64

@@ -72,11 +72,10 @@ class Trajectory(NamedTuple):
 class PPOTrainer(Trainer):
     """PPO on a `prompt` column (text or chat) with any reward function or reward model.
 
-    model: the SFT model's directory or hub id; reward: a function, a reward model's directory, or several of them (an
+    model: the SFT model's directory or hub id; reward: a function, a reward model's directory, or a list of these (an
     ensemble); ref_model: the reference (default: `model`); value_model: where the values start (default: the reward
-    model where it has the same weights and tokenizer, otherwise the policy with a zero head); ptx_dataset: `prompt,
-    completion` rows for `ptx_coef`. Where the policy is an adapter (or `args.lora` is given), reward models over the
-    same base become adapters beside policy, reference and value, and the base is loaded once.
+    model with the policy's base and tokenizer, else the policy with a zero head); ptx_dataset: `prompt, completion`
+    rows for `ptx_coef`. With adapters the base is loaded once, for all roles and the reward models over it.
     """
 
     control: Any  # Trainer's
@@ -115,9 +114,8 @@ class PPOTrainer(Trainer):
         members = self.reward.members if isinstance(self.reward, Ensemble) else [self.reward]
         heads = [_hash([r.head.tolist(), r.shift, r.scale]) if isinstance(r, RewardModel) else "" for r in members]
         names = [head or getattr(r, "__qualname__", type(r).__name__) for head, r in zip(heads, members, strict=True)]
-        self.inputs = {"processes": args.world_size, "model": str(model), "ref_model": str(ref_model or model)}
-        self.inputs |= {"reward": names, "train_dataset": _hash(train_dataset[:])}
-        self.inputs |= {"ptx_dataset": _hash(ptx_dataset and ptx_dataset[:])}
+        rows = {"train_dataset": _hash(train_dataset[:]), "ptx_dataset": _hash(ptx_dataset and ptx_dataset[:])}
+        self.inputs = {"model": str(model), "ref_model": str(ref_model or model), "reward": names, **rows}
         self.kl_coef = args.kl_coef
         self.ptx_dataset: Any = ptx_dataset
         self.samples = pd.DataFrame()  # the last rollouts: prompt, completion, reward, kl, n_tokens, finished
@@ -346,7 +344,8 @@ class PPOTrainer(Trainer):
         """What this run began with, as JSON: a run that goes on from its checkpoint began alike."""
         free = (*FREE, "max_steps", "num_train_epochs") if self.args.lr_scheduler_type.startswith("constant") else FREE
         settings = {name: value for name, value in self.args.to_dict().items() if not name.startswith(free)}
-        return dict(json.loads(json.dumps(self.inputs | settings, default=str)))
+        began = {"processes": self.args.world_size, **self.inputs, **settings}
+        return dict(json.loads(json.dumps(began, default=str)))
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Metrics:
