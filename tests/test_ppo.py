@@ -279,11 +279,7 @@ def test_loss_and_gradient_depend_neither_on_the_micro_batches_nor_on_padding(sc
     rows = torch.tensor([5, 0, 7, 2, 3])
     assert len(set(narrow.tokens.completion_mask.sum(1)[rows].tolist())) > 1
     found, totals = loss_gradients(trainer, narrow, [rows]), trainer.accumulate_gradient(narrow, [rows])[:5]
-    for trajectory, size, relative, absolute in (
-        (narrow, 1, 2e-5, 1e-6),
-        (narrow, 2, 2e-5, 1e-6),
-        (wide, 5, 1e-4, 1e-5),
-    ):
+    for trajectory, size, relative in ((narrow, 1, 2e-5), (narrow, 2, 2e-5), (wide, 5, 1e-4)):
         cut = list(rows.split(size))
         close(found, loss_gradients(trainer, trajectory, cut), relative)
         assert torch.allclose(trainer.accumulate_gradient(trajectory, cut)[:5], totals, atol=relative / 10)
@@ -462,15 +458,13 @@ def test_only_a_whole_checkpoint_of_the_same_run_is_resumed_from(zoo: Zoo, mode:
         light.train(resume_from_checkpoint=str(tmp_path / "light" / "checkpoint-2"))
 
 
-def test_a_run_that_was_killed_while_older_checkpoints_are_deleted_goes_on(
-    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(folder: str, limit: int, *_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt(limit)
+def test_a_run_killed_while_old_checkpoints_go_is_resumed(zoo: Zoo, tmp_path: Path, monkeypatch: Any) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
 
     monkeypatch.setattr("rlhf_kit.ppo.trainer.rotate_checkpoints", killed)
     trainer = make(zoo, "full", tmp_path, save_strategy="steps", save_steps=1, save_total_limit=1, ppo_epochs=1)
-    with pytest.raises(KeyboardInterrupt, match="1"):
+    with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.checkpoint(True).endswith("checkpoint-1")
     monkeypatch.undo()
