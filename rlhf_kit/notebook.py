@@ -15,18 +15,12 @@ from rlhf_kit.presets import Preset
 from rlhf_kit.progress import quiet
 
 
-def setup(
-    preset: str | None = None,
-    seed: int = 0,
-    data: str | None = None,
-    base_model: str | None = None,
-    threads: int | None = None,
-) -> Preset:
+def setup(preset: str | None = None, seed: int = 0, data: str | None = None, base_model: str | None = None) -> Preset:
     """Make a notebook reproducible and quiet, print device and versions, and return the preset (`presets.preset`)."""
     quiet()
     plots.style()
     set_seed(seed)
-    set_threads(threads)
+    set_threads()
     where = torch.cuda.get_device_name() if device().type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     names = ("rlhf-kit", "torch", "transformers", "trl", "peft")
     print(f"{where}; Python {platform.python_version()}; " + ", ".join(f"{name} {version(name)}" for name in names))

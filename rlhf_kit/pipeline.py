@@ -15,12 +15,13 @@ import pandas as pd
 from datasets import Dataset
 from transformers import LlamaConfig
 
-from rlhf_kit import data, feedback, models, rewards, runs, sampling, stats, train
+from rlhf_kit import data, evaluate, feedback, models, rewards, runs, sampling, stats, train
 from rlhf_kit.ppo import PPOConfig, PPOTrainer
 from rlhf_kit.presets import Preset, Settings
 from rlhf_kit.progress import LossCallback, ProgressCallback, clock
 from rlhf_kit.runs import Run
 
+Inputs = Mapping[str, str | Path]  # of a stage, by name: files, directories and hub ids
 HELD_OUT_RATER_SEED = 1_000_003  # the held-out pairs are judged by another draw of the same rater
 SCORED = {"final": 2, "checkpoint": 1}  # completions of each test prompt; for a point along a curve one will do
 
@@ -75,9 +76,8 @@ class Pipeline:
 
             def keep(out: Path) -> None:
                 for split in ("train", "test"):
-                    pairs = task.preferences(split)
-                    kept = self._ready(pairs, data.PREFERENCE, f"{split} pairs", longest)
-                    kept.to_parquet(out / f"{split}.parquet")
+                    pairs = self._ready(task.preferences(split), data.PREFERENCE, f"{split} pairs", longest)
+                    pairs.to_parquet(out / f"{split}.parquet")
 
             return self._stage("preferences", {"max_length": longest}, {"base": self.base(), **self._source()}, keep)
         sft = self.sft()
@@ -98,14 +98,7 @@ class Pipeline:
 
     def reward_model(self) -> str:
         """The reward model, which starts from the SFT model."""
-        sft, pairs = self.sft(), self.preferences() / "train.parquet"
-
-        def make(out: Path) -> None:
-            settings = self._training(out, "reward model", self.preset.reward_model)
-            train.reward_model(sft, data.load(pairs), out / "model", **settings)
-
-        inputs: dict[str, str | Path] = {"sft": sft, "preferences": pairs}
-        return str(self._stage("reward_model", self.preset.reward_model, inputs, make) / "model")
+        return self._trained_on_preferences("reward_model", train.reward_model, "reward model")
 
     def ppo(self) -> str:
         """The policy optimised against the reward model."""
@@ -123,13 +116,15 @@ class Pipeline:
 
     def dpo(self) -> str:
         """The policy optimised on the preferences directly."""
-        sft, pairs = self.sft(), self.preferences() / "train.parquet"
+        return self._trained_on_preferences("dpo", train.dpo, "DPO")
+
+    def _trained_on_preferences(self, name: str, method: Callable[..., object], label: str) -> str:
+        sft, pairs, settings = self.sft(), self.preferences() / "train.parquet", getattr(self.preset, name)
 
         def make(out: Path) -> None:
-            settings = self._training(out, "DPO", self.preset.dpo)
-            train.dpo(sft, data.load(pairs), out / "model", **settings)
+            method(sft, data.load(pairs), out / "model", **self._training(out, label, settings))
 
-        return str(self._stage("dpo", self.preset.dpo, {"sft": sft, "preferences": pairs}, make) / "model")
+        return str(self._stage(name, settings, {"sft": sft, "preferences": pairs}, make) / "model")
 
     def prompts(self, split: str) -> Dataset:
         """Prompts to learn on ("train") or to evaluate on ("test")."""
@@ -152,29 +147,25 @@ class Pipeline:
             prompts, found, seed = self.prompts("test"), self.rewards(), self.preset.seed
             parts = []
             for method, model in final.items():
-                checkpoints = _checkpoints(model) or [(0, Path(model))]
-                for step, directory in checkpoints:
+                for step, directory in _checkpoints(model):
                     at = f" at step {step}" if step else ""
                     print(f"  {method}{at}: completions of {len(prompts)} prompts", flush=True)
-                    last = step == checkpoints[-1][0]
-                    n = SCORED["final" if last else "checkpoint"]
-                    samples = sampling.sample(directory, prompts, n=n, reference=sft, seed=seed, **self.preset.sampling)
-                    scored = sampling.add_rewards(samples, found)
-                    parts.append(scored.assign(model=method, step=step, n=None, final=last))
+                    last = directory == Path(model)
+                    how = {"n": SCORED["final" if last else "checkpoint"], "seed": seed, **self.preset.sampling}
+                    scored = evaluate.score({method: directory}, prompts, found, sft, **how)
+                    parts.append(scored.assign(step=step, n=None, final=last))
             most = self.preset.best_of
-            many = sampling.sample(sft, prompts, n=most, seed=seed + 1, **self.preset.sampling)
-            scored = sampling.add_rewards(many, found)
+            how = {"n": most, "seed": seed + 1, **self.preset.sampling}
+            scored = evaluate.score({"best-of-n": sft}, prompts, found, **how)
             for n in [2**k for k in range(most.bit_length()) if 2**k < most] + [most]:
-                best = sampling.best_of_n(scored, "proxy", n).assign(model="best-of-n", kl=stats.best_of_n_kl(n))
-                parts.append(best.assign(step=None, n=n, final=n == most))
+                best = sampling.best_of_n(scored, "proxy", n)
+                parts.append(best.assign(kl=stats.best_of_n_kl(n), step=None, n=n, final=n == most))
             pd.concat(parts, ignore_index=True).to_parquet(out / "samples.parquet", index=False)
 
         inputs = {**final, "reward_model": self.reward_model(), **self._source()}
         return pd.read_parquet(self._stage("scores", sizes | self.preset.sampling, inputs, make) / "samples.parquet")
 
-    def _stage(
-        self, name: str, config: Settings, inputs: Mapping[str, str | Path], make: Callable[[Path], None]
-    ) -> Path:
+    def _stage(self, name: str, config: Settings, inputs: Inputs, make: Callable[[Path], None]) -> Path:
         """The directory of a finished run of this name, made now if need be; in one process each is asked for once."""
         if name not in self.runs:
             started = time.monotonic()
@@ -223,8 +214,8 @@ def _callbacks(label: str, run: Path) -> list[LossCallback]:
 
 
 def _checkpoints(model: str) -> list[tuple[int, Path]]:
-    """(step, directory) of the checkpoints of a run in order, the finished model standing for the last."""
+    """(step, directory) of the checkpoints of a run in order; the model stands for the last, or alone at step 0."""
     run = Path(model).parent
     found = [*run.glob("model/checkpoint-*"), *run.glob("checkpoints/checkpoint-*")]
     steps = sorted((int(path.name.split("-")[1]), path) for path in found)
-    return [*steps[:-1], (steps[-1][0], Path(model))] if steps else []
+    return [*steps[:-1], (steps[-1][0] if steps else 0, Path(model))]

@@ -35,8 +35,7 @@ class Countdown:
     """Prints ten times on the way how much of `total` is done, and how long the rest will take."""
 
     def __init__(self, label: str, total: int) -> None:
-        self.label, self.total = label, total
-        self.started, self.tenths = time.monotonic(), 0
+        self.label, self.total, self.started, self.tenths = label, total, time.monotonic(), 0
 
     def at(self, done: int) -> None:
         """Called each time one or several more are done."""

@@ -62,12 +62,12 @@ def make(
     *,
     fresh: bool = False,
 ) -> Run:
-    """Return the run `name`; `function(directory)` makes it unless it is there with equal config and inputs.
+    """The run `name`: made by `function(directory)` unless it is there already.
 
-    `inputs` are files or directories and count by their contents. An unfinished run is begun again in an empty folder.
-    `fresh` makes a finished run again, and replaces it once the new one is whole. Raises RunError if the name stands
-    for another config or other inputs, if another process makes the run, or if the folder cannot be written, and
-    OSError if an input cannot be read. An error of `function` is noted in run.json and raised.
+    inputs: files or directories, which count by their contents; fresh: make a finished run again, and replace it once
+    the new one is whole. An unfinished run is begun again in an empty folder. Raises RunError if the name stands for
+    another config or other inputs, if another process makes the run, or if the folder cannot be written, OSError if an
+    input cannot be read, and an error of `function` once it is noted in run.json.
     """
     if not NAME.fullmatch(name):
         raise RunError(f"a run cannot be called {name!r}: use letters, digits and . _ - = only")
@@ -163,8 +163,7 @@ def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's bytes or, of a directory, of the relative paths and hashes of its files (not CLOCKS)."""
     path = Path(path)
     if path.is_dir():
-        inside = [file for file in path.rglob("*") if file.is_file() and file.name not in CLOCKS]
-        found = {file.relative_to(path).as_posix(): file for file in inside}
+        found = {f.relative_to(path).as_posix(): f for f in path.rglob("*") if f.is_file() and f.name not in CLOCKS}
         lines = [f"{sha256_of(found[relative])}  {relative}\n" for relative in sorted(found)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
     if path.name == "adapter_config.json":  # peft writes sets into it, in another order in each process
@@ -178,12 +177,10 @@ def git() -> dict[str, Any] | None:
     """Commit of the checkout that holds this file, and whether tracked files outside results/ differ from it."""
     status = "git --no-optional-locks status --porcelain=v2 --branch --untracked-files=no -- :/ :(exclude,top)results"
     try:
-        output = subprocess.check_output(
-            status.split(), cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL
-        )
+        found = subprocess.check_output(status.split(), cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         return None
-    first, *lines = output.splitlines()  # "# branch.oid <commit>", or "(initial)" before the first commit
+    first, *lines = found.splitlines()  # "# branch.oid <commit>", or "(initial)" before the first commit
     return {"commit": first.split()[-1], "dirty": any(line[0] != "#" for line in lines)}
 
 
@@ -203,10 +200,9 @@ def device() -> str:
 
 
 def append_metrics(directory: str | Path, row: Mapping[str, Any]) -> None:
-    """Append a row (numbers, text or None) to metrics.csv; a new column is empty in the rows before.
+    """Append a row to metrics.csv, written anew so that a kill tears no row; a new column is empty in the rows before.
 
-    The file is written whole each time, so that a kill never tears a row. Raises RunError on a value that is no single
-    number or text.
+    RunError for a value that is not a number, a text or None.
     """
     path = Path(directory) / "metrics.csv"
     for key, value in row.items():

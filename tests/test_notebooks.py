@@ -90,9 +90,7 @@ def test_the_rhythm(source: Path) -> None:
     low, high = (10, 20) if source.stem == "00_tour" else (20, 35)
     assert low <= len(cells) <= high, f"{len(cells)} cells"
     assert cells[0].cell_type == "markdown"
-    assert "CPU" in cells[0].source and "GPU" in cells[0].source, (
-        "the first cell says the minutes on a CPU and on a GPU"
-    )
+    assert all(device in cells[0].source for device in ("CPU", "GPU")), "the first cell says the minutes on each"
     prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     assert re.search(r"^#+ .*exercises", prose, re.IGNORECASE | re.MULTILINE), "no heading for the exercises"
     for cell in code_cells(text(source)):
@@ -201,13 +199,11 @@ def test_a_rebuild_changes_no_byte_and_keeps_what_was_shown(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_failing_cell_is_named_and_the_old_build_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = folder_with(
-        tmp_path, **{"00_bad": "# %%\nx = 0\n\n# %%\n1 / x\n\n# %%\nprint('never')\n", "01_next": SMALL}
-    )
+    bad = "# %%\nx = 0\n\n# %%\n1 / x\n\n# %%\nprint('never')\n"
+    folder = folder_with(tmp_path, **{"00_bad": bad, "01_next": SMALL})
     (folder / "00_bad.ipynb").write_text("the old build")
-    with pytest.raises(
-        build.NotebookFailed, match=r"00_bad.py: cell 2 of 3 failed(.|\n)*1 / x(.|\n)*ZeroDivisionError"
-    ):
+    says = r"00_bad.py: cell 2 of 3 failed(.|\n)*1 / x(.|\n)*ZeroDivisionError"
+    with pytest.raises(build.NotebookFailed, match=says):
         build.build(folder=folder)
     assert (folder / "00_bad.ipynb").read_text() == "the old build"
     assert not (folder / "01_next.ipynb").exists()

@@ -18,7 +18,6 @@ from transformers import TrainerCallback
 
 from rlhf_kit import models
 from rlhf_kit.ppo import PPOConfig, PPOTrainer, Trajectory
-from rlhf_kit.ppo.alarms import Alarms
 from rlhf_kit.rewards import RewardModel
 
 gc.freeze()  # each training ends with a garbage collection, which need not search all that was imported
@@ -98,9 +97,7 @@ def pairs_of(tokens: models.Tokens) -> Pairs:
     ]
 
 
-def naive(
-    policy: str, reference: str, pairs: Pairs, temperature: float
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def naive(policy: str, reference: str, pairs: Pairs, temperature: float) -> list[tuple[torch.Tensor, ...]]:
     """Log-probs under policy and reference, and entropies, of each token of each row."""
     ours, theirs = (models.load_causal(path).eval() for path in (policy, reference))
     rows = []
@@ -213,18 +210,6 @@ def test_every_number_of_a_rollout_equals_loops_over_the_real_tokens(zoo: Zoo, s
     assert frame["kl"].tolist() == pytest.approx(kls, abs=1e-4) and frame["n_tokens"].tolist() == real.sum(1).tolist()
 
 
-@FULL_AND_LORA
-def test_with_learning_rate_zero_the_ratio_stays_one_in_all_epochs(zoo: Zoo, mode: str, tmp_path: Path) -> None:
-    trainer = make(zoo, mode, tmp_path, learning_rate=0.0, max_steps=1)
-    before, totals, accumulate = weights(trainer), [], trainer.accumulate_gradient
-    trainer.accumulate_gradient = lambda *given: totals.append(accumulate(*given)) or totals[-1]
-    trainer.train()
-    assert len(totals) == 2 * 2
-    for _, _, _, approx_kl, clip_fraction, deviation in totals:
-        assert deviation < CLOSE and abs(approx_kl) < 1e-9 and clip_fraction == 0
-    assert same(before, weights(trainer))
-
-
 def test_tokens_after_eos_get_no_gradient(scored: Any) -> None:
     """Whatever stands behind an EOS: gradients are equal to the last bit."""
     trainer, trajectory, minibatches, *_ = scored
@@ -294,14 +279,10 @@ def test_loss_and_gradient_depend_neither_on_the_micro_batches_nor_on_padding(sc
     rows = torch.tensor([5, 0, 7, 2, 3])
     assert len(set(narrow.tokens.completion_mask.sum(1)[rows].tolist())) > 1
     found, totals = loss_gradients(trainer, narrow, [rows]), trainer.accumulate_gradient(narrow, [rows])[:5]
-    for trajectory, size, relative, absolute in (
-        (narrow, 1, 2e-5, 1e-6),
-        (narrow, 2, 2e-5, 1e-6),
-        (wide, 5, 1e-4, 1e-5),
-    ):
+    for trajectory, size, relative in ((narrow, 1, 2e-5), (narrow, 2, 2e-5), (wide, 5, 1e-4)):
         cut = list(rows.split(size))
         close(found, loss_gradients(trainer, trajectory, cut), relative)
-        assert torch.allclose(trainer.accumulate_gradient(trajectory, cut)[:5], totals, atol=absolute)
+        assert torch.allclose(trainer.accumulate_gradient(trajectory, cut)[:5], totals, atol=relative / 10)
 
 
 def test_the_entropy_bonus_is_the_gradient_of_the_mean_token_entropy(zoo: Zoo, tmp_path: Path) -> None:
@@ -363,9 +344,7 @@ def test_every_optimizer_step_is_counted_and_clipped(zoo: Zoo, mode: str, tmp_pa
         ("4bit", "off"), ("4bit", "reentrant"),
     ],
 )  # fmt: skip
-def test_the_first_ratio_is_one_and_only_what_is_trainable_moves(
-    zoo: Zoo, mode: str, checkpointing: str, tmp_path: Path
-) -> None:
+def test_the_first_ratio_is_one_and_the_frozen_stay(zoo: Zoo, mode: str, checkpointing: str, tmp_path: Path) -> None:
     way: dict[str, Any] = {"gradient_checkpointing_kwargs": {"use_reentrant": checkpointing == "reentrant"}}
     way |= {"gradient_checkpointing": checkpointing != "off", "temperature": 0.8, "num_minibatches": 1}
     trainer = make(zoo, mode, tmp_path, max_steps=1, **way)
@@ -457,9 +436,8 @@ def test_only_a_whole_checkpoint_of_the_same_run_is_resumed_from(zoo: Zoo, mode:
         content = (last / name).read_bytes()
         for broken in (None, content[: len(content) // 2]):
             (last / name).unlink() if broken is None else (last / name).write_bytes(broken)
-            with pytest.raises(
-                ValueError, match=f"checkpoint-2 cannot be resumed from: .*({name}|has lost its end|line 1)"
-            ):
+            says = f"checkpoint-2 cannot be resumed from: .*({name}|has lost its end|line 1)"
+            with pytest.raises(ValueError, match=says):
                 resumed.train(resume_from_checkpoint=str(last))
         with pytest.warns(UserWarning, match="checkpoint-2 is passed over"):
             assert resumed.checkpoint(True) == str(out / "checkpoint-1")
@@ -478,6 +456,20 @@ def test_only_a_whole_checkpoint_of_the_same_run_is_resumed_from(zoo: Zoo, mode:
     light.train()
     with pytest.raises(ValueError, match="checkpoint-2 cannot be resumed from: .*save_only_model"):
         light.train(resume_from_checkpoint=str(tmp_path / "light" / "checkpoint-2"))
+
+
+def test_a_run_killed_while_old_checkpoints_go_is_resumed(zoo: Zoo, tmp_path: Path, monkeypatch: Any) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_kit.ppo.trainer.rotate_checkpoints", killed)
+    trainer = make(zoo, "full", tmp_path, save_strategy="steps", save_steps=1, save_total_limit=1, ppo_epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.checkpoint(True).endswith("checkpoint-1")
+    monkeypatch.undo()
+    trainer.train(resume_from_checkpoint=True)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 @FULL_AND_LORA
@@ -616,9 +608,7 @@ def test_rewards_get_the_other_columns_and_chat_prompts_give_the_same_run(zoo: Z
 
 
 @pytest.mark.slow
-def test_a_policy_paid_for_one_word_sets_the_alarms_off(
-    zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_policy_paid_for_one_word_sets_the_alarms_off(zoo: Zoo, tmp_path: Path, capsys: Any) -> None:
     settings: dict[str, Any] = {"kl_coef": 0.0, "missing_eos_penalty": 0.0, "max_steps": 8, "learning_rate": 1e-2}
     settings |= {"max_completion_length": 12, "ppo_epochs": 4, "micro_batch_size": 16, "num_minibatches": 1}
     settings |= {"per_device_train_batch_size": 16, "value_model": None}
@@ -634,8 +624,6 @@ def test_a_policy_paid_for_one_word_sets_the_alarms_off(
     printed = capsys.readouterr().out.splitlines()
     [repeating] = [i for i, line in enumerate(printed) if "repeat themselves" in line]
     assert printed[repeating].startswith("  PPO alarm at update") and "c c c c c" in printed[repeating + 1]
-    trainer.remove_callback(Alarms)
-    assert not [c for c in trainer.callback_handler.callbacks if isinstance(c, Alarms)]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -662,10 +650,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(zoo: Zoo, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (
-            {"eval_dataset": Dataset.from_dict({"question": ["a"]})},
-            "eval_dataset: no column 'prompt'; it has 'question'",
-        ),
+        ({"eval_dataset": Dataset.from_dict({"query": ["a"]})}, "eval_dataset: no column 'prompt'; it has 'query'"),
         ({"ptx_coef": 0.1, "ptx_dataset": Dataset.from_dict({"prompt": ["a"]})}, "ptx_dataset: no column 'completion'"),
         ({"ptx_coef": 0.1}, "go together"),
         ({"prompts": ["why ?", " \n"]}, "train_dataset, row 1 .*: the prompt is empty"),

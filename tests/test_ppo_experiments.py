@@ -163,12 +163,8 @@ def test_trl_optimises_the_reward_that_the_kit_does(tmp_path: Path, zoo: dict[st
     tokenizer = models.load_tokenizer(path)
     pairs = zip(PROMPTS, COMPLETIONS, strict=True)
     rows = [tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"] for prompt, completion in pairs]
-    command = [
-        str(compare.PYTHONS[compare.TRL]),
-        "-c",
-        PEERS_REWARDS,
-        json.dumps([str(EXPERIMENTS / "ppo_vs_trl"), path, rows]),
-    ]
+    argument = json.dumps([str(EXPERIMENTS / "ppo_vs_trl"), path, rows])
+    command = [str(compare.PYTHONS[compare.TRL]), "-c", PEERS_REWARDS, argument]
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
     assert ran.returncode == 0, ran.stderr
     theirs = json.loads(ran.stdout.split("ANSWERS")[1])

@@ -14,7 +14,7 @@ from transformers import TrainerState
 
 from rlhf_kit.ppo import PPOConfig
 from rlhf_kit.ppo.alarms import Alarms, check, repetition
-from rlhf_kit.ppo.maths import explained_variance, gae, partition, policy_loss, token_rewards, value_loss, whiten
+from rlhf_kit.ppo.maths import gae, partition, policy_loss, token_rewards, value_loss, whiten
 
 LENGTHS = [4, 1, 6, 3]
 ALONE = torch.nn.Identity()  # the sum over the processes where there is one
@@ -43,9 +43,6 @@ def test_gae_equals_the_naive_double_loop(batch: dict[str, torch.Tensor], gamma:
     garbage = batch["values"] + 1e6 * (1 - batch["mask"])  # values behind the end play no part
     advantages, returns = gae(batch["rewards"], garbage, batch["mask"], gamma, lam)
     assert torch.allclose(returns, advantages + batch["values"], atol=1e-12)
-    if gamma == lam == 1:
-        reward_to_go = batch["rewards"].flip(1).cumsum(1).flip(1) * batch["mask"]
-        assert torch.allclose(returns, reward_to_go, atol=1e-12)
     for row, n in enumerate(LENGTHS):
         rewards, values = batch["rewards"][row, :n].tolist(), batch["values"][row, :n].tolist()
         assert advantages[row, :n].tolist() == pytest.approx(naive_gae(rewards, values, gamma, lam), abs=1e-12)
@@ -72,13 +69,6 @@ def test_the_score_lands_on_the_last_real_token_and_the_kl_is_charged_once(batch
     assert torch.allclose(bonus, expected, atol=1e-12) and (rewards[batch["mask"] == 0] == 0).all()
     kl = (batch["logprobs"] - batch["reference"]).sum(1)
     assert torch.allclose(rewards.sum(1), batch["scores"] - 0.3 * kl, atol=1e-12)
-
-
-def test_rewards_by_hand_and_the_sign_of_k1() -> None:
-    """A token the policy likes more than the reference (0.8 against 0.5) costs kl_coef * log(1.6)."""
-    logprobs, reference = torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.5, 0.5]]).log()
-    rewards = token_rewards(torch.tensor([2.0]), logprobs, reference, torch.ones(1, 2).long(), 0.1)
-    assert rewards[0].tolist() == pytest.approx([-0.1 * math.log(1.6), 2.0 - 0.1 * math.log(0.4)], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -110,12 +100,6 @@ def test_the_clipped_surrogate_by_hand(ratio: float, advantage: float, expected:
 def test_the_clipped_value_loss_by_hand(value: float, old: float, target: float, expected: float) -> None:
     loss = value_loss(torch.tensor(value), torch.tensor(old), torch.tensor(target), 0.2)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_explained_variance() -> None:
-    returns, mask = torch.tensor([[1.0, 2.0, 77.0], [4.0, 7.0, 5.0]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
-    for values, expected in ((returns, 1.0), (torch.full_like(returns, 3.0), 0.0), (returns / 2, 0.75)):
-        assert explained_variance(values, returns, mask, ALONE).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_partition_covers_each_row_once_in_minibatches_of_like_length() -> None:
@@ -208,9 +192,7 @@ def test_repetition_is_the_share_of_runs_of_three_words_that_occur_again(text: s
 
 
 @pytest.mark.parametrize(("length", "worst"), [(99.0, "a long one"), (1.0, "short")])
-def test_an_alarm_shows_its_worst_samples_every_ten_updates(
-    length: float, worst: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_alarm_shows_its_worst_samples_every_ten_updates(length: float, worst: str, capsys: Any) -> None:
     samples = {"prompt": ["?"] * 4, "completion": ["short", "a b", "a b c", "a long one"], "n_tokens": [1, 2, 3, 4]}
     alarms, state = Alarms(lambda: pd.DataFrame(samples)), TrainerState()
     for state.global_step in range(1, 24):

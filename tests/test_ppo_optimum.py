@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny import WORDS, layout, naive_logits, word_tokenizer
+from tiny import WORDS, layout, naive_logprobs, word_tokenizer
 
 from rlhf_kit import models, train
 from rlhf_kit.ppo import PPOConfig, PPOTrainer, Trajectory, gae, policy_loss, token_rewards
@@ -52,11 +52,7 @@ def completions_of(length: int) -> list[list[int]]:
 def log_distribution(model: torch.nn.Module, prompt: str, completions: list[list[int]]) -> torch.Tensor:
     """log pi(y | prompt) of every completion, from the model's own logits."""
     ids = TOKENIZER(prompt)["input_ids"]
-    rows = []
-    for completion in completions:
-        logits = naive_logits(model, ids, completion).double().log_softmax(-1)
-        rows.append(sum(logits[t, token] for t, token in enumerate(completion)))
-    return torch.stack(rows)  # type: ignore[arg-type]
+    return torch.stack([naive_logprobs(model, ids, completion).double().sum() for completion in completions])
 
 
 def text_of(completion: list[int]) -> str:
@@ -68,9 +64,7 @@ def assert_optimal(trained: torch.nn.Module, path: str, prompts: list[str], comp
     reference = models.load_causal(path).eval()
     rewards = torch.tensor(reward([], [text_of(y) for y in completions]), dtype=torch.float64)
     for prompt in prompts:
-        log_ref, log_pi = (
-            log_distribution(model, prompt, completions).log_softmax(0) for model in (reference, trained)
-        )
+        log_ref, log_pi = (log_distribution(each, prompt, completions).log_softmax(0) for each in (reference, trained))
         log_star = (log_ref + rewards / BETA).log_softmax(0)
         reached, start = ((log_p.exp() * (log_p - log_star)).sum().item() for log_p in (log_pi, log_ref))
         assert reached < BOUND and start > 10 * BOUND

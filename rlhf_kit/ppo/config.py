@@ -52,14 +52,13 @@ class PPOConfig(TrainingArguments):
     """Settings of PPO; `max_steps` counts updates, `per_device_train_batch_size` counts the prompts of an update.
 
     temperature: of sampling and of every log-prob; missing_eos_penalty: taken off the score of a completion that did
-    not end; kl_coef: weight of the KL penalty (beta in papers), kept fixed unless adaptive_kl_target (nats per
-    sequence) is given, which then changes it at a speed set by kl_horizon (completions); gamma, gae_lambda: of the
-    advantages; clip_range, value_clip_range: of the two losses; vf_coef, entropy_coef, ptx_coef: weights beside the
-    policy loss; ppo_epochs, num_minibatches: their product is the number of optimizer steps in an update;
-    micro_batch_size: completions in one forward pass (affects memory only, not the result); early_stop_kl: nats per
-    token of policy change that end an update early; lora: train an adapter with these settings (a dict of LoraConfig's
-    fields, or a LoraConfig); load_in_4bit, dtype, attn_implementation: as of `models.load_causal`;
-    max_memory_gib: a run that is estimated to need more is refused (None: the GPU's memory; no limit on a CPU).
+    not end; kl_coef: weight of the KL penalty (beta in papers), which adaptive_kl_target (nats per sequence) changes at
+    a speed set by kl_horizon (completions); gamma, gae_lambda: of the advantages; clip_range, value_clip_range: of the
+    two losses; vf_coef, entropy_coef, ptx_coef: weights beside the policy loss; ppo_epochs times num_minibatches:
+    optimizer steps in an update; micro_batch_size: completions in one forward pass (no matter but of memory);
+    early_stop_kl: nats per token of policy change that end an update early; lora: train an adapter with these settings
+    of LoraConfig; load_in_4bit, dtype, attn_implementation: as of `models.load_causal`; max_memory_gib: a run that is
+    estimated to need more is refused (None: the GPU's memory; no limit on a CPU).
     """
 
     per_device_train_batch_size: int = 64
@@ -90,15 +89,14 @@ class PPOConfig(TrainingArguments):
     num_minibatches: int = 1
     micro_batch_size: int = 64
     early_stop_kl: float | None = None
-    lora: dict[str, Any] | None = None
+    lora: dict[str, Any] | LoraConfig | None = None
     load_in_4bit: bool | None = None
     dtype: str | None = None
     attn_implementation: str | None = None
     max_memory_gib: float | None = None
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self)) | {"lora": dict | LoraConfig | None}
-        check_settings(vars(self), hints, "PPOConfig", type(self))
+        check_settings(vars(self), get_type_hints(type(self)), "PPOConfig", type(self))
         super().__post_init__()
         if self.data_seed is None:
             self.data_seed = self.seed  # otherwise each process would shuffle with a seed of its own
@@ -114,8 +112,6 @@ class PPOConfig(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """TrainingArguments.to_dict, with a LoraConfig as a dict that JSON can hold."""
-        settings = super().to_dict()
-        if self.lora is not None:
-            lora = self.lora.to_dict() if isinstance(self.lora, LoraConfig) else self.lora
-            settings["lora"] = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.items()}
-        return settings
+        lora = self.lora.to_dict() if isinstance(self.lora, LoraConfig) else self.lora
+        lora = lora and {name: sorted(value) if isinstance(value, set) else value for name, value in lora.items()}
+        return super().to_dict() | {"lora": lora}

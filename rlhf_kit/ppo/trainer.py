@@ -28,6 +28,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from rlhf_kit import data, files, memory, models
 from rlhf_kit.models import ModelPath, Roles, Tokens
@@ -71,11 +72,10 @@ class Trajectory(NamedTuple):
 class PPOTrainer(Trainer):
     """PPO on a `prompt` column (text or chat) with any reward function or reward model.
 
-    model: the SFT model's directory or hub id; reward: a function, a reward model's directory, or several of them (an
+    model: the SFT model's directory or hub id; reward: a function, a reward model's directory, or a list of these (an
     ensemble); ref_model: the reference (default: `model`); value_model: where the values start (default: the reward
-    model where it has the same weights and tokenizer, otherwise the policy with a zero head); ptx_dataset: `prompt,
-    completion` rows for `ptx_coef`. Where the policy is an adapter (or `args.lora` is given), reward models over the
-    same base become adapters beside policy, reference and value, and the base is loaded once.
+    model with the policy's base and tokenizer, else the policy with a zero head); ptx_dataset: `prompt, completion`
+    rows for `ptx_coef`. With adapters the base is loaded once, for all roles and the reward models over it.
     """
 
     control: Any  # Trainer's
@@ -100,7 +100,6 @@ class PPOTrainer(Trainer):
         tempfile.TemporaryFile(dir=args.output_dir).close()  # OSError now, not after the work
         set_seed(args.seed)  # new adapters are drawn before Trainer sets the seed
         tokenizer = processing_class or models.load_tokenizer(model)
-        tokenizer.padding_side = "left"
         self.longest = (models.max_length(model) or 10**9) - args.max_completion_length  # of a prompt
         train_dataset = self.prompts(train_dataset, tokenizer, "train_dataset")
         if eval_dataset is not None:
@@ -115,8 +114,8 @@ class PPOTrainer(Trainer):
         members = self.reward.members if isinstance(self.reward, Ensemble) else [self.reward]
         heads = [_hash([r.head.tolist(), r.shift, r.scale]) if isinstance(r, RewardModel) else "" for r in members]
         names = [head or getattr(r, "__qualname__", type(r).__name__) for head, r in zip(heads, members, strict=True)]
-        self.inputs = {"model": str(model), "ref_model": str(ref_model or model), "reward": names}
-        self.inputs |= {"train_dataset": _hash(train_dataset[:]), "ptx_dataset": _hash(ptx_dataset and ptx_dataset[:])}
+        rows = {"train_dataset": _hash(train_dataset[:]), "ptx_dataset": _hash(ptx_dataset and ptx_dataset[:])}
+        self.inputs = {"model": str(model), "ref_model": str(ref_model or model), "reward": names, **rows}
         self.kl_coef = args.kl_coef
         self.ptx_dataset: Any = ptx_dataset
         self.samples = pd.DataFrame()  # the last rollouts: prompt, completion, reward, kl, n_tokens, finished
@@ -221,16 +220,16 @@ class PPOTrainer(Trainer):
     def rewards(self, rows: Rows, tokens: Tokens) -> pd.DataFrame:
         """`prompt, completion, reward` of each row, and an ensemble's `disagreement`: its standard deviation."""
         prompts = [row["prompt"] for row in rows]
-        texts: list[Any] = models.decode_completions(self.processing_class, tokens)
+        texts = models.decode_completions(self.processing_class, tokens)
         found = pd.DataFrame({"prompt": prompts, "completion": texts})
-        texts = [models.as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        completions = list(map(models.as_completion, prompts, texts))
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ARGUMENTS}
         if isinstance(self.reward, Ensemble):
-            each = self.reward.each(prompts, texts, **columns)
+            each = self.reward.each(prompts, completions, **columns)
             rewards = self.reward.combined(each).tolist()
             found["disagreement"] = each.std(0).tolist()
         else:
-            rewards = self.reward(prompts, texts, **columns)
+            rewards = self.reward(prompts, completions, **columns)
         return found.assign(reward=checked(rewards, len(rows)).tolist())
 
     def logprobs(self, role: str, tokens: Tokens, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
@@ -328,27 +327,24 @@ class PPOTrainer(Trainer):
 
     def checkpoint(self, asked: str | Path | bool) -> str:
         """The checkpoint that is asked for, or for True the newest whole one."""
-        for folder in self.checkpoints() if asked is True else [Path(str(asked))]:
-            run, problem = state_of(folder)
-            if problem and asked is True:
-                warnings.warn(f"{folder} is passed over: {problem}", stacklevel=3)
+        there = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+        for folder in there if asked is True else [Path(str(asked))]:
+            run, torn = state_of(folder)
+            if torn and asked is True:
+                warnings.warn(f"{folder} is passed over: {torn}", stacklevel=3)
                 continue
-            if not problem and (differing := "; ".join(files.differences(run, self.run()))):
-                problem = f"it belongs to another run ({differing}); undo that, or begin anew in another output_dir"
-            if problem:
-                raise ValueError(f"{folder} cannot be resumed from: {problem}")
+            if not torn and (differing := "; ".join(files.differences(run, self.run()))):
+                torn = f"it belongs to another run ({differing}); undo that, or begin anew in another output_dir"
+            if torn:
+                raise ValueError(f"{folder} cannot be resumed from: {torn}")
             return str(folder)
         raise ValueError(f"{self.args.output_dir}: no whole checkpoint is there to resume from; train from the start")
-
-    def checkpoints(self) -> list[Path]:
-        """The folders of the checkpoints, newest first."""
-        return sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))
 
     def run(self) -> dict[str, Any]:
         """What this run began with, as JSON: a run that goes on from its checkpoint began alike."""
         free = (*FREE, "max_steps", "num_train_epochs") if self.args.lr_scheduler_type.startswith("constant") else FREE
         settings = {name: value for name, value in self.args.to_dict().items() if not name.startswith(free)}
-        began: dict[str, Any] = {"processes": self.args.world_size, **self.inputs, **settings}
+        began = {"processes": self.args.world_size, **self.inputs, **settings}
         return dict(json.loads(json.dumps(began, default=str)))
 
     @torch.no_grad()
@@ -394,13 +390,11 @@ class PPOTrainer(Trainer):
         self.roles.save(out)
         self.policy.generation_config.save_pretrained(out)
         self.processing_class.save_pretrained(out)
-        if not _internal_call:
-            self._check_saved(out)
-
-    @torch.random.fork_rng()
-    def _check_saved(self, out: Path) -> None:
+        if _internal_call:  # in a checkpoint
+            return
         trained, texts = [p.detach().clone() for p in self.roles.learning], self.train_dataset["prompt"][:8]
-        self.roles.load(out)
+        with torch.random.fork_rng():
+            self.roles.load(out)
         same = [torch.equal(read, before) for read, before in zip(self.roles.learning, trained, strict=True)]
         for parameter, before in zip(self.roles.learning, trained, strict=True):
             parameter.data.copy_(before)
@@ -410,16 +404,19 @@ class PPOTrainer(Trainer):
 
     # Trainer has no public methods that write a whole checkpoint or read weights from one. Its own version of the last
     # two does not know the roles and would load nothing.
-
     def _save_checkpoint(self, *args: Any) -> None:
-        """STATE is written last, with the size of each file: a checkpoint without it was broken off."""
+        """STATE is written last, with the size of each file, and older checkpoints are deleted only then."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(*args)
+        self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save and not self.args.save_only_model:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*.*") if p.name != STATE}
             state = {"kl_coef": self.kl_coef, "run": self.run(), "files": sizes}
             (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        if self.args.should_save:
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.roles.load(resume_from_checkpoint)
@@ -432,12 +429,10 @@ class PPOTrainer(Trainer):
         """Raise FloatingPointError before a gradient that is not finite is applied, so that checkpoints stay good."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.roles.learning if p.grad is not None])
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            saved = self.checkpoints()
-            last = f"the last good checkpoint is {saved[0]}" if saved else "no checkpoint was saved (save_strategy)"
-            raise FloatingPointError(
-                f"PPO: update {self.state.global_step + 1} has a loss of {loss.item()} with a gradient of norm "
-                f"{norm.item()}; it was not applied, and {last}"
-            )
+            saved = get_last_checkpoint(self.args.output_dir)
+            last = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved (save_strategy)"
+            found = f"a loss of {loss.item()} with a gradient of norm {norm.item()}; it was not applied"
+            raise FloatingPointError(f"PPO: update {self.state.global_step + 1} has {found}, and {last}")
 
 
 def state_of(checkpoint: Path) -> tuple[dict[str, Any], str]:
@@ -471,35 +466,29 @@ def load_models(
     loading = {name: getattr(args, name) for name in models.LOADING}
     given: Any = reward.members if isinstance(reward, Ensemble) else reward
     given = given if isinstance(given, list | tuple) else [given]
-    members = [each if callable(each) else RewardModel(each) for each in given]
-    learned = {f"reward_{i}": each for i, each in enumerate(members) if isinstance(each, RewardModel)}
+    members = {f"reward_{i}": each if callable(each) else RewardModel(each) for i, each in enumerate(given)}
+    learned = {role: each for role, each in members.items() if isinstance(each, RewardModel)}
     adapters, stored = args.lora is not None or models.is_adapter(model), models.stored_as(model, **loading)
-
-    def fits_the_policy(path: str) -> bool:
-        """Whether a model stands on the policy's base or, in full fine-tuning, on weights of its own."""
-        return models.is_adapter(path) == adapters and (not adapters or models.same_base(path, model))
-
-    first: Any = members[0]
-    if value_model is None and isinstance(first, RewardModel) and fits_the_policy(first.path):
-        value_model = first.path if first.tokenizer.get_vocab() == tokenizer.get_vocab() else None
-    joining = {
-        role: each.path
+    fitting = {  # those on the policy's base or, in full fine-tuning, on weights of their own
+        role: each
         for role, each in learned.items()
-        if adapters and fits_the_policy(each.path) and each.stored == stored
+        if models.is_adapter(each.path) == adapters and (not adapters or models.same_base(each.path, model))
     }
+    first = fitting.get("reward_0")
+    if value_model is None and first and first.tokenizer.get_vocab() == tokenizer.get_vocab():
+        value_model = first.path
+    joining = {role: each.path for role, each in fitting.items() if adapters and each.stored == stored}
     if args.max_memory_gib is not None or models.device().type != "cpu":
-        longest = sorted(prompts["prompt"][:], key=lambda prompt: -len(str(prompt)))[:64]
-        separate = [each.path for role, each in learned.items() if role not in joining]
-        same = ("lora", "max_completion_length", "micro_batch_size", "activation_checkpointing", "optim")
-        settings: dict[str, Any] = {name: getattr(args, name) for name in ("load_in_4bit", "dtype", *same)}
-        settings["prompt_length"] = max(map(len, models.encode(tokenizer, longest)))
+        same = ("load_in_4bit", "dtype", "lora", "max_completion_length", "micro_batch_size", "optim")
+        settings: dict[str, Any] = {name: getattr(args, name) for name in (*same, "activation_checkpointing")}
+        settings["prompt_length"] = max(map(len, models.encode(tokenizer, prompts["prompt"][:])))
         settings |= {"rollout": args.per_device_train_batch_size, "ensemble": len(learned)}
-        settings["reward_model"] = separate[0] if separate else None
+        settings["reward_model"] = next((each.path for role, each in learned.items() if role not in joining), None)
         fits, _, sentence = memory.advise(model, "ppo", args.max_memory_gib or memory.device_memory(), **settings)
         if not fits:
             raise ValueError(f"PPO on {model}: {sentence}\n(PPOConfig's max_memory_gib sets another limit)")
     roles = models.load_roles(model, ref_model, value_model, args.lora, joining, **loading)
-    members = [each.on(roles, f"reward_{i}") if f"reward_{i}" in joining else each for i, each in enumerate(members)]
-    if len(members) == 1:
-        return roles, members[0]
-    return roles, Ensemble(members, reward.combine if isinstance(reward, Ensemble) else "mean")
+    rewards = [each.on(roles, role) if role in joining else each for role, each in members.items()]
+    if len(rewards) == 1:
+        return roles, rewards[0]
+    return roles, Ensemble(rewards, reward.combine if isinstance(reward, Ensemble) else "mean")
