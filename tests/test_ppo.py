@@ -282,7 +282,7 @@ def test_loss_and_gradient_depend_neither_on_the_micro_batches_nor_on_padding(sc
     for trajectory, size, relative in ((narrow, 1, 2e-5), (narrow, 2, 2e-5), (wide, 5, 1e-4)):
         cut = list(rows.split(size))
         close(found, loss_gradients(trainer, trajectory, cut), relative)
-        assert torch.allclose(trainer.accumulate_gradient(trajectory, cut)[:5], totals, atol=relative / 10)
+        assert torch.allclose(trainer.accumulate_gradient(trajectory, cut)[:5], totals, atol=relative / 20)
 
 
 def test_the_entropy_bonus_is_the_gradient_of_the_mean_token_entropy(zoo: Zoo, tmp_path: Path) -> None:
