@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 
 from rlhf_kit import plots, stats
@@ -75,7 +76,8 @@ def test_reward_shift_draws_densities_of_area_one_around_the_data_and_marks_mean
 def test_reward_ridge_has_a_row_per_model_and_marks_quantiles(scores):
     (axes,) = plots.reward_ridge(scores, "gold").axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["base", "SFT", "PPO", "DPO"]
-    marks = [line.get_xdata()[0] for line in axes.lines if line.get_color() == "black"]
+    lines = [each for each in axes.collections if isinstance(each, LineCollection)]
+    marks = [segment[0, 0] for each in lines for segment in each.get_segments()]
     expected = [np.quantile(rows["gold"], (0.05, 0.5, 0.95)) for _, rows in scores.groupby("model", sort=False)]
     assert marks == pytest.approx(np.concatenate(expected))
     plots.reward_ridge(scores.assign(gold=1.0), "gold")

@@ -117,8 +117,7 @@ def critique_and_revise(
     carried = answers.drop(columns="completion").assign(row=range(len(answers)))
     for number in range(1, rounds + 1):
         generator = np.random.default_rng([seed, 10, number])
-        drawn = generator.choice(len(weights), size=len(answers), p=weights / weights.sum())
-        principles = [rules[k] for k in drawn]
+        principles = [rules[k] for k in generator.choice(len(rules), len(answers), p=weights / weights.sum())]
         chats = [
             [*as_chat("user", prompt), *as_chat("assistant", answer), *as_chat("user", principle.critique)]
             for prompt, answer, principle in zip(answers["prompt"], given, principles, strict=True)
