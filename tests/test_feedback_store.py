@@ -165,11 +165,9 @@ def test_what_does_not_fit_is_refused(store: Store, change: dict[str, object], s
     assert store.judgments().empty
 
 
-def test_two_processes_write_to_one_store_at_once_and_a_kill_loses_nothing_that_was_acknowledged(
-    tmp_path: Path,
-) -> None:
+def test_two_processes_write_at_once_and_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     path, start = tmp_path / "judgments.db", multiprocessing.get_context("fork")  # the store is not there: both make it
-    processes, pipes, said = {}, {}, {}
+    processes, pipes = {}, {}
     for rater, n in (("ana", 100), ("ben", 1_000_000)):
         pipes[rater], end = start.Pipe(duplex=False)
         processes[rater] = start.Process(target=judging, args=(path, rater, n, end), daemon=True)
