@@ -170,8 +170,7 @@ def _rate(options: argparse.Namespace) -> None:
         print("Ctrl-C ends; the same command goes on where it stopped.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             page.serve_forever()
-    state = session.state()
-    count = len(store.judgments())
+    state, count = session.state(), len(store.judgments())
     print(f"\n{options.rater} has judged {state['judged']} of {state['total']}; in {options.store}: {count} that count")
 
 

@@ -1,7 +1,5 @@
 """The command line as a person meets it: mistakes end in one sentence, and a killed demo goes on where it was."""
 
-import gzip
-import json
 import os
 import shutil
 import signal
@@ -36,11 +34,6 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, timeout=600, **PROCESS)
 
 
-def preference_file(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 PAIRS = [{"prompt": f"is {i} even ?", "chosen": " yes .", "rejected": " no idea ."} for i in range(40)]
 
 
@@ -69,9 +62,9 @@ def test_wrong_uses_end_in_one_sentence(
     Path("file").write_text("not a folder")
     Path("nothing").mkdir()
     Path("empty.jsonl").touch()
-    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in PAIRS).encode())
-    Path("half.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    preference_file(Path("wrong.jsonl"), [{"prompt": "a ?", "better": " b", "rejected": " c"}])
+    pd.DataFrame(PAIRS).to_json("half.jsonl.gz", orient="records", lines=True)
+    os.truncate("half.jsonl.gz", Path("half.jsonl.gz").stat().st_size // 2)
+    Path("wrong.jsonl").write_text('{"prompt": "a ?", "better": " b", "rejected": " c"}')
     broken = '{"model_type": "llama", "hidden_size": "x"}'
     for name, file, content in (("no-config", "config.json", broken), ("no-words", "tokenizer.json", "[]")):
         shutil.copytree(Pocket.base_model, name)
@@ -163,7 +156,8 @@ def test_own_data_without_a_base_model(tmp_path: Path) -> None:
     small = "pretrain.max_steps=5 base_shape.vocab_size=300 base_shape.num_hidden_layers=1 sft.max_steps=2 best_of=2 "
     small += "reward_model.max_steps=2 dpo.max_steps=2 dpo.save_steps=2 ppo.max_steps=1 ppo.save_steps=1 "
     small += "ppo.per_device_train_batch_size=4 n_test_prompts=8 sampling.max_completion_length=8"
-    result = run(demo(tmp_path / "out", small, "--data", preference_file(tmp_path / "own.jsonl", rows)))
+    pd.DataFrame(rows).to_json(tmp_path / "own.jsonl", orient="records", lines=True)
+    result = run(demo(tmp_path / "out", small, "--data", tmp_path / "own.jsonl"))
     assert result.returncode == 0, result.stderr
     assert "its English is poor" in result.stdout
     table = pd.read_csv(tmp_path / "out" / "summary.csv")

@@ -23,6 +23,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from scipy.stats import rankdata
 
 from rlhf_kit import feedback, stats
 from rlhf_kit.feedback import Answer, EndpointRater, FeedbackError, Item, LanguageModelRater, Principle, Template
@@ -146,9 +147,8 @@ def test_what_a_model_cannot_answer_is_refused(zoo: dict[str, str], tmp_path: Pa
 def test_a_judge_answers_as_a_rater_and_is_a_reward(zoo: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     rater = LanguageModelRater(zoo["full"], template=PAIR, name="judge")
     answers = (GOOD, BAD, " the otter eats fish .")
-    p = {(i, j): preference(rater, answers[i], answers[j]) for i in range(3) for j in range(3) if i != j}
-    mean = [sum(p[i, j] for j in range(3) if j != i) / 2 for i in range(3)]
-    assert rater(PROMPT, answers, "rank").ranks == tuple(1 + sum(other > one for other in mean) for one in mean)
+    p = np.array([[preference(rater, one, other) for other in answers] for one in answers])
+    assert rater(PROMPT, answers, "rank").ranks == tuple(rankdata(-p.mean(1)))
     judged = feedback.ask([ITEM], rater)
     assert "judged by judge  1/1  left 0:00" in capsys.readouterr().out
     assert judged["ranks"][0][int(p[0, 1] < 0.5)] == 1 and judged["rater"][0] == "judge"

@@ -34,9 +34,8 @@ def rate(
     try:
         from .widget import RatingWidget
     except ModuleNotFoundError as error:
-        raise FeedbackError(
-            f"rate: {error.name} is not installed; pip install 'rlhf-kit[notebooks]', or use the command rlhf-kit rate"
-        ) from None
+        said = "is not installed; pip install 'rlhf-kit[notebooks]', or use the command rlhf-kit rate"
+        raise FeedbackError(f"rate: {error.name} {said}") from None
     if isinstance(samples, pd.DataFrame):
         samples = _of_samples(samples, question, k)
     store = store if isinstance(store, Store) else Store(store)
