@@ -279,15 +279,12 @@ def test_planted_biases_lie_in_their_intervals_whatever_else_the_panel_gets_wron
 
 
 @pytest.mark.slow
-def test_planted_biases_are_recovered_from_rankings_of_several() -> None:
-    frame = recovered(5, k=4, pairs=60, temperature=1.0, **NO_FAULTS)
-    assert (coverage(frame) >= 0.8).all(), coverage(frame)
-
-
-@pytest.mark.slow
-def test_few_pairs_give_wide_intervals_and_not_wrong_ones() -> None:
-    frame = recovered(20, raters=3, pairs=60)
-    assert (coverage(frame) >= 0.85).all(), coverage(frame)
+@pytest.mark.parametrize(
+    ("n_seeds", "least", "panel"), [(5, 0.8, {"k": 4, "temperature": 1.0, **NO_FAULTS}), (20, 0.85, {"raters": 3})]
+)
+def test_rankings_of_four_and_few_pairs_give_no_wrong_intervals(n_seeds: int, least: float, panel: Any) -> None:
+    frame = recovered(n_seeds, pairs=60, **panel)
+    assert (coverage(frame) >= least).all(), coverage(frame)
 
 
 @pytest.mark.slow
