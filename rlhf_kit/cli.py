@@ -15,6 +15,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit code: 0 done, 1 a fault of the kit, 2 what the person can mend, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
+        from rlhf_kit.progress import quiet
+
+        quiet()
         options.run(options)
         return 0
     except KeyboardInterrupt:
@@ -35,9 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlhf-kit", description="Understand and compare RLHF on one machine.")
     parser.add_argument("--traceback", action="store_true", help="show where in the code a mistake was noticed")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo", help="SFT, reward model, PPO and DPO from start to end, with figures and a table"
-    )
+    demo = commands.add_parser("demo", help="SFT, reward model, PPO and DPO, start to end, with figures and a table")
     demo.add_argument("--preset", help="pocket (default), quick or, with --data, data")
     demo.add_argument("--data", metavar="FILE", help="your own preferences: .jsonl[.gz], .csv, .parquet or a hub id")
     demo.add_argument("--base-model", metavar="DIR|HUB_ID", help="the model to start from (default: the preset's own)")
@@ -67,8 +68,10 @@ def _parser() -> argparse.ArgumentParser:
         meaning = f"{unit} (default: {default})"
         memory.add_argument(option, dest=name, type=int, default=default, metavar="N", help=meaning)
     memory.add_argument("--reward-model", metavar="MODEL", help="the reward models' base, where it is another one")
-    memory.add_argument("--8bit-adam", action="store_true", dest="adam_8bit", help='optim="paged_adamw_8bit"')
-    memory.add_argument("--checkpointing", **either, default=True, help="of activations (default); --no keeps them all")
+    adam: Any = {"action": "store_const", "const": "paged_adamw_8bit", "default": "adamw_torch_fused"}
+    memory.add_argument("--8bit-adam", **adam, dest="optim", help=f'optim="{adam["const"]}"')
+    kept: Any = {"default": True, "help": "of activations (default); --no keeps them all"}
+    memory.add_argument("--checkpointing", **either, **kept, dest="activation_checkpointing")
     memory.set_defaults(run=_memory)
     report = commands.add_parser("report", help="a store of judgments as one HTML page: raters, agreement, biases")
     report.add_argument("store", metavar="STORE", type=Path, help="the file that judgments are kept in")
@@ -103,10 +106,9 @@ def _demo(options: argparse.Namespace) -> None:
     from rlhf_kit import models, outputs, presets
     from rlhf_kit.notebook import results, set_threads
     from rlhf_kit.pipeline import Pipeline
-    from rlhf_kit.progress import clock, quiet
+    from rlhf_kit.progress import clock
 
     started = time.monotonic()
-    quiet()
     preset = presets.preset(options.preset, options.seed, options.data, options.base_model)
     for assignment in options.set:
         preset = preset.override(assignment)
@@ -126,9 +128,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _memory(options: argparse.Namespace) -> None:
     from rlhf_kit import memory, models
-    from rlhf_kit.progress import quiet
 
-    quiet()
     if options.full and options.load_in_4bit:
         raise ValueError("--full does not go with --4bit: 4-bit weights cannot be trained; leave one out")
     adapter = models.is_adapter(options.model)
@@ -136,11 +136,9 @@ def _memory(options: argparse.Namespace) -> None:
         raise ValueError(f"--full does not go with {options.model}: it is an adapter, and is trained on as it is")
     if options.load_in_4bit is None and not adapter:  # an adapter's directory remembers
         options.load_in_4bit = not options.full
-    same = ["load_in_4bit", "dtype", "prompt_length", "max_completion_length", "rollout", "micro_batch_size"]
-    settings: dict[str, Any] = {name: getattr(options, name) for name in [*same, "reward_model", "ensemble"]}
+    others = ("traceback", "run", "model", "stage", "gpu", "full")  # the rest are settings of `memory.estimate`
+    settings = {name: value for name, value in vars(options).items() if name not in others}
     settings["lora"] = None if options.full or adapter else {"r": options.lora}
-    settings["activation_checkpointing"] = options.checkpointing
-    settings["optim"] = "paged_adamw_8bit" if options.adam_8bit else "adamw_torch_fused"
     settings["on_gpu"] = options.gpu is not None or models.device().type == "cuda"
     gib = memory.device_memory() if options.gpu is None else options.gpu
     _, estimate, sentence = memory.advise(options.model, options.stage, gib, **settings)
@@ -162,22 +160,17 @@ def _report(options: argparse.Namespace) -> None:
 
 def _rate(options: argparse.Namespace) -> None:
     from rlhf_kit import feedback, rating
-    from rlhf_kit.progress import quiet
 
-    quiet()
     items = rating.read(options.file, options.question, options.k)
     store = feedback.Store(options.store)
-    session = rating.Session(
-        store, items, options.rater, options.question, options.seed, interface="browser", repeats=options.repeats
-    )
+    session = rating.Session(store, items, options.rater, options.question, options.seed, "browser", options.repeats)
     with rating.Page(session, options.port) as page:
         again = f", {options.repeats} of them twice," if options.repeats else ""
         print(f"{options.rater} judges {len(items)} items{again} of {options.file} at\n\n  {page.address}\n")
         print("Ctrl-C ends; the same command goes on where it stopped.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             page.serve_forever()
-    state = session.state()
-    count = len(store.judgments())
+    state, count = session.state(), len(store.judgments())
     print(f"\n{options.rater} has judged {state['judged']} of {state['total']}; in {options.store}: {count} that count")
 
 

@@ -39,30 +39,27 @@ def write(pipeline: Pipeline) -> str:
 
 def accuracy(pipeline: Pipeline) -> pd.DataFrame:
     """The reward model's accuracy on its training pairs and on held-out pairs: `pairs, n, accuracy[_lo, _hi]`."""
-    reward = rewards.RewardModel(pipeline.reward_model())
-    rows = []
+    reward, rows = rewards.RewardModel(pipeline.reward_model()), []
     for name, label in (("train", "trained on"), ("test", "held out")):
         pairs = data.load(pipeline.preferences() / f"{name}.parquet")
-        share = evaluate.accuracy(reward, pairs)
-        rows.append({"pairs": label, "n": len(pairs), **stats.columns("accuracy", share)})
+        found = stats.columns("accuracy", evaluate.accuracy(reward, pairs))
+        rows.append({"pairs": label, "n": len(pairs), **found})
     return pd.DataFrame(rows)
 
 
-def samples_table(scores: pd.DataFrame, n: int = 10) -> str:
-    """`n` prompts of all kinds as Markdown, each model's first completion side by side with its rewards."""
+def samples_table(scores: pd.DataFrame) -> str:
+    """Ten prompts of all kinds as Markdown, each model's first completion side by side with its rewards."""
     firsts = scores[(scores["sample"] == 0) | (scores["model"] == "best-of-n")]
     firsts = firsts.assign(kind=firsts.get("kind", "prompt"))
     prompts = firsts.drop_duplicates("prompt_id")
-    turns = prompts.assign(turn=prompts.groupby("kind").cumcount()).sort_values(["turn", "kind"])
-    in_turn = turns["prompt_id"].tolist()[:n]
+    in_turn = prompts.assign(turn=prompts.groupby("kind").cumcount()).sort_values(["turn", "kind"]).head(10)
     rewards = [name for name in ("gold", "proxy") if name in firsts]
     lines = [f"# {len(in_turn)} prompts, every model's answer", ""]
-    for prompt_id in in_turn:
-        rows = firsts[firsts["prompt_id"] == prompt_id].set_index("model")
-        lines += [f"**{rows['prompt'].iloc[0]}** ({rows['kind'].iloc[0]})", ""]
+    for _, asked in in_turn.iterrows():
+        lines += [f"**{asked['prompt']}** ({asked['kind']})", ""]
         lines += [f"| model | completion | {' | '.join(rewards)} |", "|---" * (2 + len(rewards)) + "|"]
-        for model in MODELS:
-            row = rows.loc[model]
+        rows = firsts[firsts["prompt_id"] == asked["prompt_id"]].set_index("model")
+        for model, row in rows.loc[list(MODELS)].iterrows():
             said = str(row["completion"]).strip().replace("|", "/")
             lines.append(f"| {model} | {said} | {' | '.join(f'{row[name]:.2f}' for name in rewards)} |")
         lines.append("")
@@ -72,7 +69,6 @@ def samples_table(scores: pd.DataFrame, n: int = 10) -> str:
 def readable(summary: pd.DataFrame) -> str:
     """The summary as text: mean [95% interval] of each quantity."""
     table = summary[["model"]].copy()
-    for name in (column for column in summary.columns if f"{column}_lo" in summary.columns):
-        cells = zip(summary[name], summary[f"{name}_lo"], summary[f"{name}_hi"], strict=True)
-        table[name] = [str(stats.Interval(*cell)) for cell in cells]
+    for name in (column for column in summary if f"{column}_lo" in summary):
+        table[name] = [str(stats.Interval(*cells)) for cells in summary[[name, f"{name}_lo", f"{name}_hi"]].to_numpy()]
     return table.to_string(index=False) + "\n(kl of best-of-n is the upper bound log n - (n-1)/n)"

@@ -1,7 +1,4 @@
-"""Frames in, matplotlib figures out: each says one thing, with units on its axes and intervals on its claims.
-
-pyplot has closed what is returned: a notebook shows it once, as the value of its cell, and hundreds leave no memory.
-"""
+"""Frames in, matplotlib figures out: each says one thing, with units on its axes and intervals on its claims."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,7 +20,6 @@ from rlhf_kit.stats import Array
 COLOURS = {"base": "#7F7F7F", "SFT": "#0072B2", "best-of-n": "#CC79A7", "PPO": "#D55E00", "DPO": "#009E73"}
 MARKERS = {"base": "X", "SFT": "o", "best-of-n": "^", "PPO": "s", "DPO": "D"}
 OTHERS = ("#E69F00", "#56B4E9", "#332288", "#882255", "#999933", "#44AA99")
-
 LAST = 11  # size of the last point of a curve
 LABELS = {
     "gold": "gold utility",
@@ -92,8 +88,7 @@ def reward_shift(
                 text = f"shift {shift:+.2f}"
             axes.plot(x, density, color=colour[model], linewidth=2.2, label=f"{model}  {text}")
             axes.fill_between(x, density, color=colour[model], alpha=0.15, linewidth=0)
-            top = np.interp(mean, x, density)
-            axes.plot([mean, mean], [0, top], color=colour[model], linestyle="--", linewidth=1.6)
+            axes.plot([mean, mean], [0, np.interp(mean, x, density)], "--", color=colour[model], linewidth=1.6)
         axes.set(xlabel=label(reward), ylabel="density of completions", xlim=(x[0], x[-1]), ylim=(0, None))
         _legend_on_top(axes, title="dashed: mean; its shift [95% interval]")
     figure.suptitle(f"Reward of the completions of the same {scores['prompt_id'].nunique()} prompts")
@@ -111,10 +106,8 @@ def reward_ridge(scores: pd.DataFrame, reward: str = "proxy", models: Sequence[s
         top = scale * density - row
         axes.fill_between(x, -row, top, color=colour[model], alpha=0.85, zorder=row + 2, linewidth=0)
         axes.plot(x, top, color="white", linewidth=1.5, zorder=row + 2)
-        for quantile, width in ((0.05, 1.5), (0.5, 3.0), (0.95, 1.5)):
-            at = stats.of_model(scores, model)[reward].quantile(quantile)
-            look: dict[str, Any] = {"color": "black", "linewidth": width, "solid_capstyle": "butt"}
-            axes.plot([at, at], [-row, np.interp(at, x, top)], **look, zorder=row + 2)
+        at = stats.of_model(scores, model)[reward].quantile([0.05, 0.5, 0.95]).to_numpy()
+        axes.vlines(at, -row, np.interp(at, x, top), "black", linewidths=(1.5, 3.0, 1.5), zorder=row + 2)
     axes.set_yticks([-row for row in range(len(models))], models)
     axes.set(xlabel=label(reward), xlim=(x[0], x[-1]), ylim=(0.75 - len(models), 1.6))
     axes.grid(axis="y", visible=False)
@@ -314,7 +307,7 @@ def _legend_below(figure: Figure, axes: Axes, columns: int, title: str = "") -> 
 
 
 def done(figure: Figure) -> Figure:
-    """Let pyplot close the figure; a `$` in a name begins no formula."""
+    """Let pyplot close the figure: a cell shows it once, and hundreds leave no memory. No name is a formula."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     plt.close(figure)

@@ -16,8 +16,8 @@ from scipy.special import comb
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
 DRAWS_AT_ONCE = 4_000_000  # bounds the memory of one block of resamples: 32 MB of indices
-
-
+LEVEL, Z = 0.95, 1.959963984540054  # of intervals, and the standard errors on either side
+UNITS = ["seed", "prompt_id"]  # what is resampled, the outer one first
 NO_INTERVAL = "no interval: one prompt only"
 
 
@@ -34,16 +34,12 @@ class Interval(NamedTuple):
     def __format__(self, spec: str) -> str:
         """The mean as `spec` says, with its bounds, or why there are none; "-" where nothing was measured."""
         digits = spec.removeprefix("+") or ".2f"
-        bounds = f"[{self.lo:{digits}}, {self.hi:{digits}}]"
-        if math.isnan(self.lo) and math.isnan(self.hi):
-            bounds = f"({NO_INTERVAL})"
+        unknown = math.isnan(self.lo) and math.isnan(self.hi)
+        bounds = f"({NO_INTERVAL})" if unknown else f"[{self.lo:{digits}}, {self.hi:{digits}}]"
         return "-" if math.isnan(self.mean) else f"{self.mean:{spec or digits}} {bounds}"
 
 
-LEVEL = 0.95
-Z = 1.959963984540054  # standard errors on either side of a 95% interval
 NOT_MEASURED = Interval(math.nan, math.nan, math.nan)
-UNITS = ["seed", "prompt_id"]  # what is resampled, the outer one first
 
 
 def bootstrap(values: ArrayLike, groups: ArrayLike | None = None, n_resamples: int = 2000, seed: int = 0) -> Interval:
@@ -175,11 +171,8 @@ def _same_prompts(scores: pd.DataFrame, a: str, b: str, value: str) -> tuple[pd.
     left, right = (of_model(scores, name, value)[[*UNITS, value]] for name in (a, b))
     prompts_a, prompts_b = (set(rows[UNITS].itertuples(index=False, name=None)) for rows in (left, right))
     if odd := sorted(prompts_a ^ prompts_b):
-        seed, prompt = odd[0]
-        raise ValueError(
-            f"{a} and {b} must be scored on the same prompts, but {len(odd)} are on one side only, "
-            f"first prompt_id {prompt} of seed {seed}"
-        )
+        said = f"{len(odd)} are on one side only, first prompt_id {odd[0][1]} of seed {odd[0][0]}"
+        raise ValueError(f"{a} and {b} must be scored on the same prompts, but {said}")
     return left, right
 
 
@@ -244,8 +237,8 @@ def calibration_curve(probabilities: ArrayLike, outcomes: ArrayLike, bins: int =
     Columns: `predicted`, `observed` (means within the bin), `n`, and `observed_lo`, `observed_hi` (95% Wilson
     interval). Outcomes lie in [0, 1], a tie being 1/2; ValueError otherwise.
     """
-    sides = {"predicted": _finite(probabilities, "probabilities"), "observed": _finite(outcomes, "outcomes")}
-    pairs = pd.DataFrame(sides)
+    predicted, observed = _finite(probabilities, "probabilities"), _finite(outcomes, "outcomes")
+    pairs = pd.DataFrame({"predicted": predicted, "observed": observed})
     if ((pairs < 0) | (pairs > 1)).any(axis=None):
         raise ValueError("probabilities and outcomes must lie in [0, 1]")
     inside = pairs.groupby(np.minimum((pairs["predicted"] * bins).astype(int), bins - 1))  # 1.0 is in the last bin
@@ -274,8 +267,7 @@ def best_of_n_estimate(frame: pd.DataFrame, reward: str, value: str, n: int) -> 
     """Expected `value` of the sample of highest `reward` among n drawn without replacement from a prompt's N samples.
 
     Unbiased for best-of-n: the sample of rank i (1 = lowest) is the best of C(i-1, n-1) of the C(N, n) subsets; tied
-    samples share theirs. A row per seed and prompt with the column `value`, for `hierarchical_bootstrap`.
-    Raises ValueError if n is below 1, a prompt has fewer than n samples or a row has no number.
+    samples share theirs. A row per seed and prompt, for `hierarchical_bootstrap`. ValueError where there are too few.
     """
     frame = _checked(frame, reward, value)
     prompts = frame.groupby(UNITS)

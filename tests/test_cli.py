@@ -1,7 +1,5 @@
 """The command line as a person meets it: mistakes end in one sentence, and a killed demo goes on where it was."""
 
-import gzip
-import json
 import os
 import shutil
 import signal
@@ -9,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -19,76 +18,64 @@ from rlhf_kit.pipeline import Pipeline
 from rlhf_kit.runs import Run
 from rlhf_kit.tasks import Pocket
 
-TINY = [
-    *("sft.max_steps=4", "reward_model.max_steps=4", "dpo.max_steps=4", "dpo.save_steps=2", "ppo.max_steps=2"),
-    *("ppo.save_steps=1", "ppo.per_device_train_batch_size=16", "n_demonstrations=64", "n_preference_prompts=24"),
-    *("n_test_prompts=12", "best_of=2", "samples_per_prompt=2"),
-]
+TINY = "sft.max_steps=4 reward_model.max_steps=4 dpo.max_steps=4 dpo.save_steps=2 ppo.max_steps=2 ppo.save_steps=1 "
+TINY += "ppo.per_device_train_batch_size=16 n_demonstrations=64 n_preference_prompts=24 n_test_prompts=12 best_of=2 "
+TINY += "samples_per_prompt=2"
+PROCESS = {"text": True, "env": os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}}
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "rlhf_kit.cli", *map(str, arguments)]
+def demo(out: Path, settings: str, *arguments: str | Path) -> list[str]:
+    """The command of a demo with these settings."""
+    words = [word for setting in settings.split() for word in ("--set", setting)]
+    return [sys.executable, "-m", "rlhf_kit.cli", "demo", "--out", out, "--threads", "1", *words, *arguments]
 
 
-def tiny_demo(out: Path, *arguments: str | Path) -> list[str]:
-    return command(
-        "demo", "--out", out, "--threads", "1", *(word for name in TINY for word in ("--set", name)), *arguments
-    )
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=600)
-
-
-def preference_file(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, timeout=600, **PROCESS)
 
 
 PAIRS = [{"prompt": f"is {i} even ?", "chosen": " yes .", "rejected": " no idea ."} for i in range(40)]
 
 
-def wrong_uses(tmp: Path) -> dict[str, tuple[list[str | Path], list[str]]]:
-    """Each mistake with words that its message must hold."""
-    (tmp / "file").write_text("not a folder")
-    (tmp / "nothing").mkdir()
-    (tmp / "empty.jsonl").touch()
-    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in PAIRS).encode())
-    (tmp / "half.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    for name, file, content in (
-        ("no-config", "config.json", '{"model_type": "llama", "hidden_size": "x"}'),
-        ("no-words", "tokenizer.json", "[]"),
-    ):
-        shutil.copytree(Pocket.base_model, tmp / name)
-        (tmp / name / file).write_text(content)
-    wrong = preference_file(tmp / "wrong.jsonl", [{"prompt": "a ?", "better": " b", "rejected": " c"}])
-    out = tmp / "out"
-    return {
-        "no such file": (["--data", tmp / "absent.jsonl", "--out", out], ["absent.jsonl", "no such file"]),
-        "wrong column": (["--data", wrong, "--out", out], ["wrong.jsonl", "chosen", "better"]),
-        "empty file": (["--data", tmp / "empty.jsonl", "--out", out], ["empty.jsonl", "empty"]),
-        "half a gzip": (["--data", tmp / "half.jsonl.gz", "--out", out], ["half.jsonl.gz"]),
-        "no model": (["--base-model", tmp / "nothing", "--out", out], ["nothing", "config.json"]),
-        "damaged config": (["--base-model", tmp / "no-config", "--out", out], ["no-config", "hidden_size"]),
-        "damaged tokenizer": (["--base-model", tmp / "no-words", "--out", out], ["no-words"]),
-        "hub id offline": (["--base-model", "someone/some-model", "--out", out], ["someone/some-model"]),
-        "hub data offline": (["--data", "someone/some-data", "--out", out], ["someone/some-data"]),
-        "unwritable": (["--out", tmp / "file" / "results"], ["cannot write", "results"]),
-        "negative batch": (["--set", "ppo.per_device_train_batch_size=-1", "--out", out], ["batch_size", "above 0"]),
-        "unknown preset": (["--preset", "galaxy", "--out", out], ["galaxy", "pocket"]),
-        "unknown setting": (["--set", "sft.max_stepz=3", "--out", out], ["max_stepz", "max_steps"]),
-    }
+# Each mistake with words that its message must hold.
+WRONG_USES = {
+    "--data absent.jsonl": ["absent.jsonl", "no such file"],
+    "--data wrong.jsonl": ["wrong.jsonl", "chosen", "better"],
+    "--data empty.jsonl": ["empty.jsonl", "empty"],
+    "--data half.jsonl.gz": ["half.jsonl.gz"],
+    "--data someone/some-data": ["someone/some-data"],  # a hub id, offline
+    "--base-model nothing": ["nothing", "config.json"],
+    "--base-model no-config": ["no-config", "hidden_size"],
+    "--base-model no-words": ["no-words"],
+    "--base-model someone/some-model": ["someone/some-model"],
+    "--out file/results": ["cannot write", "results"],
+    "--set ppo.per_device_train_batch_size=-1": ["batch_size", "above 0"],
+    "--preset galaxy": ["galaxy", "pocket"],
+    "--set sft.max_stepz=3": ["max_stepz", "max_steps"],
+}
 
 
-def test_wrong_uses_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, (arguments, words) in wrong_uses(tmp_path).items():
+def test_wrong_uses_end_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("not a folder")
+    Path("nothing").mkdir()
+    Path("empty.jsonl").touch()
+    pd.DataFrame(PAIRS).to_json("half.jsonl.gz", orient="records", lines=True)
+    os.truncate("half.jsonl.gz", Path("half.jsonl.gz").stat().st_size // 2)
+    Path("wrong.jsonl").write_text('{"prompt": "a ?", "better": " b", "rejected": " c"}')
+    broken = '{"model_type": "llama", "hidden_size": "x"}'
+    for name, file, content in (("no-config", "config.json", broken), ("no-words", "tokenizer.json", "[]")):
+        shutil.copytree(Pocket.base_model, name)
+        Path(name, file).write_text(content)
+    for wrong, words in WRONG_USES.items():
         before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-        assert cli.main(["demo", *map(str, arguments)]) == 2, name
+        assert cli.main(["demo", "--out", "out", *wrong.split()]) == 2, wrong
         message = capsys.readouterr().err.strip().splitlines()[-1]
-        assert message.startswith("rlhf-kit: ") and "Traceback" not in message, name
-        assert all(word in message for word in words), (name, message)
-        assert all(path.read_bytes() == content for path, content in before.items()), name
+        assert message.startswith("rlhf-kit: ") and "Traceback" not in message, wrong
+        assert all(word in message for word in words), (wrong, message)
+        assert all(path.read_bytes() == content for path, content in before.items()), wrong
 
 
 @pytest.mark.parametrize(
@@ -111,12 +98,6 @@ def test_a_fault_of_the_kit_says_that_it_is_one(
     assert "KeyError: 'a fault'" in said and said.endswith("please report it with the lines above\n")
 
 
-@pytest.mark.slow
-def test_the_exit_code_reaches_the_shell(tmp_path: Path) -> None:
-    result = run(command("demo", "--preset", "galaxy"))
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-
-
 def test_the_time_left_in_all_is_the_time_spent_scaled_by_the_measured_shares(tmp_path: Path) -> None:
     shares = {"sft": 0.2, "preferences": 0.1, "reward_model": 0.3, "ppo": 0.4}
     pipeline = Pipeline(replace(presets.preset("pocket"), shares=shares), tmp_path)
@@ -129,18 +110,11 @@ def test_the_time_left_in_all_is_the_time_spent_scaled_by_the_measured_shares(tm
 
 @pytest.mark.slow
 def test_killed_in_each_stage_then_resumed_gives_the_same_summary(tmp_path: Path) -> None:
-    whole = run(tiny_demo(tmp_path / "whole"))
+    whole = run(demo(tmp_path / "whole", TINY))
     assert whole.returncode == 0, whole.stderr
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    killed = []
+    command, killed = demo(tmp_path / "killed", TINY), []
     for stage in ("sft", "preferences", "reward_model", "ppo", "dpo", "scores"):
-        process = subprocess.Popen(
-            tiny_demo(tmp_path / "killed"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **PROCESS)
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith(f"{stage}: at work"):
@@ -151,14 +125,14 @@ def test_killed_in_each_stage_then_resumed_gives_the_same_summary(tmp_path: Path
         killed.append(process.returncode)
         assert not (tmp_path / "killed" / "runs" / stage / "run.json").exists()
     assert killed == [-signal.SIGKILL] * 6
-    resumed = run(tiny_demo(tmp_path / "killed"))
+    resumed = run(command)
     assert resumed.returncode == 0, resumed.stderr
     assert "sft: done before, kept" in resumed.stdout
     same = [(tmp_path / name / "summary.csv").read_bytes() for name in ("whole", "killed")]
     assert same[0] == same[1]
 
     # Another config under the same names is refused, and what is there stays.
-    refused = run([*tiny_demo(tmp_path / "killed"), "--set", "sft.learning_rate=0.1"])
+    refused = run([*command, "--set", "sft.learning_rate=0.1"])
     assert refused.returncode == 2 and "learning_rate" in refused.stderr and "Traceback" not in refused.stderr
     assert (tmp_path / "killed" / "summary.csv").read_bytes() == same[0]
 
@@ -177,24 +151,13 @@ def test_killed_in_each_stage_then_resumed_gives_the_same_summary(tmp_path: Path
 
 @pytest.mark.slow
 def test_own_data_without_a_base_model(tmp_path: Path) -> None:
-    letters = "abcdefghijklmnop"
-    rows = [
-        {"prompt": f"is {a}{b} good ?", "chosen": f" yes , {a} is .", "rejected": f" no , {b} is not ."}
-        for a in letters
-        for b in letters
-    ]
-    file = preference_file(tmp_path / "own.jsonl", rows)
-    small = [
-        "pretrain.max_steps=5",
-        "base_shape.vocab_size=300",
-        "base_shape.num_hidden_layers=1",
-        "sft.max_steps=2",
-        "best_of=2",
-    ]
-    small += ["reward_model.max_steps=2", "dpo.max_steps=2", "dpo.save_steps=2", "ppo.max_steps=1", "ppo.save_steps=1"]
-    small += ["ppo.per_device_train_batch_size=4", "n_test_prompts=8", "sampling.max_completion_length=8"]
-    arguments = [word for name in small for word in ("--set", name)]
-    result = run(command("demo", "--data", file, "--out", tmp_path / "out", "--threads", "1", *arguments))
+    names = ["".join(pair) for pair in product("abcdefghijklmnop", repeat=2)]
+    rows = [{"prompt": f"is {name} good ?", "chosen": f" yes , {name} is .", "rejected": " no ."} for name in names]
+    small = "pretrain.max_steps=5 base_shape.vocab_size=300 base_shape.num_hidden_layers=1 sft.max_steps=2 best_of=2 "
+    small += "reward_model.max_steps=2 dpo.max_steps=2 dpo.save_steps=2 ppo.max_steps=1 ppo.save_steps=1 "
+    small += "ppo.per_device_train_batch_size=4 n_test_prompts=8 sampling.max_completion_length=8"
+    pd.DataFrame(rows).to_json(tmp_path / "own.jsonl", orient="records", lines=True)
+    result = run(demo(tmp_path / "out", small, "--data", tmp_path / "own.jsonl"))
     assert result.returncode == 0, result.stderr
     assert "its English is poor" in result.stdout
     table = pd.read_csv(tmp_path / "out" / "summary.csv")

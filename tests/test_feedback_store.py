@@ -81,10 +81,9 @@ def test_what_is_written_can_be_neither_changed_nor_deleted(store: Store, table:
 
 
 def test_files_of_another_version_or_program_are_left_alone(store: Store, tmp_path: Path) -> None:
-    with closing(sqlite3.connect(store.path)) as connection:
-        connection.execute("PRAGMA user_version = 1")
-    with closing(sqlite3.connect(tmp_path / "other.db")) as connection:
-        connection.execute("CREATE TABLE mine (x)")
+    for path, statement in ((store.path, "PRAGMA user_version = 1"), (tmp_path / "other.db", "CREATE TABLE mine (x)")):
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute(statement)
     wal = sqlite3.connect(tmp_path / "live.db")  # another program has it open, and not all is in the file yet
     for statement in ("PRAGMA journal_mode = WAL", f"PRAGMA user_version = {SCHEMA_VERSION}", "CREATE TABLE mine (x)"):
         wal.execute(statement)
@@ -165,11 +164,9 @@ def test_what_does_not_fit_is_refused(store: Store, change: dict[str, object], s
     assert store.judgments().empty
 
 
-def test_two_processes_write_to_one_store_at_once_and_a_kill_loses_nothing_that_was_acknowledged(
-    tmp_path: Path,
-) -> None:
+def test_two_processes_write_at_once_and_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     path, start = tmp_path / "judgments.db", multiprocessing.get_context("fork")  # the store is not there: both make it
-    processes, pipes, said = {}, {}, {}
+    processes, pipes = {}, {}
     for rater, n in (("ana", 100), ("ben", 1_000_000)):
         pipes[rater], end = start.Pipe(duplex=False)
         processes[rater] = start.Process(target=judging, args=(path, rater, n, end), daemon=True)

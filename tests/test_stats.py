@@ -15,11 +15,10 @@ def scores_frame(n_prompts=30, n_samples=4, models=("SFT", "PPO"), seeds=(0,), s
     rng = np.random.default_rng(1)
     rows = []
     for seed in seeds:
-        prompt_effect = rng.normal(size=n_prompts)
-        for k, model in enumerate(models):
-            for prompt, sample in itertools.product(range(n_prompts), range(n_samples)):
-                gold = prompt_effect[prompt] + k * shift + rng.normal(scale=0.5)
-                rows.append((seed, model, prompt, sample, gold, float(k), 5 + k))
+        prompt_effect, kinds = rng.normal(size=n_prompts), enumerate(models)
+        for (k, model), prompt, sample in itertools.product(kinds, range(n_prompts), range(n_samples)):
+            gold = prompt_effect[prompt] + k * shift + rng.normal(scale=0.5)
+            rows.append((seed, model, prompt, sample, gold, float(k), 5 + k))
     return pd.DataFrame(rows, columns=["seed", "model", "prompt_id", "sample", "gold", "kl", "n_tokens"])
 
 
@@ -85,15 +84,12 @@ def test_hierarchical_bootstrap_covers_over_seeds_and_prompts():
     assert 0.86 <= hits / 150 <= 0.99  # ten seeds are few: a percentile interval is slightly short
     assert hits_prompts_only / 150 < 0.6
     few = pd.DataFrame({"seed": [0, 0, 0, 1], "prompt_id": [0, 0, 1, 0], "x": [1.0, 3.0, 4.0, 9.0]})
-    assert st.hierarchical_bootstrap(few, "x").mean == pytest.approx(
-        ((2 + 4) / 2 + 9) / 2
-    )  # seeds, prompts weigh alike
+    assert st.hierarchical_bootstrap(few, "x").mean == pytest.approx(((2 + 4) / 2 + 9) / 2)  # seeds weigh alike
 
 
 def test_paired_difference_on_hand_numbers():
-    models = ["PPO", "PPO", "DPO", "PPO", "DPO", "DPO"]
-    gold = [1.0, 3.0, 1.0, 5.0, 1.0, 2.0]
-    scores = pd.DataFrame({"model": models, "prompt_id": [0, 0, 0, 1, 1, 1], "gold": gold})
+    rows = [("PPO", 0, 1.0), ("PPO", 0, 3.0), ("DPO", 0, 1.0), ("PPO", 1, 5.0), ("DPO", 1, 1.0), ("DPO", 1, 2.0)]
+    scores = pd.DataFrame(rows, columns=["model", "prompt_id", "gold"])
     interval = st.paired_difference(scores, "PPO", "DPO", "gold")
     assert interval.mean == pytest.approx(((2 - 1) + (5 - 1.5)) / 2)
     assert (interval.lo, interval.hi) == (1.0, 3.5)  # two prompts: the extreme draws are the prompts themselves

@@ -131,12 +131,10 @@ def preferences(judgments: pd.DataFrame, margins: Mapping[str, float] | None = N
 
     This is InstructGPT's way (2203.02155, section 3.5): where K > 2 a column `item` names the ranking of each pair, and
     `train.reward_model` keeps these pairs in one batch. `margins` (such as MARGINS) adds a column `margin` by strength,
-    0 where none was given: Llama 2's loss. A warning counts ties and skipped items, which give no pair. Raises
-    FeedbackError if there is no pair at all.
+    0 where none was given: Llama 2's loss. A warning counts ties and skipped items; FeedbackError if no pair is left.
     """
-    ranked = _answers(judgments, ["rank"])
+    ranked, rows, silent = _answers(judgments, ["rank"]), [], 0
     grouped = any(len(judgment["ranks"] or ()) > 2 for judgment in ranked)
-    rows, silent = [], 0
     for judgment in ranked:
         pairs, known = _pairs(judgment), judgment["known"]
         silent += not pairs
@@ -185,11 +183,10 @@ def _answers(judgments: pd.DataFrame, questions: list[str]) -> list[dict[Any, An
     if found.empty:
         asked = ", ".join(sorted(set(judgments["question"]))) or "none"
         raise FeedbackError(f"no judgment answers {' or '.join(map(repr, questions))}; questions asked: {asked}")
-    rows, several = found.to_dict("records"), found["rater"].nunique() > 1
+    rows, ours = found.to_dict("records"), ["prompt"] if found["rater"].nunique() == 1 else ["prompt", "rater"]
     for row in rows:
-        rater = {"rater": row["rater"]} if several else {}
         own = {f"{name}_dataset" if name in OURS else name: value for name, value in row["columns"].items()}
-        row["known"] = {**own, "prompt": row["prompt"], **rater}
+        row["known"] = own | {name: row[name] for name in ours}
     return rows
 
 

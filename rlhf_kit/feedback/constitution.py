@@ -117,8 +117,7 @@ def critique_and_revise(
     carried = answers.drop(columns="completion").assign(row=range(len(answers)))
     for number in range(1, rounds + 1):
         generator = np.random.default_rng([seed, 10, number])
-        drawn = generator.choice(len(weights), size=len(answers), p=weights / weights.sum())
-        principles = [rules[k] for k in drawn]
+        principles = [rules[k] for k in generator.choice(len(rules), len(answers), p=weights / weights.sum())]
         chats = [
             [*as_chat("user", prompt), *as_chat("assistant", answer), *as_chat("user", principle.critique)]
             for prompt, answer, principle in zip(answers["prompt"], given, principles, strict=True)
@@ -130,13 +129,12 @@ def critique_and_revise(
         ]
         revisions = [text.strip() for text in write(chats)]
         empty += revisions.count("")
-        revisions = [text or answer for text, answer in zip(revisions, given, strict=True)]
-        made = {"principle": [principle.name for principle in principles], "answer": given}
-        parts.append(carried.assign(round=number, **made, critique=critiques, revision=revisions))
-        given = revisions
+        made = {"principle": [principle.name for principle in principles], "answer": given, "critique": critiques}
+        given = [text or answer for text, answer in zip(revisions, given, strict=True)]
+        parts.append(carried.assign(round=number, **made, revision=given))
     if empty:
-        total = rounds * len(answers)
-        warnings.warn(f"{empty} of {total} revisions were empty; those answers stayed as they were", stacklevel=2)
+        note = f"{empty} of {rounds * len(answers)} revisions were empty; those answers stayed as they were"
+        warnings.warn(note, stacklevel=2)
     return pd.concat(parts, ignore_index=True)
 
 

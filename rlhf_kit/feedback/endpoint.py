@@ -31,8 +31,7 @@ class EndpointRater(ModelRater):
     The key is read from the environment variable `key_variable` for each request and kept nowhere (None: a server
     without keys). The client tries 429, 5xx and timeouts again up to `max_retries` times. A `cache`, a SQLite file,
     keeps each reply. Where a reply is no answer word, the model is asked again, twice; then the judgment is skipped,
-    with a note. price_per_million: of tokens in and out, for `costs`. `options` go into each request (temperature 0 by
-    default).
+    with a note. price_per_million: of tokens in and out, for `costs`. options: of each request (temperature=0).
     """
 
     interface = "endpoint-1"
@@ -146,11 +145,10 @@ class EndpointRater(ModelRater):
             said = f"{error.status_code}: {error.response.text}"
             wait = self._without_key(f"Retry-After: {error.response.headers.get('Retry-After', 'not said')}, ")
         said = " ".join(self._without_key(said).split())[:200]
-        return (
-            f"{self.model} at {self.base_url}: gave no answer ({said}; {wait}timeout={self._client.timeout} s, "
-            f"max_retries={self._client.max_retries}); check the model's name, base_url and "
-            f"key_variable={self.key_variable!r}; replies are kept in {self.cache or 'no file (no cache)'}"
-        )
+        tried = f"{said}; {wait}timeout={self._client.timeout} s, max_retries={self._client.max_retries}"
+        check = f"check the model's name, base_url and key_variable={self.key_variable!r}"
+        kept = f"replies are kept in {self.cache or 'no file (no cache)'}"
+        return f"{self.model} at {self.base_url}: gave no answer ({tried}); {check}; {kept}"
 
     def _key(self) -> str:
         key = os.environ.get(self.key_variable, "") if self.key_variable else ""

@@ -46,9 +46,8 @@ class Item:
             if not _is_text(each) or (place == 0 and not str(each).strip()):
                 what = f"completion {place - 1}" if place else "prompt"
                 raise FeedbackError(f"{self}: {what} is missing ({each!r:.80}); give a text or a chat of text")
-        n, different = len(self.completions), len(set(map(canonical, self.completions)))
-        if not 1 <= n <= MOST or different < n:
-            equal = n - different
+        n, equal = len(self.completions), len(self.completions) - len(set(map(canonical, self.completions)))
+        if not 1 <= n <= MOST or equal:
             raise FeedbackError(f"{self}: has {n} completions, {equal} equal; give 1 to {MOST} different")
 
     @cached_property

@@ -159,10 +159,9 @@ class LanguageModelRater(ModelRater):
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))  # the longest first
         longest = len(rows[order[0]])
         if self.max_length is not None and longest >= self.max_length:
-            raise FeedbackError(
-                f"{self.name}: a judgment of {longest} tokens and its answer exceed the model's {self.max_length} "
-                f"positions (it begins {texts[order[0]][:40]!r}); shorten the completions, or change judge or template"
-            )
+            said = f"a judgment of {longest} tokens and its answer exceed the model's {self.max_length} positions"
+            mend = "shorten the completions, or change judge or template"
+            raise FeedbackError(f"{self.name}: {said} (it begins {texts[order[0]][:40]!r}); {mend}")
         odds = torch.empty(len(rows))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
@@ -190,8 +189,7 @@ def train_judge(
     """Fine-tune a causal LM to answer in `template` as raters did; `settings` go to `train.sft`. Returns `out`.
 
     A pair is compared in both orders, so that no place is better than the other. Without `template.compare` its better
-    completion is good and the other is bad. Raises FeedbackError if there are no judgments, or if one does not fit the
-    model's positions.
+    completion is good and the other is bad. Raises FeedbackError where there are no judgments, or one is too long.
     """
     tokenizer, limit = models.load_tokenizer(model), models.max_length(model)
     in_chat = template.chat and tokenizer.chat_template is not None
@@ -214,14 +212,12 @@ def _as_rows(judgments: pd.DataFrame, template: Template) -> list[tuple[str, str
     asked = set(judgments["question"])
     rows: list[tuple[str, str]] = []
     for pair in preferences(judgments) if "rank" in asked else ():
-        prompt, better, worse = pair["prompt"], pair["chosen"], pair["rejected"]
-        if template.compare:
-            orders = ((better, worse), (worse, better))
-            texts = [template.comparison(prompt, *order, OVERALL.compare) for order in orders]
-            rows += zip(texts, template.choices, strict=True)
-        else:
-            texts = [template.rating(prompt, completion) for completion in (better, worse)]
-            rows += zip(texts, template.verdicts, strict=True)
+        orders = (pair["chosen"], pair["rejected"]), (pair["rejected"], pair["chosen"])
+        for order, choice, verdict in zip(orders, template.choices, template.verdicts, strict=True):
+            if template.compare:
+                rows.append((template.comparison(pair["prompt"], *order, OVERALL.compare), choice))
+            else:
+                rows.append((template.rating(pair["prompt"], order[0]), verdict))
     for one in labels(judgments) if asked - {"rank"} else ():
         rows.append((template.rating(one["prompt"], one["completion"]), template.verdicts[0 if one["label"] else 1]))
     if not rows:

@@ -72,7 +72,7 @@ def agreement(judgments: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     or rated completions with two raters or more, `left_out` the others; `why` says why a value is NaN. Intervals are
     95%, by bootstrap over items.
     """
-    rows: list[dict[str, Any]] = []
+    rows = []
     for question, part in votes(judgments).groupby("question", sort=False):
         domain = DOMAINS[str(question)]
         table = part.groupby(["item", "pair", "value"]).size().unstack(fill_value=0)
@@ -87,11 +87,9 @@ def agreement(judgments: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             percent = stats.bootstrap(same, items, seed=seed)
         undefined = "only one value was ever given" if len(counts) else "no two raters judged the same"
         for measure, found in {"alpha": alpha, "percent agreement": percent}.items():
-            known = {"question": question, "measure": measure, "raters": part["rater"].nunique()}
-            numbers = {"value": found.mean, "lo": found.lo, "hi": found.hi}
-            numbers |= {"used": len(counts), "left_out": len(table) - len(counts)}
-            rows.append({**known, **numbers, "why": undefined if np.isnan(found.mean) else ""})
-    return pd.DataFrame(rows)
+            used, why = (len(counts), len(table) - len(counts)), undefined if np.isnan(found.mean) else ""
+            rows.append((question, measure, part["rater"].nunique(), *found, *used, why))
+    return pd.DataFrame(rows, columns=["question", "measure", "raters", "value", "lo", "hi", "used", "left_out", "why"])
 
 
 def _alpha(counts: NDArray[np.int64], domain: list[int], rows: NDArray[np.int64]) -> float:

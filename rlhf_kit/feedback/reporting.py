@@ -62,8 +62,7 @@ def raters(judgments: pd.DataFrame) -> pd.DataFrame:
         }
         for name, frame in shares.items():
             own = frame[frame["rater"] == rater]
-            share = bootstrap(own["hit"].astype(float), own["item"]) if len(own) else NOT_MEASURED
-            row |= columns(name, share)
+            row |= columns(name, bootstrap(own["hit"].astype(float), own["item"]) if len(own) else NOT_MEASURED)
         rows.append(row)
     return pd.DataFrame(rows).merge(biases(judgments), on="rater").merge(position_from_swaps(judgments), on="rater")
 

@@ -161,10 +161,9 @@ class Store:
 
     def judgments(self, withdrawn: bool = False) -> pd.DataFrame:
         """A row per judgment, COLUMNS, in the order in which they were made; with `withdrawn` those taken back too."""
-        columns = f"*, NOT {COUNTS} AS withdrawn"
+        select = f"SELECT *, NOT {COUNTS} AS withdrawn FROM judgments JOIN items USING (item) ORDER BY judgment"
         with self._transaction("BEGIN") as connection:
-            found = connection.execute(f"SELECT {columns} FROM judgments JOIN items USING (item) ORDER BY judgment")
-            rows = [dict(row) for row in found if withdrawn or not row["withdrawn"]]
+            rows = [dict(row) for row in connection.execute(select) if withdrawn or not row["withdrawn"]]
             return judgments_frame([row | {name: json.loads(row[name] or "null") for name in AS_JSON} for row in rows])
 
 

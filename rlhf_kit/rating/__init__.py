@@ -34,13 +34,11 @@ def rate(
     try:
         from .widget import RatingWidget
     except ModuleNotFoundError as error:
-        raise FeedbackError(
-            f"rate: {error.name} is not installed; pip install 'rlhf-kit[notebooks]', or use the command rlhf-kit rate"
-        ) from None
-    if isinstance(samples, pd.DataFrame):
-        samples = _of_samples(samples, question, k)
+        said = "is not installed; pip install 'rlhf-kit[notebooks]', or use the command rlhf-kit rate"
+        raise FeedbackError(f"rate: {error.name} {said}") from None
+    asked = _of_samples(samples, question, k) if isinstance(samples, pd.DataFrame) else samples
     store = store if isinstance(store, Store) else Store(store)
-    return RatingWidget(Session(store, samples, rater, question, seed, "notebook", repeats))
+    return RatingWidget(Session(store, asked, rater, question, seed, "notebook", repeats))
 
 
 def read(path: str | Path, question: Question = "rank", k: int = 2) -> list[Item]:
@@ -67,8 +65,7 @@ def read(path: str | Path, question: Question = "rank", k: int = 2) -> list[Item
             new = [Item(prompt, tuple(each), row) for each in ([texts] if question == "rank" else [[t] for t in texts])]
             check_question(question, new)
         except ValueError as error:
-            where = f"{path}, row {index} (counting from 0), column {column!r}"
-            raise FeedbackError(f"{where}: {error}") from None
+            raise FeedbackError(f"{path}, row {index} (counting from 0), column {column!r}: {error}") from None
         found += new
     return found
 

@@ -52,7 +52,7 @@ class Session:
         self._state: dict[str, Any] = {}
         self._started: float | None = None
         self._history: list[Judged] = []
-        self._withdrawn = 0
+        self._withdrawn = 0  # of the store, when the history was read
         store.add(items)
         self._look()
 
@@ -87,9 +87,9 @@ class Session:
         for item in self.asked:  # each judgment of an item settles one asking of it
             made[item] -= 1
             if made[item] < 0:
-                pending.append(item)
-        self._item = self.items[pending[0]] if pending else None
-        self._shown = self._order(self._item) if self._item else ()
+                pending.append(self.items[item])
+        self._item = pending[0] if pending else None
+        self._shown = self._order(pending[0]) if pending else ()
         # Names what is open, since judgments are only added at the end or withdrawn. An answer to anything else, such
         # as what a second tab still shows, is refused.
         showing = f"{len(self._history)} until {self._history[-1].judgment if self._history else 0}"
@@ -104,8 +104,8 @@ class Session:
         self._state = {
             "showing": showing,
             "question": self.question,
-            "prompt": _messages(self._item.prompt) if self._item else [],
-            "completions": [_messages(self._item.completions[i]) for i in self._shown] if self._item else [],
+            "prompt": _messages(pending[0].prompt) if pending else [],
+            "completions": [_messages(pending[0].completions[i]) for i in self._shown],
             "strengths": STRENGTHS,
             "progress": progress,
             "judged": judged,
