@@ -58,7 +58,13 @@ def test_a_family_goes_through_every_stage(
     pairs = CHATS if chat else PREFERENCES
     rows = Dataset.from_dict({"prompt": pairs["prompt"][:], "completion": pairs["chosen"][:]})
     how, few = WAYS[way], {**FEW, "max_length": 120}
-    sft = train.sft(tmp_path / "base", rows, tmp_path / "sft", **how, **few)
+    sft = train.sft(tmp_path / "base", rows, tmp_path / "sft", **how, **few | {"learning_rate": 1e-2, "max_steps": 10})
+    [ids] = models.encode(own, rows["prompt"][:1], rows["completion"][:1])
+    end = ids.index(own.convert_tokens_to_ids("<|over|>") if chat else own.eos_token_id, len(ids) - 2)
+    same = {name: how.get(name) for name in models.LOADING}
+    before, after = (models.load_causal(each, **same) for each in (tmp_path / "base", sft))
+    learned = [models.next_logprobs(each, [ids[:end]], [ids[end]]).item() for each in (before, after)]
+    assert learned[1] > learned[0] + 0.01  # nats: the frozen heads of adapters are small
     model = models.load_causal(sft, trainable=True)
     assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
     assert (torch.bfloat16 in {weight.dtype for weight in model.parameters()}) == (way == "lora")

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_ppo import PROMPTS, Zoo, make, rows_of, updates
-from tiny import layout
+from tiny import MODES, layout
 from transformers import Trainer
 
 from rlhf_kit import models
@@ -27,7 +27,6 @@ SETTINGS: dict[str, Any] = {
     "entropy_coef": 0.05, "adaptive_kl_target": 0.1, "kl_horizon": 10, "save_strategy": "steps", "save_steps": 1,
     "max_completion_length": 6,
 }  # fmt: skip
-MODES = ("full", "lora", "4bit")
 TORCH = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 DDP = str(Path(__file__).parents[1] / "experiments" / "accelerate" / "ddp.yaml")
 ACCELERATE = ("accelerate.commands.launch", "--config_file", DDP, "--num_processes", "2", "--main_process_port", "0")

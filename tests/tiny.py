@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_kit.models import Tokens, load_base, lora_config, write_notes
 from rlhf_kit.models.rendering import EOS, PAD, wrap
 
+MODES = ("full", "lora", "4bit")
 # Words of a vocabulary small enough to enumerate: with EOS and PAD twelve tokens.
 WORDS = ["a", "b", " c", " d", " e", " f", " g", " h", " i", " j"]
 

@@ -86,7 +86,8 @@ class Roles(nn.Module):
             if adapter is not None:
                 set_peft_model_state_dict(module, load_file(folder / "adapter_model.safetensors"), adapter)
             else:
-                module.load_state_dict(type(module).from_pretrained(folder, dtype=module.dtype).state_dict())
+                how = {"dtype": module.dtype, "trust_remote_code": False}
+                module.load_state_dict(type(module).from_pretrained(folder, **how).state_dict())
         self.value_head.load_state_dict(load_file(Path(saved) / "value" / VALUE_HEAD))
 
 
