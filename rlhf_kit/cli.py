@@ -14,21 +14,23 @@ from typing import Any
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit code: 0 done, 1 a fault of the kit, 2 what the person can mend, 130 interrupted."""
     options = _parser().parse_args(arguments)
-    try:
-        from rlhf_kit.progress import quiet
+    from torch import OutOfMemoryError
 
-        quiet()
+    from rlhf_kit.progress import quiet
+
+    quiet()
+    try:
         options.run(options)
         return 0
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last finished stage", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, OutOfMemoryError) as error:
         if options.traceback:
             raise
         print(f"rlhf-kit: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except Exception:  # what a person can mend is a ValueError or an OSError, made one where it arises
+    except Exception:  # what a person can mend is made one of the errors above where it arises
         traceback.print_exc()
         print("rlhf-kit: this is a fault of rlhf-kit: please report it with the lines above", file=sys.stderr)
         return 1

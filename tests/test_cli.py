@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from rlhf_kit import cli, presets
 from rlhf_kit.pipeline import Pipeline
@@ -96,6 +97,10 @@ def test_a_fault_of_the_kit_says_that_it_is_one(
     assert cli.main(["report", "x"]) == 1
     said = capsys.readouterr().err
     assert "KeyError: 'a fault'" in said and said.endswith("please report it with the lines above\n")
+    # A gradient that is not finite and a card that is full are no faults of the kit.
+    for error in (FloatingPointError, torch.OutOfMemoryError):
+        monkeypatch.setattr(cli, "_report", lambda options, error=error: (_ for _ in ()).throw(error("of update 3")))
+        assert cli.main(["report", "x"]) == 2 and capsys.readouterr().err == "rlhf-kit: of update 3\n"
 
 
 def test_the_time_left_in_all_is_the_time_spent_scaled_by_the_measured_shares(tmp_path: Path) -> None:
