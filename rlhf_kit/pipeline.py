@@ -106,13 +106,16 @@ class Pipeline:
         settings = {**self.preset.sampling, **self.preset.ppo}
 
         def make(out: Path) -> None:
-            args = PPOConfig(output_dir=str(out / "checkpoints"), seed=self.preset.seed, **settings)
+            args = self._ppo_config(out / "checkpoints")
             trainer = PPOTrainer(sft, reward, args, self.prompts("train"), callbacks=_callbacks("PPO", out))
             trainer.train()
             trainer.save_model(str(out / "model"))
 
         config = {"n_prompts": self.preset.n_train_prompts, **settings}
         return str(self._stage("ppo", config, {"sft": sft, "reward_model": reward, **self._source()}, make) / "model")
+
+    def _ppo_config(self, out: Path) -> PPOConfig:
+        return PPOConfig(output_dir=str(out), seed=self.preset.seed, **{**self.preset.sampling, **self.preset.ppo})
 
     def dpo(self) -> str:
         """The policy optimised on the preferences directly."""
@@ -130,7 +133,9 @@ class Pipeline:
         """Prompts to learn on ("train") or to evaluate on ("test")."""
         count = self.preset.n_train_prompts if split == "train" else self.preset.n_test_prompts
         rows = self.preset.task.prompts(split, count, self.preset.seed)
-        return self._ready(rows, ("prompt",), f"{split} prompts", self.preset.reward_model["max_length"])
+        room = (models.max_length(self.base()) or sys.maxsize) - self.preset.sampling["max_completion_length"]
+        longest = min(room, self.preset.reward_model["max_length"])
+        return self._ready(rows, ("prompt",), f"{split} prompts", longest)
 
     def rewards(self) -> dict[str, rewards.Reward]:
         """The learned reward as `proxy` and, where the task knows the truth, `gold`."""
@@ -139,6 +144,8 @@ class Pipeline:
 
     def scores(self) -> pd.DataFrame:
         """Every model on the same test prompts: a row per (model, step, prompt, sample), `final` or a checkpoint."""
+        # What PPO would refuse is refused before the first stage.
+        self._ppo_config(self.out), self.prompts("train"), self.prompts("test")
         sft = self.sft()
         final = {"base": self.base(), "SFT": sft, "PPO": self.ppo(), "DPO": self.dpo()}
         sizes = {"n_prompts": self.preset.n_test_prompts, "best_of": self.preset.best_of, "scored": SCORED}

@@ -102,6 +102,22 @@ def test_what_is_too_long_is_left_out_aloud(file: str, tmp_path: Path) -> None:
         pipeline._ready(rows.select([1]), ("prompt",), "prompts", 128)
 
 
+@pytest.mark.parametrize(
+    "setting, match",
+    [
+        ("ppo.num_minibatches=999", "num_minibatches exceeds per_device_train_batch_size"),
+        ("sampling.max_completion_length=127", "train prompts: .* longer than max_length=1 tokens; none is left"),
+    ],
+)
+def test_what_ppo_would_refuse_is_refused_before_the_first_stage(
+    file: str, tmp_path: Path, setting: str, match: str
+) -> None:
+    preset = tiny(Pairs(file), base_model=Pocket.base_model).override(setting)
+    with pytest.raises(ValueError, match=match):
+        Pipeline(preset, tmp_path / "out").scores()
+    assert not (tmp_path / "out").exists()
+
+
 SETTINGS = {
     "sft.packing=TRUE": True,
     "ppo.adaptive_kl_target=none": None,
