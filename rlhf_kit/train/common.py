@@ -1,5 +1,6 @@
 """What the methods share: refuse before training, train in fp32, publish only a whole directory."""
 
+import gc
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -143,23 +144,33 @@ def fit(trainer: Trainer, folder: Path) -> None:
     trainer.save_state()
     models.loading.write_loading(folder, model)
     if policy:
-        trainer.accelerator.free_memory()
-        _check_saved(model.eval(), folder, list(islice(trainer.train_dataset, CHECKED)))
+        rows = list(islice(trainer.train_dataset, CHECKED))
+        trained_on = [row.get("input_ids") or row.get("prompt_ids") for row in rows]  # on-policy trainers keep prompts
+        ids = [a or models.encode(tokenizer, [row["prompt"]])[0] for a, row in zip(trained_on, rows, strict=True)]
+        own = _logprobs_after(ids, model)
+        del model, trainer
+        release()
+        furthest = (own - _logprobs_after(ids, models.load_causal(folder))).abs().max().item()
+        if not furthest <= 1e-3:
+            raise models.ModelError(
+                f"{folder}: loaded again, its log-probs differ from the trained model's by up to {furthest:.3g} nats, "
+                "so it is not published; a setting of the model or of its adapter is lost when it is saved"
+            )
 
 
 @torch.no_grad()
-def _check_saved(model: Model, folder: Path, rows: list[dict[str, Any]]) -> None:
-    """ModelError where the log-probs after these rows are other ones when the model is loaded again."""
-    tokenizer = models.load_tokenizer(folder)
-    trained = [row.get("input_ids") or row.get("prompt_ids") for row in rows]  # on-policy trainers keep the prompt
-    ids = [a or models.encode(tokenizer, [row["prompt"]])[0] for a, row in zip(trained, rows, strict=True)]
-    seen = sorted({token for row in ids for token in row})
-    own, again = (models.next_logprobs(each, ids, seen) for each in (model, models.load_causal(folder)))
-    if not (furthest := (own - again).abs().max().item()) <= 1e-3:
-        raise models.ModelError(
-            f"{folder}: loaded again, its log-probs differ from the trained model's by up to {furthest:.3g} nats, so "
-            "it is not published; a setting of the model or of its adapter is lost when it is saved"
-        )
+def _logprobs_after(rows: list[list[int]], model: Model) -> torch.Tensor:
+    """Log-probs in nats of all N tokens of the rows as the next after each of B rows: (B, N)."""
+    seen = sorted({token for row in rows for token in row})
+    return torch.cat(
+        [models.next_logprobs(model.eval(), [row], seen).cpu() for row in rows]
+    )  # one fits where it trained
+
+
+def release() -> None:
+    """Free what nothing names any more: a saved model is loaded next, and must not lie in memory beside the trained."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def history(model: ModelPath) -> pd.DataFrame:

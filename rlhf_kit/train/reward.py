@@ -1,6 +1,5 @@
 """Reward models from comparisons, pairs of one ranking kept together."""
 
-import gc
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -17,7 +16,7 @@ from trl import RewardConfig, RewardTrainer
 from rlhf_kit import models
 from rlhf_kit.models import Model, ModelPath
 from rlhf_kit.rewards import RewardModel, normalise
-from rlhf_kit.train.common import CHECKED, Training, fit, new_directory
+from rlhf_kit.train.common import CHECKED, Training, fit, new_directory, release
 
 
 class ScoreHead(torch.nn.Linear):
@@ -89,9 +88,8 @@ def reward_model(model: ModelPath, dataset: Dataset, out: ModelPath, **options: 
         trainer = training.trainer(trainer_class, dataset, start=_with_score_head(training))
         fit(trainer, folder)
         prompts, texts, own, tolerance = _own_scores(trainer)
-        del trainer  # the saved model is loaded next, and the trained one must not be in memory beside it
-        gc.collect()
-        torch.cuda.empty_cache()
+        del trainer
+        release()
         again = torch.tensor(RewardModel(folder)(prompts, texts))
         furthest = ((again - own).abs() / own.abs().clamp(min=1)).max().item()
         if not furthest <= tolerance:
